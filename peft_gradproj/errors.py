@@ -1,0 +1,38 @@
+"""The closed set of exceptions that `peft_gradproj` raises on its own account.
+
+Every message says what was wrong, where, what was expected and what to do. Each class also derives from the
+built-in exception that callers of PEFT and diffusers already catch for the same mistake.
+"""
+
+__all__ = [
+    "AdapterFolderError",
+    "ConceptBasisError",
+    "ConceptDataError",
+    "GradProjConfigError",
+    "GradProjError",
+    "OnlineProjectionError",
+]
+
+
+class GradProjError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class GradProjConfigError(GradProjError, ValueError):
+    """A `GradProjConfig` asks for something that would escape, or cannot be given, the projection."""
+
+
+class ConceptBasisError(GradProjError, ValueError):
+    """A concept basis is malformed, degenerate, or does not fit the model or file that it is used with."""
+
+
+class ConceptDataError(GradProjError, ValueError):
+    """A concept set, reference set or set of concept probes is empty, malformed or does not fit the model."""
+
+
+class OnlineProjectionError(GradProjError, RuntimeError):
+    """The online projection cannot be carried out in this training loop."""
+
+
+class AdapterFolderError(GradProjError, ValueError):
+    """A published adapter folder is missing something, is malformed, or is refused as unsafe to read."""
