@@ -1,1 +1,66 @@
-"""Selective fine-tuning with LoRA: a PEFT plugin that keeps a concept out by gradient projection."""
+"""Selective fine-tuning with LoRA: a PEFT plugin that keeps a concept out by gradient projection.
+
+Importing it costs next to nothing: each name is imported when it is first used, and the PEFT type GRADPROJ is
+registered with the first `GradProjConfig`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .basis import ConceptBasis, LayerBasis
+    from .concepts import ConceptSet
+    from .config import GradProjConfig
+    from .fitting import fit_concept_basis
+    from .model import GradProjModel, refresh_concept_basis
+    from .online import online_projections
+    from .probes import ConceptProbes, collect_concept_probes
+    from .saving import save_sidecars
+    from .verification import VerificationReport, verify_adapter
+
+_MODULES = {
+    "ConceptBasis": "basis",
+    "ConceptProbes": "probes",
+    "ConceptSet": "concepts",
+    "GradProjConfig": "config",
+    "GradProjModel": "model",
+    "LayerBasis": "basis",
+    "VerificationReport": "verification",
+    "collect_concept_probes": "probes",
+    "fit_concept_basis": "fitting",
+    "online_projections": "online",
+    "refresh_concept_basis": "model",
+    "save_sidecars": "saving",
+    "verify_adapter": "verification",
+}
+
+__all__ = [
+    "ConceptBasis",
+    "ConceptProbes",
+    "ConceptSet",
+    "GradProjConfig",
+    "GradProjModel",
+    "LayerBasis",
+    "VerificationReport",
+    "__version__",
+    "collect_concept_probes",
+    "fit_concept_basis",
+    "online_projections",
+    "refresh_concept_basis",
+    "save_sidecars",
+    "verify_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

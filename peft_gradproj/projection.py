@@ -30,6 +30,7 @@ from .errors import ConceptBasisError
 
 __all__ = [
     "contrast_basis",
+    "coordinates",
     "drift",
     "drift_terms",
     "half_space_coefficient",
@@ -217,14 +218,31 @@ def remove_component(
             f"{tuple(weight.shape)}."
         )
     dtype = _compute_dtype(weight)
-    wide, basis = weight.to(dtype), basis.to(dtype)
-    # Autocast would silently run these products in bfloat16, whose rounding is the leak that we exclude.
+    basis = basis.to(dtype)
+    excess = coordinates(weight, basis, side=side).to(dtype)
+    if target is not None:
+        excess = excess - target.to(dtype)
     with torch.autocast(weight.device.type, enabled=False):
-        coordinates = wide @ basis if side == "right" else basis.mT @ wide
-        if target is not None:
-            coordinates = coordinates - target.to(dtype)
-        component = coordinates @ basis.mT if side == "right" else basis @ coordinates
-        return (wide - strength * component).to(weight.dtype)
+        component = excess @ basis.mT if side == "right" else basis @ excess
+        return (weight.to(dtype) - strength * component).to(weight.dtype)
+
+
+def coordinates(weight: Tensor, basis: Tensor, *, side: str) -> Tensor:
+    r"""Coordinates of `weight` along `basis`: :math:`W U` for `right`, :math:`U^T W` for `left`.
+
+    Args:
+        weight: Shape `(m, n)`.
+        basis: Shape `(n, k)` for `right`, `(m, k)` for `left`.
+        side: See :func:`remove_component`.
+
+    Returns:
+        Shape `(m, k)` for `right`, `(k, n)` for `left`, float32 (float64 if an argument is).
+    """
+    dtype = _compute_dtype(weight, basis)
+    # Autocast would silently run this product in bfloat16, whose rounding is the leak that we exclude.
+    with torch.autocast(weight.device.type, enabled=False):
+        wide, basis = weight.to(dtype), basis.to(dtype)
+        return wide @ basis if side == "right" else basis.mT @ wide
 
 
 def leakage(a: Tensor, b: Tensor, basis: Tensor, *, space: str) -> float:

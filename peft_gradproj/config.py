@@ -1,0 +1,217 @@
+"""`GradProjConfig`: a `LoraConfig` that also says what must not be learned."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import InitVar, dataclass, field, fields
+from typing import Any, Literal
+
+from peft import LoraConfig
+from peft.utils import PeftType
+
+from .basis import ConceptBasis
+from .errors import ConceptBasisError, GradProjConfigError
+from .probes import ConceptProbes
+from .registration import register
+
+__all__ = ["GradProjConfig"]
+
+_Path = str | os.PathLike[str]
+
+
+@dataclass
+class GradProjConfig(LoraConfig):
+    """Configuration of a LoRA adapter whose training is projected away from a concept.
+
+    Takes everything that [`~peft.LoraConfig`] takes, except what would escape the projection: DoRA, biases,
+    `modules_to_save`, trainable tokens or parameters, LoRA variants, and initialisations that change the base model.
+
+    Args:
+        concept_basis (`ConceptBasis`, path or Hub id, *optional*):
+            Per adapted layer, the subspaces that the adapter must not touch (subspace projection).
+        concept_probes (`ConceptProbes`, path or Hub id, *optional*):
+            Frozen model inputs that show the concept in the training distribution (online projection).
+        strength (`float`):
+            The share alpha, in [0, 1], of the component that is removed. Only 1 gives a guarantee.
+        rule (`"half-space"` or `"orthogonal"`):
+            How the probes correct a step. `half-space` projects the step such that the drift on the probes does not
+            grow; `orthogonal` is the rule of arXiv 2512.11194, kept for reproduction.
+        probe_every (`int`):
+            A step is corrected every so many optimizer steps.
+        probe_batch_size (`int`):
+            Probes per correction, over all processes.
+        restore (`float`):
+            The share kappa >= 0 of the drift that a corrected step takes back.
+        probe_history (`int`):
+            How many recent half-spaces a correction satisfies.
+        probe_seed (`int`):
+            Seed of the choice of probes.
+        uncovered (`"error"`, `"warn"` or `"ignore"`):
+            What to do about parts of the adapter that the projection does not cover. What was let through is recorded
+            in what is published.
+
+    Raises:
+        GradProjConfigError: If a value is out of range, if neither basis nor probes are given, or if something is
+            asked for that escapes the projection.
+        ConceptBasisError: If the basis cannot be read.
+        ConceptDataError: If the probes cannot be read.
+    """
+
+    # InitVar and not fields: PEFT compares, copies and serialises a config's fields, none of which tensors survive.
+    concept_basis: InitVar[ConceptBasis | _Path | None] = None
+    concept_probes: InitVar[ConceptProbes | _Path | None] = None
+    strength: float = field(default=1.0, metadata={"help": "Share of the concept component that is removed."})
+    rule: Literal["half-space", "orthogonal"] = field(
+        default="half-space", metadata={"help": "How the concept probes correct a step."}
+    )
+    probe_every: int = field(default=4, metadata={"help": "A step is corrected every so many optimizer steps."})
+    probe_batch_size: int = field(default=8, metadata={"help": "Concept probes per correction."})
+    restore: float = field(default=0.7, metadata={"help": "Share of the drift that a corrected step takes back."})
+    probe_history: int = field(default=1, metadata={"help": "Recent half-spaces that a correction satisfies."})
+    probe_seed: int = field(default=0, metadata={"help": "Seed of the choice of concept probes."})
+    uncovered: Literal["error", "warn", "ignore"] = field(
+        default="error", metadata={"help": "What to do about parts that the projection does not cover."}
+    )
+
+    def __post_init__(
+        self, concept_basis: ConceptBasis | _Path | None, concept_probes: ConceptProbes | _Path | None
+    ) -> None:
+        super().__post_init__()
+        self.peft_type = register()
+        self.concept_basis = _load(ConceptBasis, concept_basis)
+        self.concept_probes = _load(ConceptProbes, concept_probes)
+        self.uncovered_parts: list[str] = []
+        self._check_values()
+        self._check_given()
+        self.report_uncovered(self._escaping_options())
+
+    def _check_values(self) -> None:
+        expected = {
+            "strength": (0.0 <= self.strength <= 1.0, "a number in [0, 1]"),
+            "rule": (self.rule in ("half-space", "orthogonal"), "'half-space' or 'orthogonal'"),
+            "probe_every": (self.probe_every >= 1, "an integer of at least 1"),
+            "probe_batch_size": (self.probe_batch_size >= 1, "an integer of at least 1"),
+            "restore": (self.restore >= 0.0, "a number of at least 0"),
+            "probe_history": (self.probe_history >= 1, "an integer of at least 1"),
+            "uncovered": (self.uncovered in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'"),
+        }
+        for name, (valid, what) in expected.items():
+            if not valid:
+                raise GradProjConfigError(f"{name}={getattr(self, name)!r}; expected {what}.")
+
+    def _check_given(self) -> None:
+        if self.concept_basis is not None or self.concept_probes is not None:
+            return
+        self.report_uncovered(
+            ["the whole adapter (neither `concept_basis` nor `concept_probes` is given, so nothing is kept out)"]
+        )
+
+    def _escaping_options(self) -> list[str]:
+        """Options that would train, or change, something that the projection does not reach."""
+        plain_init = self.init_lora_weights in (True, False, "gaussian", "orthogonal")
+        escaping = {
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            f"bias={self.bias!r}": self.bias != "none",
+            f"init_lora_weights={self.init_lora_weights!r}": not plain_init,
+        }
+        names = (
+            "modules_to_save",
+            "trainable_token_indices",
+            "target_parameters",
+            "layer_replication",
+            "megatron_config",
+            "velora_config",
+            "alora_invocation_tokens",
+            "use_qalora",
+            "monteclora_config",
+            "use_bdlora",
+            "arrow_config",
+            "kasa_config",
+        )
+        escaping.update({name: bool(getattr(self, name, None)) for name in names})
+        return [name for name, given in escaping.items() if given]
+
+    def report_uncovered(self, parts: list[str]) -> None:
+        """Refuse, warn of, or note parts that escape the projection, as `uncovered` says.
+
+        Raises:
+            GradProjConfigError: If there are any and `uncovered="error"`; it names them.
+        """
+        parts = [part for part in parts if part not in self.uncovered_parts]
+        if not parts:
+            return
+        message = f"the projection does not cover: {', '.join(parts)}. The concept could be learned there."
+        if self.uncovered == "error":
+            raise GradProjConfigError(
+                f"{message} Leave it out of the config, or extend the concept basis to it; with uncovered='warn' it "
+                "is let through and recorded in what is published."
+            )
+        if self.uncovered == "warn":
+            warnings.warn(message, stacklevel=2)
+        self.uncovered_parts.extend(parts)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that `LoraConfig` does not have, for the manifest; JSON values."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in _own_fields()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain LoRA that this adapter is for everybody else: `peft_type` LORA and exactly LoraConfig's keys.
+
+        One key more, and stock PEFT warns and diffusers refuses to load the adapter.
+        """
+        plain = {name: value for name, value in super().to_dict().items() if name not in _own_fields()}
+        return {**plain, "peft_type": PeftType.LORA}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and beside the adapter's weights the concept basis and the manifest.
+
+        PEFT calls it after it has written the weights, which the manifest's digests and leakage are taken from.
+        """
+        from .saving import write_config_sidecars
+
+        super().save_pretrained(save_directory, **kwargs)
+        write_config_sidecars(self, save_directory)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Take the file's keys for this class, though the file says LORA."""
+        kwargs = super().check_kwargs(**kwargs)
+        kwargs.pop("peft_type", None)
+        return kwargs
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> GradProjConfig:
+        """The config of a saved adapter, with its concept basis and its GradProj settings.
+
+        Args:
+            pretrained_model_name_or_path: A folder or Hub id that holds a manifest beside the adapter.
+            subfolder: As in [`~peft.PeftConfig.from_pretrained`].
+            kwargs: As there; `concept_basis` and `concept_probes` override what is found. Probes are not published:
+                give them again to go on with online projection.
+
+        Raises:
+            AdapterFolderError: If there is no manifest, or it is malformed.
+        """
+        from .saving import load_settings
+
+        found = load_settings(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **{**found, **kwargs})
+
+
+def _own_fields() -> frozenset[str]:
+    return frozenset(f.name for f in fields(GradProjConfig)) - frozenset(f.name for f in fields(LoraConfig))
+
+
+def _load(kind: Any, given: Any) -> Any:
+    if given is None or isinstance(given, kind):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return kind.load(given)
+    raise ConceptBasisError(
+        f"got a {type(given).__name__} where a {kind.__name__}, a path or a Hub id was expected; make one with "
+        f"`{kind.__name__}(...)` or `{kind.__name__}.load(...)`."
+    )

@@ -1,0 +1,343 @@
+r"""Adapter weights that cannot leave their constraint.
+
+`lora_A` and `lora_B` of an adapted layer become a :class:`ProjectedLinear` or :class:`ProjectedConv2d`: the same
+module, with the same parameter under the same key, which projects its own weight in `forward`. Autograd then projects
+the gradient by itself, whatever optimizer, precision or wrapper is around. Code that reads the raw weight (merging,
+saving, weighted combinations) is served by *retraction*: the raw weight is put back on the constraint after every
+optimizer step, at injection and after loading.
+
+Sides of a weight of shape `(m, n)`, with the bases of DESIGN's four spaces:
+
+========  ================  =================
+weight    left, of width m  right, of width n
+========  ================  =================
+A         rank (keeps)      input (zero)
+B         output (zero)     rank (keeps)
+========  ================  =================
+
+*zero* means that the component along the basis is 0, *keeps* that it stays what it was at the start. The gradient
+space binds A and B together and is handled by :class:`GradientConstraint`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .errors import ConceptBasisError, GradProjConfigError
+from .projection import coordinates, remove_component
+from .step_hooks import ORDER_RETRACTION, observe_steps
+
+if TYPE_CHECKING:
+    from .basis import LayerBasis
+
+__all__ = [
+    "GradientConstraint",
+    "ProjectedConv2d",
+    "ProjectedLinear",
+    "ProjectedWeight",
+    "constrain_adapter",
+    "projected_weights",
+]
+
+Side = Literal["left", "right"]
+_SIDES: tuple[Side, Side] = ("left", "right")
+
+
+class ProjectedWeight(nn.Module):
+    """What `ProjectedLinear` and `ProjectedConv2d` share: the bases, the projection and the retraction."""
+
+    weight: nn.Parameter
+
+    strength: float
+    """Share of the component that each step loses; only 1 gives an invariant."""
+
+    keeps: frozenset[Side]
+    """Sides on which the component stays what it was, instead of being 0."""
+
+    gradient_constraint: GradientConstraint | None
+    """The gradient-space constraint of this layer, one object shared by the modules of A and B."""
+
+    _before_step: dict[Side, Tensor]
+    """Coordinates of the weight before the optimizer's step, at strength below 1."""
+
+    @staticmethod
+    def adopt(module: nn.Module, strength: float) -> ProjectedWeight:
+        """Turn an adapter's `nn.Linear` or `nn.Conv2d` into its projected subclass, in place.
+
+        The class is exchanged on the live module, so that the parameter, its hooks, device and dtype stay as PEFT
+        made them.
+        """
+        for plain, projected in ((nn.Linear, ProjectedLinear), (nn.Conv2d, ProjectedConv2d)):
+            if type(module) is plain:
+                module.__class__ = projected
+                break
+        assert isinstance(module, ProjectedWeight)
+        module.strength = strength
+        module.keeps = frozenset()
+        module.gradient_constraint = None
+        module._before_step = {}
+        for side in _SIDES:
+            module.register_buffer(f"concept_{side}", None, persistent=False)
+            module.register_buffer(f"start_{side}", None, persistent=False)
+        _retraction.add(module)
+        return module
+
+    def constrain(self, side: Side, basis: Tensor, *, keep: bool) -> None:
+        """Constrain one side to `basis`, float32, shape `(m, k)` for left and `(n, k)` for right."""
+        setattr(self, f"concept_{side}", basis.to(self.weight.device) if not self.weight.is_meta else basis)
+        self.keeps = self.keeps | {side} if keep else self.keeps - {side}
+
+    def constraints(self) -> Iterator[tuple[Side, Tensor]]:
+        """The constrained sides with their bases."""
+        for side in _SIDES:
+            basis = getattr(self, f"concept_{side}")
+            if basis is not None:
+                yield side, basis
+
+    def project(self, weight: Tensor) -> Tensor:
+        """`weight`, in the shape of this module's weight, put on the constraint; unchanged at strength below 1."""
+        if self.strength < 1.0:
+            return weight
+        matrix = weight.flatten(1)
+        for side, basis in self.constraints():
+            start = getattr(self, f"start_{side}") if side in self.keeps else None
+            matrix = remove_component(matrix, basis.to(matrix.device), side=side, target=start)
+        return matrix.reshape(weight.shape)
+
+    @torch.no_grad()
+    def restart(self, *, initial: bool) -> None:
+        """Begin anew from the weight as it is: after injection (`initial`) or after loading.
+
+        A fresh weight loses the share `strength` of what it has in the concept basis; a loaded one was trained
+        under the constraint and is only put back on it where the constraint is exact.
+        """
+        if self.weight.is_meta:
+            return
+        if initial or self.strength == 1.0:
+            matrix = self.weight.flatten(1)
+            for side, basis in self.constraints():
+                if side not in self.keeps:
+                    matrix = remove_component(matrix, basis, side=side, strength=self.strength)
+            self._write(matrix)
+        for side, basis in self.constraints():
+            if side in self.keeps:
+                setattr(self, f"start_{side}", coordinates(self.weight.flatten(1), basis, side=side))
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Note the coordinates before a step, which the soft constraint is relative to."""
+        if self.strength < 1.0:
+            matrix = self.weight.flatten(1)
+            self._before_step = {side: coordinates(matrix, basis, side=side) for side, basis in self.constraints()}
+
+    @torch.no_grad()
+    def retract(self) -> None:
+        """Put the raw weight back on the constraint; at strength below 1, take back that share of the last step."""
+        if self.strength == 1.0:
+            self._write(self.project(self.weight))
+            return
+        matrix = self.weight.flatten(1)
+        for side, basis in self.constraints():
+            if side in self._before_step:
+                target = self._before_step[side]
+                matrix = remove_component(matrix, basis, side=side, strength=self.strength, target=target)
+        self._write(matrix)
+        self._before_step = {}
+
+    def _write(self, matrix: Tensor) -> None:
+        # copy_ and not an in-place projection on a reshaped view: of a channels_last weight `reshape` is a copy.
+        self.weight.copy_(matrix.reshape(self.weight.shape))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ProjectedWeight:
+        # `.half()` or `.to(bfloat16)` must not round the basis: it would no longer be orthonormal. Only the device
+        # of the buffers follows the weight.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            self._buffers[name] = buffer if self.weight.is_meta else buffer.to(self.weight.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}weight" in state_dict:
+            self.restart(initial=False)
+            if self.gradient_constraint is not None:
+                self.gradient_constraint.restart()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A deep copy or an unpickled module is a module of its own and needs its own retraction.
+        super().__setstate__(state)
+        _retraction.add(self)
+
+
+class ProjectedLinear(ProjectedWeight, nn.Linear):
+    """`nn.Linear` whose effective weight is its own weight projected off the concept basis."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.project(self.weight), self.bias)
+
+
+class ProjectedConv2d(ProjectedWeight, nn.Conv2d):
+    """`nn.Conv2d` whose effective weight is its own weight projected off the concept basis."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.project(self.weight), self.bias)
+
+
+class GradientConstraint:
+    r"""The gradient space of one layer: :math:`Q^T (A, B)` stays what it was at the start.
+
+    To first order, no step then changes the concept's loss. It couples A and B, so it is kept by retraction alone:
+    there is no forward projection for it.
+
+    Args:
+        a: The module of A, with `r * d_in` weights.
+        b: The module of B, with `d_out * r` weights.
+        basis: :math:`Q`, float32, shape `(r * d_in + d_out * r, k)`, orthonormal columns.
+        strength: Share of each step's component that is removed.
+    """
+
+    def __init__(self, a: ProjectedWeight, b: ProjectedWeight, basis: Tensor, strength: float) -> None:
+        self.a, self.b, self.basis, self.strength = a, b, basis, strength
+        self._start: Tensor | None = None
+        self.restart()
+
+    def _flat(self) -> Tensor:
+        return torch.cat([m.weight.detach().float().flatten() for m in (self.a, self.b)]).unsqueeze(1)
+
+    def _on_device(self) -> Tensor:
+        if self.basis.device != self.a.weight.device:
+            self.basis = self.basis.to(self.a.weight.device)
+        return self.basis
+
+    def restart(self) -> None:
+        """Take the present coordinates as the ones to keep."""
+        if not (self.a.weight.is_meta or self.b.weight.is_meta):
+            self._start = coordinates(self._flat(), self._on_device(), side="left")
+
+    def remember(self) -> None:
+        """Note the coordinates before a step, at strength below 1."""
+        if self.strength < 1.0:
+            self.restart()
+
+    @torch.no_grad()
+    def retract(self) -> None:
+        """Move A and B back along the basis."""
+        flat = remove_component(
+            self._flat(), self._on_device(), side="left", strength=self.strength, target=self._start
+        ).squeeze(1)
+        split = self.a.weight.numel()
+        self.a.weight.copy_(flat[:split].reshape(self.a.weight.shape))
+        self.b.weight.copy_(flat[split:].reshape(self.b.weight.shape))
+
+
+class _Retraction:
+    """Retracts every projected weight of the process that an optimizer has just stepped."""
+
+    def __init__(self) -> None:
+        self._modules: weakref.WeakSet[ProjectedWeight] = weakref.WeakSet()
+
+    def add(self, module: ProjectedWeight) -> None:
+        self._modules.add(module)
+        observe_steps(self, ORDER_RETRACTION)
+
+    def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[ProjectedWeight]:
+        # By identity and through the module, at each step: PEFT, FSDP and dtype casts replace Parameter objects.
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [module for module in list(self._modules) if id(module.weight) in stepped]
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        modules = self._stepped_by(optimizer)
+        for constraint in (*_gradient_constraints(modules), *modules):
+            constraint.remember()
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        modules = self._stepped_by(optimizer)
+        # The gradient space first: input and output, which can be verified from the weights, must hold last.
+        for constraint in (*_gradient_constraints(modules), *modules):
+            constraint.retract()
+
+
+def _gradient_constraints(modules: list[ProjectedWeight]) -> list[GradientConstraint]:
+    shared = {id(m.gradient_constraint): m.gradient_constraint for m in modules if m.gradient_constraint is not None}
+    return list(shared.values())
+
+
+_retraction = _Retraction()
+
+
+def constrain_adapter(
+    layer: LoraLayer, adapter_name: str, name: str, basis: LayerBasis, *, strength: float, initial: bool = True
+) -> None:
+    """Put the constraints of `basis` on one adapter of one layer, replacing those it has in the same spaces.
+
+    Args:
+        layer: The LoRA layer; its A and B for the adapter are `nn.Linear` or `nn.Conv2d`.
+        adapter_name: Which of its adapters.
+        name: The layer's name in the base model, for messages.
+        basis: Bases of the widths `d_in` (for a convolution `c_in * kh * kw`), `r`, `d_out`,
+            `r * d_in + d_out * r`.
+        strength: Share alpha of the component that is removed, in [0, 1].
+        initial: Whether the weights are fresh; see :meth:`ProjectedWeight.restart`.
+
+    Raises:
+        GradProjConfigError: If the layer is of a kind that is not supported.
+        ConceptBasisError: If a width does not fit.
+    """
+    a, b = _adapter_modules(layer, adapter_name, name)
+    _check_widths(name, basis, a.weight, b.weight)
+    a, b = (m if isinstance(m, ProjectedWeight) else ProjectedWeight.adopt(m, strength) for m in (a, b))
+    if basis.input is not None:
+        a.constrain("right", basis.input, keep=False)
+    if basis.output is not None:
+        b.constrain("left", basis.output, keep=False)
+    if basis.rank is not None:
+        a.constrain("left", basis.rank, keep=True)
+        b.constrain("right", basis.rank, keep=True)
+    for module in (a, b):
+        module.restart(initial=initial)
+    if basis.gradient is not None:
+        a.gradient_constraint = b.gradient_constraint = GradientConstraint(a, b, basis.gradient, strength)
+
+
+def projected_weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ProjectedWeight]]:
+    """Names and modules of the adapter's projected A and B in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, ProjectedWeight) and name.rpartition(".")[2] == adapter_name:
+            yield name, module
+
+
+def _adapter_modules(layer: LoraLayer, adapter_name: str, name: str) -> tuple[Any, Any]:
+    from transformers.pytorch_utils import Conv1D
+
+    base = layer.get_base_layer()
+    supported = isinstance(base, (nn.Linear, nn.Conv2d, Conv1D)) and getattr(base, "groups", 1) == 1
+    if not supported or adapter_name not in layer.lora_A:
+        raise GradProjConfigError(
+            f"layer '{name}' is a {type(base).__name__}; gradient projection supports Linear and Conv2d with groups=1. "
+            "Take it out of `target_modules` (or list it in `exclude_modules`)."
+        )
+    return layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+
+
+def _check_widths(name: str, basis: LayerBasis, a: Tensor, b: Tensor) -> None:
+    rank = a.shape[0]
+    expected = {
+        "input": a[0].numel(),
+        "rank": rank,
+        "output": b.shape[0],
+        "gradient": a.numel() + b.numel(),
+    }
+    for space, width in expected.items():
+        given = getattr(basis, space)
+        if given is not None and given.shape[0] != width:
+            raise ConceptBasisError(
+                f"layer '{name}': the {space} basis has width {given.shape[0]}, but the layer needs {width}. Was the "
+                "basis fitted on another model, or with another `r`? Fit it on this one."
+            )

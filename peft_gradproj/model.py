@@ -1,0 +1,208 @@
+"""`GradProjModel`: the LoRA tuner that puts the constraints of a config on the adapters that it injects."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
+from torch import Tensor, nn
+
+from .basis import ConceptBasis, LayerBasis
+from .config import GradProjConfig
+from .errors import ConceptBasisError, GradProjConfigError
+from .layers import constrain_adapter, projected_weights
+from .online import attach_online_projection
+
+__all__ = ["GradProjModel", "refresh_concept_basis"]
+
+
+class GradProjModel(LoraModel):
+    """Injects LoRA layers whose weights are kept off the concept basis, and corrects steps by the concept probes.
+
+    Everything else is [`~peft.LoraModel`]'s. What it adds to a model are LoRA layers with LoRA's parameters.
+    """
+
+    def _prepare_model(self, peft_config: GradProjConfig, model: nn.Module) -> None:
+        # Called before anything is injected: an error here leaves the model as it was.
+        super()._prepare_model(peft_config, model)
+        basis = peft_config.concept_basis
+        if basis is not None:
+            targeted = self._targeted_names(peft_config, model)
+            peft_config.report_uncovered([f"layer '{name}'" for name in targeted if name not in basis])
+            if targeted and not any(name in basis for name in targeted):
+                raise ConceptBasisError(
+                    f"the concept basis covers none of the adapted layers ({targeted[0]}, ...); it is for "
+                    f"{next(iter(basis))}, ... . Was it fitted on another model? Fit it on this one."
+                )
+
+    def _targeted_names(self, peft_config: GradProjConfig, model: nn.Module) -> list[str]:
+        config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
+        adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        names = [name for name, _ in model.named_modules() if name and not name.startswith(adapted)]
+        matches = ((name, self._check_target_module_exists(config, name)) for name in names)
+        return [name for name, match in matches if match and not isinstance(match, _ExcludedModule)]
+
+    def _create_and_replace(
+        self,
+        lora_config: GradProjConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+        basis = (lora_config.concept_basis or {}).get(current_key)
+        if basis is not None:
+            layer = getattr(parent, target_name)
+            constrain_adapter(layer, adapter_name, current_key, basis, strength=lora_config.strength)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, **kwargs: Any
+    ) -> None:
+        """Inject the adapter, then let its concept probes watch the optimizer; see [`~peft.LoraModel`]."""
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, **kwargs)
+        config = self.peft_config[adapter_name]
+        if config.concept_probes is not None and not config.inference_mode:
+            attach_online_projection(
+                model,
+                adapter_name,
+                config.concept_probes,
+                rule=config.rule,
+                strength=config.strength,
+                probe_every=config.probe_every,
+                probe_batch_size=config.probe_batch_size,
+                restore=config.restore,
+                probe_history=config.probe_history,
+                seed=config.probe_seed,
+            )
+
+    def _check_merge_allowed(self) -> None:
+        # Merging reads the raw weights. They are on the constraint after every step that PyTorch knows of; an engine
+        # that writes parameters behind its back (DeepSpeed) is caught up with here.
+        super()._check_merge_allowed()
+        for name in self.peft_config:
+            for _, module in projected_weights(self.model, name):
+                module.retract()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: GradProjConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What is saved: the adapter's tensors, put on the constraint whatever was done to the raw weights."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        with torch.no_grad():
+            for name, module in projected_weights(model, adapter_name):
+                key = f"{name}.weight"
+                if key in selected:
+                    selected[key] = module.project(selected[key])
+        return selected
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
+        """Combine adapters, as [`~peft.LoraModel.add_weighted_adapter`] does.
+
+        The input and output invariants are closed under sums, so a combination of adapters with one basis keeps them.
+
+        Raises:
+            GradProjConfigError: If the adapters have different concept bases: their sum would keep neither.
+        """
+        configs = {name: self.peft_config[name] for name in adapters}
+        bases = [config.concept_basis for config in configs.values()]
+        if any(basis != bases[0] for basis in bases):
+            raise GradProjConfigError(
+                f"adapters {', '.join(adapters)} have different concept bases; a combination of them would lie in the "
+                "complement of none. Load them as plain LoRA to combine them without the guarantee."
+            )
+        try:
+            # PEFT copies the first adapter's config for the combination, which has no probes: it is not trained.
+            self.peft_config[adapters[0]] = replace(
+                configs[adapters[0]],
+                concept_basis=_closed_under_sums(bases[0]),
+                concept_probes=None,
+                uncovered="ignore",
+            )
+            super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+        finally:
+            self.peft_config.update(configs)
+        for _, module in projected_weights(self.model, adapter_name):
+            module.restart(initial=False)
+
+
+def refresh_concept_basis(model: nn.Module, basis: ConceptBasis, adapter_name: str = "default") -> None:
+    """Exchange the rank and gradient bases of an adapter for newly fitted ones; the rest of its basis stays.
+
+    Both spaces depend on A and B, so that a basis of theirs ages while the adapter is trained: fit it anew every so
+    many steps with `fit_concept_basis(model, ..., spaces=("rank",), adapter_name=...)`. From here on, what A and B
+    are along the new basis is kept.
+
+    Args:
+        model: The model with the adapter: a `PeftModel`, or one that an adapter was added to.
+        basis: The new basis; layers that it lacks keep theirs.
+        adapter_name: Which adapter.
+
+    Raises:
+        ConceptBasisError: If the basis names a layer that the adapter does not have, has input or output spaces, or
+            a width does not fit.
+    """
+    layers = {_bare_name(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    for name, layer_basis in basis.items():
+        if name not in layers or adapter_name not in layers[name].lora_A:
+            raise ConceptBasisError(f"layer '{name}' of the new basis has no adapter '{adapter_name}'.")
+        if layer_basis.input is not None or layer_basis.output is not None:
+            raise ConceptBasisError(
+                f"layer '{name}': the new basis has input or output spaces, which do not age; fit it with "
+                "spaces=('rank',), ('gradient',) or both."
+            )
+    config = model.peft_config[adapter_name]
+    for name, layer_basis in basis.items():
+        constrain_adapter(layers[name], adapter_name, name, layer_basis, strength=config.strength, initial=False)
+    config.concept_basis = _refreshed(config.concept_basis, basis)
+
+
+def _refreshed(old: ConceptBasis | None, new: ConceptBasis) -> ConceptBasis:
+    if old is None:
+        return new
+    layers = dict(old)
+    for name, layer in new.items():
+        former = layers.get(name, layer)
+        layers[name] = LayerBasis(
+            input=former.input,
+            output=former.output,
+            rank=former.rank if layer.rank is None else layer.rank,
+            gradient=former.gradient if layer.gradient is None else layer.gradient,
+        )
+    return _like(old, layers)
+
+
+def _closed_under_sums(basis: ConceptBasis | None) -> ConceptBasis | None:
+    """The input and output spaces; rank and gradient bases belong to one A and B and mean nothing for a sum."""
+    if basis is None:
+        return None
+    layers = {
+        name: LayerBasis(input=layer.input, output=layer.output)
+        for name, layer in basis.items()
+        if layer.input is not None or layer.output is not None
+    }
+    return _like(basis, layers) if layers else None
+
+
+def _like(basis: ConceptBasis, layers: dict[str, LayerBasis]) -> ConceptBasis:
+    return ConceptBasis(
+        layers, concept=basis.concept, base_model=basis.base_model, revision=basis.revision, fit=basis.fit
+    )
+
+
+def _bare_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")

@@ -1,0 +1,86 @@
+"""What a config and a model write beside LoRA weights, and what a config reads back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .adapter_folder import read_settings, write_sidecars
+from .basis import ConceptBasis
+from .errors import AdapterFolderError
+
+if TYPE_CHECKING:
+    from .config import GradProjConfig
+
+__all__ = ["load_settings", "save_sidecars", "write_config_sidecars"]
+
+
+def save_sidecars(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Write the concept basis and the manifest beside LoRA weights that are already in `folder`.
+
+    `PeftModel.save_pretrained` does it by itself. Call it after diffusers' `save_lora_weights` or
+    `save_lora_adapter`, and after transformers' `save_pretrained` of a model that an adapter was added to.
+
+    Args:
+        model: The model with the adapter.
+        folder: Where its LoRA weights were saved.
+        adapter_name: Which adapter.
+
+    Raises:
+        AdapterFolderError: If the model has no such GradProj adapter, or there are no LoRA weights in the folder.
+    """
+    from .config import GradProjConfig
+
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, GradProjConfig):
+        raise AdapterFolderError(
+            f"{type(model).__name__} has no adapter '{adapter_name}' made by a GradProjConfig; nothing to write beside "
+            f"the weights in '{os.fspath(folder)}'."
+        )
+    write_config_sidecars(config, folder)
+
+
+def write_config_sidecars(config: GradProjConfig, folder: str | os.PathLike[str]) -> None:
+    """Write the sidecars of `config` beside the LoRA weights in `folder`."""
+    basis = config.concept_basis
+    write_sidecars(
+        folder,
+        basis,
+        settings=config.settings(),
+        base_model=config.base_model_name_or_path or (basis.base_model if basis is not None else None),
+        revision=config.revision or (basis.revision if basis is not None else None),
+        uncovered=config.uncovered_parts,
+    )
+
+
+def load_settings(path_or_repo_id: str, *, subfolder: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    """The GradProj settings and the concept basis of a saved adapter, as keyword arguments for `GradProjConfig`."""
+    folder = path_or_repo_id if subfolder is None else os.path.join(path_or_repo_id, subfolder)
+    if not os.path.isdir(folder):
+        folder = _download(path_or_repo_id, subfolder, kwargs)
+    settings = dict(read_settings(folder))
+    basis_file = os.path.join(folder, "concept_basis.safetensors")
+    if os.path.isfile(basis_file):
+        settings["concept_basis"] = ConceptBasis.load(basis_file)
+    return settings
+
+
+def _download(repo_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    options = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
+    try:
+        manifest = hf_hub_download(repo_id, "gradproj.json", subfolder=subfolder, **options)
+        # Withheld by its publisher, or an adapter with probes only.
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(repo_id, "concept_basis.safetensors", subfolder=subfolder, **options)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise AdapterFolderError(
+            f"no GradProj adapter at '{repo_id}': {error}. Expected a folder or Hub id with a gradproj.json; load a "
+            "plain LoRA with peft.LoraConfig.from_pretrained."
+        ) from error
+    return os.path.dirname(manifest)
