@@ -1,0 +1,94 @@
+r"""Denoising losses on fixed noise and timesteps, so that models can be compared on the same questions.
+
+:math:`L = \sum w\,(f(z_t, t, c) - y)^2 / \sum w` with the training target :math:`y` of the schedule: the noise
+(`epsilon`), the velocity (`v_prediction`) or the latents (`sample`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion_inputs import noised_inputs
+
+__all__ = ["DenoisingQuestions", "denoising_loss", "training_target"]
+
+
+def training_target(schedule: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is trained to answer under a schedule, shape of `latents`.
+
+    Raises:
+        ValueError: If the schedule's prediction type is unknown.
+    """
+    kind = schedule.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return schedule.get_velocity(latents, noise, timesteps)
+    if kind == "sample":
+        return latents
+    raise ValueError(f"the schedule's prediction type is {kind!r}; expected epsilon, v_prediction or sample.")
+
+
+@dataclass(frozen=True)
+class DenoisingQuestions:
+    """Fixed inputs and answers.
+
+    Args:
+        latents: Shape `(N, C, h, w)`.
+        embeddings: Shape `(N, tokens, width)`.
+        noise: Shape of `latents`.
+        timesteps: Shape `(N,)`.
+        weights: Where the loss counts, shape `(N, 1, h, w)`, or `None` for everywhere.
+    """
+
+    latents: Tensor
+    embeddings: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    weights: Tensor | None = None
+
+    @classmethod
+    def draw(
+        cls,
+        latents: Tensor,
+        embeddings: Tensor,
+        schedule: Any,
+        *,
+        weights: Tensor | None = None,
+        repeats: int = 1,
+        seed: int = 0,
+    ) -> DenoisingQuestions:
+        """Ask about every picture `repeats` times, the timesteps spread evenly over the schedule."""
+        generator = torch.Generator().manual_seed(seed)
+        count = latents.shape[0] * repeats
+        # Strata keep the mean over timesteps, on which the loss depends most, the same for any number of questions.
+        places = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        timesteps = (
+            (places * schedule.config.num_train_timesteps).long().clamp_max(schedule.config.num_train_timesteps - 1)
+        )
+        latents = latents.repeat(repeats, 1, 1, 1)
+        return cls(
+            latents,
+            embeddings.repeat(repeats, 1, 1),
+            torch.randn(latents.shape, generator=generator),
+            timesteps,
+            None if weights is None else weights.repeat(repeats, 1, 1, 1),
+        )
+
+
+@torch.no_grad()
+def denoising_loss(unet: Any, questions: DenoisingQuestions, schedule: Any, *, batch_size: int = 64) -> float:
+    """Weighted mean square error of a UNet's answers; the mean over questions of each one's own mean."""
+    total, count = 0.0, questions.latents.shape[0]
+    for index in torch.arange(count).split(batch_size):
+        latents, noise, timesteps = questions.latents[index], questions.noise[index], questions.timesteps[index]
+        inputs = noised_inputs(latents, questions.embeddings[index], noise, timesteps, schedule)
+        square = (unet(**inputs).sample.float() - training_target(schedule, latents, noise, timesteps)).square()
+        square = square.mean(dim=1, keepdim=True)
+        weights = torch.ones_like(square) if questions.weights is None else questions.weights[index]
+        total += float(((square * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3))).sum())
+    return total / count

@@ -1,0 +1,49 @@
+r"""The figures that a comparison of adapters reports, as pure functions of what was measured.
+
+With denoising losses :math:`L` of the base model, an adapter :math:`x` and a yardstick:
+
+- *leak*: the share of samples in which the concept is found;
+- *kept* :math:`= (L_{base} - L_x) / (L_{base} - L_{oracle})` on pictures free of the concept: how much of what may be
+  learned was learned, the oracle having been trained on the same pictures without the concept;
+- *learned* :math:`= (L_{base} - L_x) / (L_{base} - L_{plain})` where the concept is, on pictures that show it: how
+  much of the concept the adapter has taken in, shown or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Share", "share_of_drop"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """`hits` of `total`, e.g. samples in which the concept is found."""
+
+    hits: int
+    total: int
+
+    @classmethod
+    def of(cls, outcomes: Sequence[bool]) -> Share:
+        """Count the true outcomes."""
+        return cls(sum(map(bool, outcomes)), len(outcomes))
+
+    @property
+    def value(self) -> float:
+        """The share, in [0, 1]; NaN of nothing."""
+        return self.hits / self.total if self.total else math.nan
+
+    @property
+    def standard_error(self) -> float:
+        r""":math:`\sqrt{p (1 - p) / n}`; with no or only hits, that of half an outcome, so that it is never 0."""
+        if not self.total:
+            return math.nan
+        p = min(max(self.value, 0.5 / self.total), 1 - 0.5 / self.total)
+        return math.sqrt(p * (1 - p) / self.total)
+
+
+def share_of_drop(base: float, adapted: float, yardstick: float) -> float:
+    """`(base - adapted) / (base - yardstick)`: 0 as the base, 1 as the yardstick; NaN if the yardstick is the base."""
+    return (base - adapted) / (base - yardstick) if base != yardstick else math.nan
