@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .errors import ConceptBasisError, GradProjConfigError
@@ -41,6 +42,7 @@ __all__ = [
     "ProjectedConv2d",
     "ProjectedLinear",
     "ProjectedWeight",
+    "check_supported",
     "constrain_adapter",
     "projected_weights",
 ]
@@ -290,7 +292,8 @@ def constrain_adapter(
         GradProjConfigError: If the layer is of a kind that is not supported.
         ConceptBasisError: If a width does not fit.
     """
-    a, b = _adapter_modules(layer, adapter_name, name)
+    check_supported(layer, name)
+    a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     _check_widths(name, basis, a.weight, b.weight)
     a, b = (m if isinstance(m, ProjectedWeight) else ProjectedWeight.adopt(m, strength) for m in (a, b))
     if basis.input is not None:
@@ -306,24 +309,31 @@ def constrain_adapter(
         a.gradient_constraint = b.gradient_constraint = GradientConstraint(a, b, basis.gradient, strength)
 
 
+def check_supported(module: nn.Module, name: str) -> None:
+    """Refuse modules whose adapters cannot be projected.
+
+    Args:
+        module: A module of the base model, adapted or not.
+        name: Its name in the base model.
+
+    Raises:
+        GradProjConfigError: If it is neither Linear nor Conv2d, or a grouped convolution; it names the module.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if not isinstance(base, nn.Linear | nn.Conv2d | Conv1D) or getattr(base, "groups", 1) != 1:
+        raise GradProjConfigError(
+            f"layer '{name}' is a {type(base).__name__}; gradient projection supports Linear and Conv2d with groups=1. "
+            "Take it out of `target_modules` (or list it in `exclude_modules`)."
+        )
+
+
 def projected_weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ProjectedWeight]]:
     """Names and modules of the adapter's projected A and B in `model`."""
     for name, module in model.named_modules():
         if isinstance(module, ProjectedWeight) and name.rpartition(".")[2] == adapter_name:
             yield name, module
-
-
-def _adapter_modules(layer: LoraLayer, adapter_name: str, name: str) -> tuple[Any, Any]:
-    from transformers.pytorch_utils import Conv1D
-
-    base = layer.get_base_layer()
-    supported = isinstance(base, (nn.Linear, nn.Conv2d, Conv1D)) and getattr(base, "groups", 1) == 1
-    if not supported or adapter_name not in layer.lora_A:
-        raise GradProjConfigError(
-            f"layer '{name}' is a {type(base).__name__}; gradient projection supports Linear and Conv2d with groups=1. "
-            "Take it out of `target_modules` (or list it in `exclude_modules`)."
-        )
-    return layer.lora_A[adapter_name], layer.lora_B[adapter_name]
 
 
 def _check_widths(name: str, basis: LayerBasis, a: Tensor, b: Tensor) -> None:

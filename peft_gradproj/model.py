@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .basis import ConceptBasis, LayerBasis
 from .config import GradProjConfig
 from .errors import ConceptBasisError, GradProjConfigError
-from .layers import constrain_adapter, projected_weights
+from .layers import check_supported, constrain_adapter, projected_weights
 from .online import attach_online_projection
 
 __all__ = ["GradProjModel", "refresh_concept_basis"]
@@ -29,9 +29,11 @@ class GradProjModel(LoraModel):
     def _prepare_model(self, peft_config: GradProjConfig, model: nn.Module) -> None:
         # Called before anything is injected: an error here leaves the model as it was.
         super()._prepare_model(peft_config, model)
+        targeted = self._targeted_names(peft_config, model)
+        for name in targeted:
+            check_supported(model.get_submodule(name), name)
         basis = peft_config.concept_basis
         if basis is not None:
-            targeted = self._targeted_names(peft_config, model)
             peft_config.report_uncovered([f"layer '{name}'" for name in targeted if name not in basis])
             if targeted and not any(name in basis for name in targeted):
                 raise ConceptBasisError(

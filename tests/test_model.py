@@ -1,0 +1,299 @@
+"""GradProjConfig and GradProjModel as PEFT users meet them: inject, train, merge, combine, copy, refuse."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SmallNet
+from helpers import LAYERS, random_layer_basis, saved_leakage, small_net_basis, train, trainable
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import PeftType
+from torch import nn
+
+from peft_gradproj import ConceptBasis, GradProjConfig, refresh_concept_basis
+from peft_gradproj.errors import ConceptBasisError, GradProjConfigError
+from peft_gradproj.layers import projected_weights
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=5e-2, momentum=0.9),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+}
+
+
+def gradproj_config(basis: ConceptBasis | None = None, **kwargs) -> GradProjConfig:
+    basis = small_net_basis() if basis is None else basis
+    return GradProjConfig(**{"r": 4, "lora_alpha": 8, "target_modules": list(LAYERS), "concept_basis": basis, **kwargs})
+
+
+# The invariant
+
+
+@pytest.mark.parametrize(("accumulation", "clip"), [(1, None), (2, 0.5)], ids=["plain", "accumulated and clipped"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_is_saved_after_training_does_not_leak(optimizer, accumulation, clip, tmp_path):
+    basis = small_net_basis()
+    model = get_peft_model(SmallNet(), gradproj_config(basis))
+    losses = train(model, OPTIMIZERS[optimizer](trainable(model)), 60, accumulation=accumulation, clip=clip)
+    model.save_pretrained(tmp_path)
+    assert losses[-1] < losses[0], "nothing was learned, so nothing was shown"
+    assert saved_leakage(tmp_path, basis) <= 1e-6
+
+
+def test_plain_lora_leaks_in_the_same_training(tmp_path):
+    # Without it, the test above could pass for a reason of its own.
+    model = get_peft_model(SmallNet(), LoraConfig(r=4, lora_alpha=8, target_modules=list(LAYERS)))
+    train(model, OPTIMIZERS["AdamW"](trainable(model)), 60)
+    model.save_pretrained(tmp_path)
+    assert saved_leakage(tmp_path, small_net_basis()) > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "floor"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
+def test_low_precision_leaks_no_more_than_its_rounding(dtype, floor, tmp_path):
+    basis = small_net_basis()
+    model = get_peft_model(SmallNet(), gradproj_config(basis))
+    model.to(dtype)
+    train(model, torch.optim.SGD(trainable(model), lr=5e-2), 50, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    assert saved_leakage(tmp_path, basis) <= floor
+
+
+def test_weights_written_behind_pytorchs_back_are_saved_and_merged_on_the_constraint(tmp_path):
+    basis = small_net_basis()
+    model = get_peft_model(SmallNet(), gradproj_config(basis))
+    with torch.no_grad():
+        for _, module in projected_weights(model, "default"):
+            module.weight.normal_()
+    pictures = torch.randn(4, 3, 8, 8)
+    expected = model(pictures)
+    model.save_pretrained(tmp_path)
+    assert saved_leakage(tmp_path, basis) <= 1e-6
+    torch.testing.assert_close(model.merge_and_unload()(pictures), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_other_optimizers_and_frozen_adapters_are_left_alone():
+    model = get_peft_model(SmallNet(), gradproj_config())
+    stranger = nn.Linear(3, 3)
+    module = model.base_model.model.query.lora_A["default"]
+    with torch.no_grad():
+        module.weight.normal_()
+    before = module.weight.detach().clone()
+    stranger(torch.ones(1, 3)).sum().backward()
+    torch.optim.SGD(stranger.parameters(), lr=0.1).step()
+    assert torch.equal(module.weight, before)
+
+
+# PEFT's own operations
+
+
+def test_the_registered_type_is_gradproj_and_the_layers_are_lora():
+    model = get_peft_model(SmallNet(), gradproj_config())
+    assert model.peft_config["default"].peft_type == PeftType("GRADPROJ") == "GRADPROJ"
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"base_model.model.{layer}.lora_{part}.default.weight" for layer in LAYERS for part in "AB"
+    }
+
+
+def test_disabling_the_adapter_gives_the_base_model():
+    base = SmallNet()
+    pictures = torch.randn(4, 3, 8, 8)
+    expected = base(pictures)
+    model = get_peft_model(base, gradproj_config())
+    train(model, OPTIMIZERS["AdamW"](trainable(model)), 3)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(pictures), expected)
+    assert not torch.allclose(model(pictures), expected)
+
+
+def test_adapters_with_different_bases_keep_each_their_own(tmp_path):
+    first, second = small_net_basis(seed=1), small_net_basis(seed=2)
+    model = get_peft_model(SmallNet(), gradproj_config(first), adapter_name="first")
+    model.add_adapter("second", gradproj_config(second))
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        train(model, OPTIMIZERS["AdamW"](trainable(model)), 10)
+    model.save_pretrained(tmp_path)
+    assert saved_leakage(tmp_path / "first", first) <= 1e-6
+    assert saved_leakage(tmp_path / "second", second) <= 1e-6
+    assert saved_leakage(tmp_path / "first", second) > 0.01
+
+
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
+def test_a_weighted_combination_stays_on_the_common_basis(combination, tmp_path):
+    basis = small_net_basis(("input", "output", "rank"))
+    model = get_peft_model(SmallNet(), gradproj_config(basis), adapter_name="first")
+    model.add_adapter("second", gradproj_config(basis))
+    for seed, name in enumerate(("first", "second")):
+        model.set_adapter(name)
+        train(model, OPTIMIZERS["AdamW"](trainable(model)), 10, seed=seed)
+    model.add_weighted_adapter(["first", "second"], [0.7, 0.4], "both", combination_type=combination)
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    assert saved_leakage(tmp_path / "both", basis) <= 1e-6
+    assert model.peft_config["first"].concept_basis == basis, "the sources' configs were changed"
+
+
+def test_adapters_with_different_bases_are_not_combined():
+    model = get_peft_model(SmallNet(), gradproj_config(small_net_basis(seed=1)), adapter_name="first")
+    model.add_adapter("second", gradproj_config(small_net_basis(seed=2)))
+    with pytest.raises(GradProjConfigError, match="different concept bases"):
+        model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "both", combination_type="linear")
+
+
+def test_all_linear_targets_and_regular_expressions_are_matched_like_lora():
+    basis = small_net_basis()
+    for targets in ("all-linear", r"query|key|head"):
+        model = get_peft_model(SmallNet(), gradproj_config(basis, target_modules=targets))
+        assert {name.split(".")[2] for name, _ in projected_weights(model, "default")} == {"query", "key", "head"}
+
+
+def test_refreshed_rank_bases_are_kept_from_then_on():
+    model = get_peft_model(SmallNet(), gradproj_config(small_net_basis(("input", "rank"))))
+    train(model, OPTIMIZERS["AdamW"](trainable(model)), 5)
+    new = small_net_basis(("rank",), seed=7)
+    refresh_concept_basis(model, new)
+    module = model.base_model.model.query.lora_A["default"]
+    start = (new["query"].rank.mT @ module.weight).detach()
+    train(model, OPTIMIZERS["AdamW"](trainable(model)), 10)
+    torch.testing.assert_close(new["query"].rank.mT @ module.weight, start, atol=1e-5, rtol=1e-5)
+    kept = model.peft_config["default"].concept_basis["query"]
+    assert torch.equal(kept.rank, new["query"].rank)
+    assert (module.weight @ kept.input).norm() <= 1e-6 * module.weight.norm()
+
+
+def test_a_refresh_that_would_move_the_verifiable_spaces_is_refused():
+    model = get_peft_model(SmallNet(), gradproj_config())
+    with pytest.raises(ConceptBasisError, match=r"'conv'.*input or output"):
+        refresh_concept_basis(model, small_net_basis(("input",)))
+
+
+def test_a_low_cpu_memory_load_is_constrained(tmp_path):
+    basis = small_net_basis(("input", "output", "rank", "gradient"))
+    model = get_peft_model(SmallNet(), gradproj_config(basis))
+    train(model, OPTIMIZERS["AdamW"](trainable(model)), 5)
+    model.save_pretrained(tmp_path)
+    config = GradProjConfig.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(SmallNet(), tmp_path, config=config, is_trainable=True, low_cpu_mem_usage=True)
+    start = loaded.base_model.model.query.lora_A["default"].weight.detach().clone()
+    train(loaded, OPTIMIZERS["AdamW"](trainable(loaded)), 10)
+    a = loaded.base_model.model.query.lora_A["default"].weight
+    assert not torch.equal(a, start)
+    torch.testing.assert_close(basis["query"].rank.mT @ a, basis["query"].rank.mT @ start, atol=1e-5, rtol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    assert saved_leakage(tmp_path / "again", basis) <= 1e-6
+
+
+# What escapes is refused
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["head"]},
+        {"trainable_token_indices": [0]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "mica"},
+        {"target_parameters": ["head.weight"]},
+    ],
+    ids=str,
+)
+def test_an_option_that_escapes_the_projection_is_refused_by_name(option):
+    with pytest.raises(GradProjConfigError, match=next(iter(option))):
+        gradproj_config(target_modules=["query"], **option)
+
+
+def test_a_layer_that_the_basis_misses_is_refused_by_name_and_leaves_the_model_as_it_was():
+    base = SmallNet()
+    with pytest.raises(GradProjConfigError, match="layer 'key'"):
+        get_peft_model(base, gradproj_config(small_net_basis(layers=("query",)), target_modules=["query", "key"]))
+    assert all(not name.count("lora_") for name, _ in base.named_modules())
+
+
+def test_uncovered_parts_are_let_through_and_recorded_on_request():
+    basis = small_net_basis(layers=("query",))
+    with pytest.warns(UserWarning, match="layer 'key'"):
+        model = get_peft_model(SmallNet(), gradproj_config(basis, target_modules=["query", "key"], uncovered="warn"))
+    assert model.peft_config["default"].uncovered_parts == ["layer 'key'"]
+
+
+def test_a_basis_of_another_model_is_refused_even_if_uncovered_layers_are_not():
+    foreign = ConceptBasis({"elsewhere": random_layer_basis(8, 16, 4, ("input",))})
+    with pytest.raises(ConceptBasisError, match="covers none"):
+        get_peft_model(SmallNet(), gradproj_config(foreign, target_modules=["query"], uncovered="ignore"))
+
+
+def test_a_config_with_neither_basis_nor_probes_is_refused():
+    with pytest.raises(GradProjConfigError, match="neither"):
+        GradProjConfig(target_modules=["query"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"strength": 1.5},
+        {"strength": -0.1},
+        {"rule": "diagonal"},
+        {"probe_every": 0},
+        {"probe_batch_size": 0},
+        {"restore": -1.0},
+        {"probe_history": 0},
+        {"uncovered": "perhaps"},
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_refused_by_name(value):
+    with pytest.raises(GradProjConfigError, match=next(iter(value))):
+        gradproj_config(**value)
+
+
+class WithOthers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.linear = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("layer", ["embedding", "grouped"])
+def test_a_layer_of_an_unsupported_kind_is_refused_by_name(layer):
+    basis = ConceptBasis({name: random_layer_basis(8, 8, 4, ("input",)) for name in (layer, "linear")})
+    base = WithOthers()
+    with pytest.raises(GradProjConfigError, match=f"'{layer}'"):
+        get_peft_model(base, GradProjConfig(r=4, target_modules=["linear", layer], concept_basis=basis))
+    assert not any("lora_" in name for name, _ in base.named_modules()), "the refusal left a half-adapted model"
+
+
+def test_a_basis_that_is_neither_basis_nor_path_is_refused():
+    with pytest.raises(ConceptBasisError, match="dict"):
+        GradProjConfig(target_modules=["query"], concept_basis={"query": torch.eye(8)})
+
+
+# The cost of importing
+
+
+def test_importing_us_adds_less_than_50_ms_to_peft_and_does_not_import_diffusers():
+    program = (
+        "import sys, time, peft\n"
+        "start = time.process_time()\n"
+        "import peft_gradproj\n"
+        "cost = time.process_time() - start\n"
+        "assert 'diffusers' not in sys.modules\n"
+        "from peft_gradproj import GradProjConfig\n"
+        "assert 'diffusers' not in sys.modules and 'datasets' not in sys.modules\n"
+        "print(cost)"
+    )
+    cost = min(
+        float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+        for _ in range(2)
+    )
+    assert cost < 0.05

@@ -1,0 +1,148 @@
+"""What is saved is a plain LoRA for everybody, and a GradProj adapter for us."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import SmallNet
+from helpers import LAYERS, saved_leakage, small_net_basis, train, trainable
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from peft_gradproj import GradProjConfig, save_sidecars, verify_adapter
+from peft_gradproj.errors import AdapterFolderError
+
+STOCK_LOAD = """
+import sys, warnings
+warnings.simplefilter("error")
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+sys.path.insert(0, {tests!r})
+from conftest import SmallNet
+folder = {folder!r}
+config = PeftConfig.from_pretrained(folder)
+assert type(config).__name__ == "LoraConfig", config
+base = SmallNet()
+base.load_state_dict(load_file({base!r}))
+model = PeftModel.from_pretrained(base, folder).eval()
+assert "peft_gradproj" not in sys.modules
+save_file({{"output": model(load_file({inputs!r})["pictures"])}}, {output!r})
+"""
+
+
+def trained(config=None, base=None):
+    basis = small_net_basis()
+    config = config or GradProjConfig(
+        r=4, lora_alpha=8, target_modules=list(LAYERS), concept_basis=basis, restore=0.5, probe_every=3
+    )
+    model = get_peft_model(base or SmallNet(), config)
+    train(model, torch.optim.AdamW(trainable(model), lr=1e-2), 10)
+    return model, basis
+
+
+def test_the_saved_config_has_exactly_loras_keys_and_type(tmp_path):
+    model, _ = trained()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    plain = get_peft_model(SmallNet(), LoraConfig(r=4, lora_alpha=8, target_modules=list(LAYERS)))
+    plain.save_pretrained(tmp_path / "plain")
+    expected = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "LORA"
+    for config in (saved, expected):
+        config["target_modules"] = sorted(config["target_modules"])
+    assert saved == expected
+    assert (
+        load_file(tmp_path / "adapter_model.safetensors").keys()
+        == load_file(tmp_path / "plain" / "adapter_model.safetensors").keys()
+    )
+
+
+def test_a_process_without_us_loads_it_bit_identically_and_without_a_warning(tmp_path):
+    base = SmallNet()
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    pictures = torch.randn(4, 3, 8, 8)
+    save_file({"pictures": pictures}, tmp_path / "inputs.safetensors")
+    model, _ = trained(base=base)
+    model.save_pretrained(tmp_path / "adapter")
+    program = STOCK_LOAD.format(
+        tests=str(__import__("pathlib").Path(__file__).parent),
+        folder=str(tmp_path / "adapter"),
+        base=str(tmp_path / "base.safetensors"),
+        inputs=str(tmp_path / "inputs.safetensors"),
+        output=str(tmp_path / "output.safetensors"),
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    loaded = PeftModel.from_pretrained(SmallNet(), tmp_path / "adapter")
+    loaded.base_model.model.load_state_dict(model.base_model.model.state_dict())
+    with torch.no_grad():
+        expected = model.eval()(pictures)
+    # What we train with projects in forward, which rounds once more than the plain LoRA does.
+    torch.testing.assert_close(load_file(tmp_path / "output.safetensors")["output"], expected, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        stock = loaded.eval()(pictures)
+    assert torch.equal(load_file(tmp_path / "output.safetensors")["output"], stock)
+
+
+def test_the_config_round_trips_with_its_basis(tmp_path):
+    model, basis = trained()
+    model.save_pretrained(tmp_path)
+    config = GradProjConfig.from_pretrained(tmp_path)
+    original = model.peft_config["default"]
+    for field in fields(GradProjConfig):
+        if field.name not in ("inference_mode", "auto_mapping"):
+            assert getattr(config, field.name) == getattr(original, field.name), field.name
+    assert config.concept_basis == basis
+    assert type(PeftConfig.from_pretrained(tmp_path)) is LoraConfig
+
+
+def test_training_resumes_with_projection(tmp_path):
+    model, basis = trained()
+    model.save_pretrained(tmp_path)
+    config = GradProjConfig.from_pretrained(tmp_path)
+    resumed = PeftModel.from_pretrained(SmallNet(), tmp_path, config=config, is_trainable=True)
+    start = resumed.base_model.model.query.lora_A["default"].weight.detach().clone()
+    assert torch.equal(start, load_file(tmp_path / "adapter_model.safetensors")["base_model.model.query.lora_A.weight"])
+    train(resumed, torch.optim.AdamW(trainable(resumed), lr=1e-2), 10)
+    resumed.save_pretrained(tmp_path / "resumed")
+    assert not torch.equal(resumed.base_model.model.query.lora_A["default"].weight, start)
+    assert saved_leakage(tmp_path / "resumed", basis) <= 1e-6
+
+
+def test_what_is_saved_verifies(tmp_path):
+    model, _ = trained()
+    model.save_pretrained(tmp_path)
+    report = verify_adapter(tmp_path)
+    assert report.ok, report.to_json()
+
+
+def test_an_adapter_with_an_uncovered_layer_does_not_verify(tmp_path):
+    config = GradProjConfig(
+        r=4,
+        target_modules=["query", "key"],
+        concept_basis=small_net_basis(layers=("query",)),
+        uncovered="ignore",
+    )
+    model, _ = trained(config)
+    model.save_pretrained(tmp_path)
+    report = verify_adapter(tmp_path)
+    assert not report.ok
+    assert "key" in report.to_json()
+
+
+def test_a_folder_without_a_manifest_gives_no_gradproj_config(tmp_path):
+    plain = get_peft_model(SmallNet(), LoraConfig(r=4, target_modules=["query"]))
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(AdapterFolderError, match=r"gradproj\.json"):
+        GradProjConfig.from_pretrained(tmp_path)
+
+
+def test_sidecars_of_a_model_without_a_gradproj_adapter_are_refused(tmp_path):
+    plain = get_peft_model(SmallNet(), LoraConfig(r=4, target_modules=["query"]))
+    with pytest.raises(AdapterFolderError, match="GradProjConfig"):
+        save_sidecars(plain, tmp_path)
