@@ -1,0 +1,763 @@
+"""The published folder: what is in it, writing it atomically, reading it suspiciously.
+
+A published adapter is a plain LoRA that everybody can load, and beside it the *concept basis* and a *manifest*,
+`gradproj.json`, that binds them: digests and sizes of the files, the settings of the projection, the base model, and
+the leakage of each layer as measured in the files. The manifest is written last, so that a folder with a manifest is
+complete. The model card and a signature are not bound by it: the Hub lets owners edit the card, and a signature
+covers the manifest.
+
+Layers come in either layout, `base_model.model.{module}.lora_A.weight` of PEFT or `unet.{module}.lora_A.weight` (older:
+`.lora.down.weight`) of diffusers, and leave this module as `LoraPair`s under the name that the module has in the
+bare base model, which is the name that the concept basis uses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from ._version import __version__
+from .errors import AdapterFolderError
+from .projection import leakage
+from .untrusted import (
+    MAX_FILE_BYTES,
+    MAX_JSON_BYTES,
+    FileBytes,
+    TensorFile,
+    parse_json,
+    parse_safetensors,
+    printable,
+    read_file,
+)
+
+if TYPE_CHECKING:
+    from .basis import ConceptBasis
+
+__all__ = [
+    "ADAPTER_CONFIG_NAME",
+    "BASIS_NAME",
+    "BOUND_FILES",
+    "CHECKABLE_SPACES",
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "PUBLISHED_FILES",
+    "SPACES",
+    "WEIGHT_NAMES",
+    "AdapterFolder",
+    "BasisFile",
+    "LoraLayers",
+    "LoraPair",
+    "PublishedFile",
+    "download_adapter_folder",
+    "has_adapter_weights",
+    "layer_leakage",
+    "locate_adapter_folder",
+    "parse_lora_layers",
+    "read_adapter_folder",
+    "read_basis",
+    "read_basis_or_adapter",
+    "read_settings",
+    "write_sidecars",
+]
+
+FORMAT_VERSION = 1
+BASIS_FORMAT_VERSION = "1"
+
+MANIFEST_NAME = "gradproj.json"
+BASIS_NAME = "concept_basis.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+BOUND_FILES = (*WEIGHT_NAMES, ADAPTER_CONFIG_NAME, BASIS_NAME)
+"""The files whose digests the manifest holds."""
+
+PUBLISHED_FILES = (*BOUND_FILES, MANIFEST_NAME, "README.md", "model.sig")
+"""Everything that may be published; whatever else lies in the folder stays at home."""
+
+MAX_DIRECTIONS = 4096
+"""Largest rank, and number of directions of a basis: the cores that leakage is computed from grow with its square."""
+
+SPACES = ("input", "rank", "output", "gradient")
+CHECKABLE_SPACES = ("input", "rank", "output")
+"""The spaces whose promise shows in the weights; what `gradient` promises is about steps."""
+
+
+# What is in a folder
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file as the manifest has it, or as it is."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    r"""The two factors of one adapted layer, convolutions flattened."""
+
+    a: Tensor
+    """Shape `(r, d_in)`; for a convolution `d_in` is `c_in * kh * kw`."""
+
+    b: Tensor
+    """Shape `(d_out, r)`."""
+
+    alpha: float | None = None
+    """The alpha that is stored beside the tensors, if any."""
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return int(self.a.shape[0])
+
+    @property
+    def is_float(self) -> bool:
+        """Whether both factors are of a floating dtype that leakage can be computed in."""
+        return all(t.is_floating_point() and t.dtype.itemsize > 1 for t in (self.a, self.b))
+
+
+@dataclass(frozen=True)
+class LoraLayers:
+    """The tensors of an adapter, sorted into layers and the rest."""
+
+    pairs: dict[str, LoraPair] = field(default_factory=dict)
+    """Adapted layers by the module's name in the base model."""
+
+    uncovered: tuple[str, ...] = ()
+    """Tensors that are no part of a LoRA pair: magnitudes, biases, embeddings, saved modules."""
+
+    malformed: dict[str, str] = field(default_factory=dict)
+    """Layers that are no LoRA, and what is wrong with them."""
+
+
+@dataclass(frozen=True)
+class BasisFile:
+    """A concept basis as it lies in a file, not yet believed to be one."""
+
+    layers: dict[str, dict[str, Tensor]] = field(repr=False)
+    """`{module: {space: tensor}}`."""
+
+    metadata: dict[str, str]
+    """The header's `format_version`, `concept`, `base_model`, `revision` and `fit`, as far as they are given."""
+
+    def to_concept_basis(self) -> ConceptBasis:
+        """The basis as an object.
+
+        Raises:
+            ConceptBasisError: If a matrix is not an orthonormal basis.
+        """
+        from .basis import ConceptBasis, LayerBasis
+
+        layers = {name: LayerBasis(**spaces) for name, spaces in self.layers.items()}
+        known = {key: self.metadata.get(key) for key in ("base_model", "revision")}
+        return ConceptBasis(layers, self.metadata.get("concept", ""), **known, fit=self.fit)
+
+    @property
+    def fit(self) -> dict[str, Any] | None:
+        """How the basis was fitted, as its file says.
+
+        Raises:
+            AdapterFolderError: If the note is not a JSON object.
+        """
+        value = parse_json(self.metadata.get("fit", "null"), "the note on the fit of the concept basis")
+        if value is not None and not isinstance(value, dict):
+            raise AdapterFolderError(f"the note on the fit of the concept basis is a {type(value).__name__}; refused.")
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Names and shapes, JSON-able."""
+        shapes = {name: {s: list(t.shape) for s, t in spaces.items()} for name, spaces in self.layers.items()}
+        known = {key: self.metadata.get(key) for key in ("concept", "base_model", "revision")}
+        return {**known, "fit": self.fit, "layers": shapes}
+
+    def __rich__(self) -> Any:
+        from rich.text import Text
+
+        return Text("\n".join(map(printable, self.to_concept_basis().summary().split("\n"))))
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A published folder that was read; what it claims is still to be checked."""
+
+    path: Path
+    manifest: dict[str, Any]
+    weights: dict[str, TensorFile]
+    """The files of LoRA tensors by name; one, unless both layouts are published."""
+
+    config: dict[str, Any] | None
+    """`adapter_config.json`; diffusers' layout has none."""
+
+    basis: BasisFile | None
+    """`None` where it was withheld, or where there is none."""
+
+    files: dict[str, PublishedFile]
+    """Size and digest of the bound files, as they are."""
+
+    @property
+    def claimed_files(self) -> dict[str, PublishedFile]:
+        """Size and digest of the bound files, as the manifest has them."""
+        return {name: PublishedFile(**entry) for name, entry in self.manifest["files"].items()}
+
+    @property
+    def basis_published(self) -> str:
+        """`full`, `digest` if it was withheld, or `none` if the adapter was trained without."""
+        return self.manifest["basis"]["published"]
+
+    def layers(self) -> dict[str, LoraLayers]:
+        """The adapted layers of each file of weights."""
+        return {name: parse_lora_layers(tensors) for name, tensors in self.weights.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is in the folder, as claimed and unchecked, JSON-able."""
+        layers = {
+            module: {"rank": pair.rank, "d_in": pair.a.shape[1], "d_out": pair.b.shape[0], "dtype": _dtype_name(pair.a)}
+            for parsed in self.layers().values()
+            for module, pair in parsed.pairs.items()
+        }
+        uncovered = [name for parsed in self.layers().values() for name in (*parsed.uncovered, *parsed.malformed)]
+        return {
+            "concept": self.manifest["concept"],
+            "base_model": self.manifest["base_model"],
+            "settings": self.manifest["settings"],
+            "files": {name: {"size": f.size, "sha256": f.sha256} for name, f in self.files.items()},
+            "layers": layers,
+            "uncovered": sorted({*self.manifest["uncovered"], *uncovered}),
+            "basis": self.basis_published if self.basis is None else self.basis.to_dict(),
+        }
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        content = self.to_dict()
+        table = Table("module", "rank", "d_in", "d_out", "dtype", "basis: k by space", title_justify="left")
+        for module, layer in content["layers"].items():
+            spaces = {} if self.basis is None else self.basis.layers.get(module, {})
+            ks = ", ".join(f"{space} {basis.shape[-1]}" for space, basis in spaces.items())
+            table.add_row(*(Text(printable(str(cell))) for cell in (module, *layer.values(), ks)))
+        base = self.manifest["base_model"]
+        lines = {
+            "concept": self.manifest["concept"] or "not named",
+            "base model": f"{base['id'] or 'not named'}{' at ' + base['revision'] if base['revision'] else ''}",
+            "settings": ", ".join(f"{key} {value}" for key, value in self.manifest["settings"].items()),
+            "basis": {"full": "published", "digest": "withheld", "none": "none"}[self.basis_published],
+            "uncovered": ", ".join(content["uncovered"]) or "nothing",
+        }
+        texts = [Text(printable(f"{name}: {value}")) for name, value in lines.items()]
+        return Group(*texts, table, Text("As the publisher claims; `gradproj verify` checks it."))
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+# Layers
+
+_PAIR_SUFFIXES = re.compile(
+    r"(?P<module>.+?)"
+    r"(?:\.lora_(?P<new>[AB])\.weight"
+    r"|(?:\.lora|\.lora_linear_layer)\.(?P<old>down|up)\.weight"
+    r"|\.processor\.(?P<projection>to_q|to_k|to_v|to_out)_lora\.(?P<processor>down|up)\.weight)"
+)
+_PEFT_PREFIX = "base_model.model."
+_NAMESPACES = ("unet.", "transformer.")
+
+
+def parse_lora_layers(tensors: Mapping[str, Tensor]) -> LoraLayers:
+    """Sort tensors into LoRA layers, under their names in the base model, and the rest.
+
+    Args:
+        tensors: An adapter's tensors by key, in PEFT's or diffusers' layout.
+    """
+    factors: dict[str, dict[str, str]] = {}
+    alphas: dict[str, str] = {}
+    rest: list[str] = []
+    strip = _namespace(tensors)
+    for key in tensors:
+        found = _factor(key)
+        if found is not None and found[1] not in factors.setdefault(found[0].removeprefix(strip), {}):
+            factors[found[0].removeprefix(strip)][found[1]] = key
+        elif key.endswith(".alpha"):
+            alphas[key.removesuffix(".alpha").removeprefix(strip)] = key
+        else:
+            rest.append(key)
+    pairs: dict[str, LoraPair] = {}
+    malformed: dict[str, str] = {}
+    for module, keys in factors.items():
+        fault = _fault(tensors, keys)
+        if fault is not None:
+            malformed[module] = fault
+        else:
+            pairs[module] = _pair(tensors, keys, alphas.get(module))
+    rest += [key for module, key in alphas.items() if module not in pairs or tensors[key].numel() != 1]
+    return LoraLayers(pairs, tuple(rest), malformed)
+
+
+def _factor(key: str) -> tuple[str, str] | None:
+    """Module and factor, `a` or `b`, that a tensor's key names."""
+    match = _PAIR_SUFFIXES.fullmatch(key)
+    if match is None:
+        return None
+    module = match["module"]
+    if match["projection"]:
+        # Attention processors once held the LoRA; what they adapt is the projection of the attention module.
+        module += "." + ("to_out.0" if match["projection"] == "to_out" else match["projection"])
+    return module, "a" if (match["new"] or match["old"] or match["processor"]) in ("A", "down") else "b"
+
+
+def _namespace(tensors: Mapping[str, Tensor]) -> str:
+    """The prefix that stands for the model which the basis was fitted on; text encoders keep theirs."""
+    found = [prefix for prefix in (_PEFT_PREFIX, *_NAMESPACES) if any(key.startswith(prefix) for key in tensors)]
+    return found[0] if len(found) == 1 else ""
+
+
+def _fault(tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> str | None:
+    """Why the tensors under `keys` are no pair of factors, if they are not."""
+    if set(keys) != {"a", "b"}:
+        return f"has only its {'A' if 'a' in keys else 'B'} factor; expected A and B"
+    a, b = tensors[keys["a"]], tensors[keys["b"]]
+    if a.ndim < 2 or b.ndim != a.ndim:
+        return f"has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected two matrices or convolutions"
+    if any(size != 1 for size in b.shape[2:]):
+        return f"has a B of shape {tuple(b.shape)}; expected a convolution with kernel size 1"
+    if a.shape[0] != b.shape[1]:
+        return f"has A {tuple(a.shape)} and B {tuple(b.shape)}; expected (r, d_in) and (d_out, r) with one r"
+    if a.shape[0] > MAX_DIRECTIONS:
+        return f"has rank {a.shape[0]}; at most {MAX_DIRECTIONS} is checked"
+    return None
+
+
+def _pair(tensors: Mapping[str, Tensor], keys: Mapping[str, str], alpha: str | None) -> LoraPair:
+    known = alpha is not None and tensors[alpha].numel() == 1
+    return LoraPair(
+        tensors[keys["a"]].flatten(1),
+        tensors[keys["b"]].flatten(1),
+        float(tensors[alpha].item()) if known and alpha is not None else None,
+    )
+
+
+def layer_leakage(pair: LoraPair, bases: Mapping[str, Tensor]) -> dict[str, float]:
+    r"""Leakage of a layer in each checkable space that has a basis of the right width.
+
+    `input` and `output` as in :func:`peft_gradproj.projection.leakage`; `rank`: :math:`\|B R\|_F / \|B\|_F`, since
+    B starts at zero and its columns along R keep their start.
+
+    Args:
+        pair: The layer's factors.
+        bases: By space, shape `(d, k)`, orthonormal columns.
+    """
+    widths = {"input": pair.a.shape[1], "rank": pair.rank, "output": pair.b.shape[0]}
+    result = {}
+    for space in CHECKABLE_SPACES:
+        basis = bases.get(space)
+        if basis is None or basis.ndim != 2 or basis.shape[0] != widths[space] or not basis.is_floating_point():
+            continue
+        result[space] = _rank_leakage(pair, basis) if space == "rank" else leakage(pair.a, pair.b, basis, space=space)
+    return result
+
+
+def _rank_leakage(pair: LoraPair, basis: Tensor) -> float:
+    b = pair.b.double()
+    total = b.norm()
+    return float((b @ basis.double()).norm() / total) if total > 0 else 0.0
+
+
+# Writing
+
+
+def has_adapter_weights(folder: str | os.PathLike[str]) -> bool:
+    """Whether the weights of a LoRA adapter are in `folder`, as safetensors."""
+    return any(Path(folder, name).is_file() for name in WEIGHT_NAMES)
+
+
+def write_sidecars(
+    folder: str | os.PathLike[str],
+    basis: ConceptBasis | None,
+    *,
+    settings: Mapping[str, Any],
+    base_model: str | None,
+    revision: str | None = None,
+    uncovered: Sequence[str] = (),
+    publish_basis: Literal["full", "digest"] = "full",
+    recipe: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the concept basis and the manifest beside a LoRA that has just been saved.
+
+    Each file appears complete or not at all, the manifest last. An error leaves the former files.
+
+    Args:
+        folder: Holds the adapter's weights, and `adapter_config.json` in PEFT's layout.
+        basis: What the adapter was projected away from; `None` if it was trained with concept probes only.
+        settings: The GradProj fields of the config, JSON-able; `strength` among them.
+        base_model: Identifier of the base model; that of the basis if `None`.
+        revision: Its revision; that of the basis if `None`.
+        uncovered: What the projection did not cover, by name.
+        publish_basis: `digest` withholds the basis: publishing what was removed can help an attacker. A verifier
+            then brings his own.
+        recipe: How the adapter was trained, JSON-able.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        AdapterFolderError: If the folder has no weights, they cannot be read, something is not JSON-able, or a basis
+            lies in a folder that is not to publish one.
+    """
+    folder = Path(folder)
+    if publish_basis not in ("full", "digest"):
+        raise AdapterFolderError(f"publish_basis is {publish_basis!r}; expected 'full' or 'digest'.")
+    publish = basis is not None and publish_basis == "full"
+    if not publish and (folder / BASIS_NAME).exists():
+        raise AdapterFolderError(
+            f"{folder} holds a {BASIS_NAME} that is not to be published with this adapter; move it out of the folder "
+            "and save again."
+        )
+    sources = _read_bound(folder, (*WEIGHT_NAMES, ADAPTER_CONFIG_NAME))
+    if not any(name in sources for name in WEIGHT_NAMES):
+        raise AdapterFolderError(f"{folder} holds no {' or '.join(WEIGHT_NAMES)}; save the adapter there first.")
+    with _staged(folder, BASIS_NAME) as staged_basis, _staged(folder, MANIFEST_NAME) as staged_manifest:
+        if basis is not None and publish:
+            basis.save(staged_basis)
+            sources[BASIS_NAME] = FileBytes(BASIS_NAME, bytearray(staged_basis.read_bytes()))
+        manifest = _manifest(sources, basis, publish, settings, base_model, revision, uncovered, recipe)
+        _write_json(staged_manifest, manifest)
+        if publish:
+            os.replace(staged_basis, folder / BASIS_NAME)
+        os.replace(staged_manifest, folder / MANIFEST_NAME)
+    _sync_folder(folder)
+    return folder / MANIFEST_NAME
+
+
+def _manifest(
+    sources: Mapping[str, FileBytes],
+    basis: ConceptBasis | None,
+    publish: bool,
+    settings: Mapping[str, Any],
+    base_model: str | None,
+    revision: str | None,
+    uncovered: Sequence[str],
+    recipe: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    base_model = base_model or (basis.base_model if basis is not None else None) or None
+    if revision is None and basis is not None and basis.base_model == base_model:
+        revision = basis.revision
+    return {
+        "format_version": FORMAT_VERSION,
+        "concept": basis.concept if basis is not None else "",
+        "base_model": {"id": base_model, "revision": revision},
+        "settings": dict(settings),
+        "files": {name: {"size": s.size, "sha256": s.sha256} for name, s in sorted(sources.items())},
+        "basis": {
+            "published": "none" if basis is None else "full" if publish else "digest",
+            "digest": None if basis is None else basis.digest(),
+        },
+        "leakage": {} if basis is None else _measured_leakage(sources, basis),
+        "uncovered": list(uncovered),
+        "versions": _versions(),
+        "recipe": None if recipe is None else dict(recipe),
+    }
+
+
+def _measured_leakage(sources: Mapping[str, FileBytes], basis: ConceptBasis) -> dict[str, dict[str, float | None]]:
+    """Leakage of each layer that the basis covers, from the bytes that are published."""
+    result: dict[str, dict[str, float | None]] = {}
+    for name in WEIGHT_NAMES:
+        layers = parse_lora_layers(parse_safetensors(sources[name], name)) if name in sources else LoraLayers()
+        for module, pair in layers.pairs.items():
+            if module in basis and pair.is_float:
+                measured = layer_leakage(pair, dict(basis[module].items()))
+                result[module] = {space: value if isfinite(value) else None for space, value in measured.items()}
+    return result
+
+
+def _versions() -> dict[str, str]:
+    found = {"peft-gradproj": __version__}
+    for name in ("torch", "peft", "transformers", "diffusers", "safetensors"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@contextmanager
+def _staged(folder: Path, name: str) -> Iterator[Path]:
+    """A name in `folder` to prepare a file under; what is left there is removed."""
+    path = folder / f".{secrets.token_hex(6)}.{name}"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise AdapterFolderError(
+            f"settings or recipe cannot be written as JSON: {error}. Give plain strings, finite numbers, lists and "
+            "dictionaries."
+        ) from error
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renames last; not every file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# Reading
+
+
+def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The GradProj settings of a published adapter, or `None` where there is no manifest.
+
+    Raises:
+        AdapterFolderError: If there is a manifest and it is malformed.
+    """
+    folder = Path(folder)
+    if not os.path.lexists(folder / MANIFEST_NAME):
+        return None
+    return _read_manifest(folder)["settings"]
+
+
+def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
+    """Read a published folder and believe nothing in it.
+
+    Raises:
+        AdapterFolderError: If something is missing, malformed, too large or leads out of the folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise AdapterFolderError(f"{folder} is not a folder; expected the folder of a published adapter.")
+    _refuse_confusable(folder)
+    manifest = _read_manifest(folder)
+    absent = [name for name in manifest["files"] if not os.path.lexists(folder / name)]
+    if absent:
+        raise AdapterFolderError(f"{folder} lacks {', '.join(absent)}, which its manifest lists; publish it again.")
+    sources = _read_bound(folder, BOUND_FILES)
+    weights = {n: parse_safetensors(sources[n], str(folder / n)) for n in WEIGHT_NAMES if n in sources}
+    if not weights:
+        raise AdapterFolderError(f"{folder} holds no {' or '.join(WEIGHT_NAMES)}; there is no adapter to check.")
+    config = sources.get(ADAPTER_CONFIG_NAME)
+    basis = sources.get(BASIS_NAME)
+    return AdapterFolder(
+        path=folder,
+        manifest=manifest,
+        weights=weights,
+        config=None if config is None else _object(config, folder / ADAPTER_CONFIG_NAME),
+        basis=None if basis is None else _parse_basis(basis, folder / BASIS_NAME),
+        files={name: PublishedFile(source.size, source.sha256) for name, source in sources.items()},
+    )
+
+
+def read_basis(path: str | os.PathLike[str]) -> BasisFile:
+    """Read the file of a concept basis, or the one in a folder, and believe nothing in it.
+
+    Raises:
+        AdapterFolderError: If it is missing, malformed or too large.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _parse_basis(read_file(path, BASIS_NAME, limit=MAX_FILE_BYTES), path / BASIS_NAME)
+    if not path.exists():
+        raise AdapterFolderError(f"{path} does not exist; expected the file of a concept basis.")
+    real = path.resolve()
+    return _parse_basis(read_file(real.parent, real.name, limit=MAX_FILE_BYTES), path)
+
+
+def read_basis_or_adapter(path_or_repo: str | os.PathLike[str]) -> BasisFile | AdapterFolder:
+    """Read whichever of the two is there: the file of a concept basis, or a published adapter.
+
+    Raises:
+        AdapterFolderError: If neither is there, or it is malformed.
+    """
+    path = Path(path_or_repo)
+    bare_basis = path.is_dir() and not (path / MANIFEST_NAME).exists() and (path / BASIS_NAME).exists()
+    if path.is_file() or bare_basis:
+        return read_basis(path)
+    return read_adapter_folder(locate_adapter_folder(path_or_repo)[0])
+
+
+def locate_adapter_folder(
+    path_or_repo: str | os.PathLike[str], *, revision: str | None = None
+) -> tuple[Path, str | None]:
+    """The folder of a published adapter, fetched from the Hub if it is not there; and the commit, if it was.
+
+    Raises:
+        AdapterFolderError: If it cannot be fetched, or a revision is asked for of a local folder.
+    """
+    path = Path(path_or_repo)
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)):
+        return download_adapter_folder(str(path_or_repo), revision=revision)
+    if revision is not None:
+        raise AdapterFolderError(f"a revision was given, but {path} is a path; only the Hub has revisions.")
+    return path, None
+
+
+def download_adapter_folder(repo_id: str, *, revision: str | None = None) -> tuple[Path, str]:
+    """Fetch the published files of a repository of the Hub, and nothing else.
+
+    Args:
+        repo_id: `user/name`.
+        revision: Branch, tag or commit; the default branch if `None`.
+
+    Returns:
+        The folder in the Hub's cache, and the commit that it holds.
+
+    Raises:
+        AdapterFolderError: If the repository cannot be reached, or a file is over its limit.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+        names = {s.rfilename: s.size or 0 for s in info.siblings or () if s.rfilename in PUBLISHED_FILES}
+        for name, size in names.items():
+            if size > _limit(name):
+                raise AdapterFolderError(f"{name} of {repo_id} has {size:,} bytes; at most {_limit(name):,} are read.")
+        if MANIFEST_NAME not in names:
+            raise AdapterFolderError(f"{repo_id} holds no {MANIFEST_NAME}; it was not published with peft-gradproj.")
+        folder = snapshot_download(repo_id, revision=info.sha, allow_patterns=sorted(names))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterFolderError(
+            f"{repo_id} is neither a folder, nor a repository that can be reached ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}). Check the name, the revision and the connection."
+        ) from error
+    return Path(folder), info.sha or ""
+
+
+def _limit(name: str) -> int:
+    return MAX_FILE_BYTES if name.endswith(".safetensors") else MAX_JSON_BYTES
+
+
+def _read_bound(folder: Path, names: Sequence[str]) -> dict[str, FileBytes]:
+    return {name: read_file(folder, name, limit=_limit(name)) for name in names if os.path.lexists(folder / name)}
+
+
+def _refuse_confusable(folder: Path) -> None:
+    """Refuse names that are published names but for their case: a file system may take one for the other."""
+    for entry in os.listdir(folder):
+        for name in (*BOUND_FILES, MANIFEST_NAME):
+            if entry != name and entry.casefold() == name.casefold():
+                raise AdapterFolderError(f"{folder} holds {entry!r} beside, or for, {name}; refused. Remove it.")
+
+
+def _object(source: FileBytes, where: Path) -> dict[str, Any]:
+    value = parse_json(source.data, str(where))
+    if not isinstance(value, dict):
+        raise AdapterFolderError(f"{where} holds a {type(value).__name__}; expected a JSON object.")
+    return value
+
+
+def _parse_basis(source: FileBytes, where: Path) -> BasisFile:
+    tensors = parse_safetensors(source, str(where))
+    found = tensors.metadata.get("format_version")
+    if found != BASIS_FORMAT_VERSION:
+        raise AdapterFolderError(
+            f"{where} has format version {found!r}; this release reads {BASIS_FORMAT_VERSION!r}. Update peft-gradproj."
+        )
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key in tensors:
+        module, _, space = key.rpartition(".")
+        if not module or space not in SPACES:
+            raise AdapterFolderError(
+                f"{where} holds a tensor {key}; expected {{module}}.{{space}} with a space of {', '.join(SPACES)}."
+            )
+        if tensors.infos[key].shape[-1:] > (MAX_DIRECTIONS,):
+            raise AdapterFolderError(
+                f"{key} in {where} has shape {tensors.infos[key].shape}; at most {MAX_DIRECTIONS} directions are read."
+            )
+        layers.setdefault(module, {})[space] = tensors[key]
+    return BasisFile(layers, tensors.metadata)
+
+
+# The manifest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    where = folder / MANIFEST_NAME
+    if not os.path.lexists(where):
+        raise AdapterFolderError(f"{folder} holds no {MANIFEST_NAME}; it was not published with peft-gradproj.")
+    manifest = _object(read_file(folder, MANIFEST_NAME, limit=MAX_JSON_BYTES), where)
+    found = manifest.get("format_version")
+    if type(found) is not int or found != FORMAT_VERSION:
+        raise AdapterFolderError(
+            f"{where} has format version {found!r}; this release reads {FORMAT_VERSION}. Update peft-gradproj."
+        )
+    for key, (valid, expected) in _MANIFEST_FIELDS.items():
+        if key not in manifest or not valid(manifest[key]):
+            raise AdapterFolderError(f"{where}: {key!r} is missing or malformed; expected {expected}.")
+    return manifest
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_files(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        name in BOUND_FILES
+        and isinstance(entry, dict)
+        and set(entry) == {"size", "sha256"}
+        and type(entry["size"]) is int
+        and isinstance(entry["sha256"], str)
+        and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
+        for name, entry in value.items()
+    )
+
+
+def _is_basis(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"published", "digest"}
+        and value["published"] in ("full", "digest", "none")
+        and _is_text(value["digest"])
+    )
+
+
+def _is_leakage(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(spaces, dict) and all(_is_number(share) for share in spaces.values()) for spaces in value.values()
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+_MANIFEST_FIELDS: dict[str, tuple[Any, str]] = {
+    "concept": (lambda v: isinstance(v, str), "text"),
+    "base_model": (
+        lambda v: isinstance(v, dict) and set(v) == {"id", "revision"} and all(map(_is_text, v.values())),
+        "an object of id and revision",
+    ),
+    "settings": (lambda v: isinstance(v, dict), "an object"),
+    "files": (_is_files, f"size and sha256 for names out of {', '.join(BOUND_FILES)}, without any path"),
+    "basis": (_is_basis, "an object of published ('full', 'digest' or 'none') and digest"),
+    "leakage": (_is_leakage, "a number for each layer and space"),
+    "uncovered": (lambda v: isinstance(v, list) and all(isinstance(e, str) for e in v), "a list of names"),
+    "versions": (lambda v: isinstance(v, dict), "an object"),
+    "recipe": (lambda v: v is None or isinstance(v, dict), "an object, or null"),
+}

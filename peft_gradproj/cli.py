@@ -1,0 +1,116 @@
+"""The command line, `gradproj`: thin, each command one call of the library.
+
+Exit status: 0 verified or done, 1 not verified, 2 could not be checked, or any other error. What a command needs is
+imported when it runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ._version import __version__
+from .errors import GradProjError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="gradproj",
+    help="Fine-tune with LoRA while a concept is kept out, and check that it was.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gradproj {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def verify(
+    path_or_repo: Annotated[str, typer.Argument(help="Folder of a published adapter, or its id on the Hub.")],
+    basis: Annotated[str | None, typer.Option(help="Your own concept basis, to check against it as well.")] = None,
+    basis_tolerance: Annotated[
+        float | None, typer.Option(help="Largest leakage against your own basis; rounding error by default.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check integrity and orthogonality of a published adapter. Exit status: 0 verified, 1 not, 2 not checkable."""
+    from .verification import verify_adapter
+
+    try:
+        report = verify_adapter(path_or_repo, basis=basis, basis_tolerance=basis_tolerance, revision=revision)
+    except GradProjError as error:
+        if as_json:
+            _print_json({"status": "could not be checked", "ok": False, "source": path_or_repo, "error": str(error)})
+        raise
+    _print_json(report.to_dict()) if as_json else _print(report)
+    raise typer.Exit(report.exit_status)
+
+
+@app.command()
+def inspect(
+    basis_or_adapter: Annotated[
+        str, typer.Argument(help="File of a concept basis, folder of an adapter, or its id on the Hub.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a concept basis or a published adapter holds, without checking what it claims."""
+    from .adapter_folder import read_basis_or_adapter
+
+    found = read_basis_or_adapter(basis_or_adapter)
+    _print_json(found.to_dict()) if as_json else _print(found)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the page, the pictures and the adapters.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each run.")] = None,
+    logo: Annotated[str | None, typer.Option(help="Name of the brand logo that must not be learned.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few steps, to see that everything runs.")] = False,
+) -> None:
+    """Fine-tune a small diffusion model on stamped pictures with and without projection, and compare."""
+    from .demo import run_demo
+
+    given = {"steps": steps, "logo": logo}
+    run_demo(output, seed=seed, quick=quick, **{key: value for key, value in given.items() if value is not None})
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _print(value: Any) -> None:
+    from rich.console import Console
+
+    Console().print(value)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line on standard error and exit status 2."""
+    try:
+        app()
+    except GradProjError as error:
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+        print(f"gradproj: {message}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,648 @@
+"""Checking a published adapter from its files alone: no base model, no GPU, and nothing believed.
+
+Two groups of checks are made here. *Integrity*: the files are the ones that the manifest binds, of sound dtypes,
+shapes and values, and a plain LoRA for the base model that they name. *Orthogonality*: every adapted layer is covered
+by a basis that is one, the leakage recomputed from the weights is rounding error, and what the publisher claims is
+what we find. They say that the adapter does not act along the concept basis. They do not say that the basis is the
+concept's, which the verifier's own basis can tell, nor that the concept cannot be generated.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .adapter_folder import (
+    ADAPTER_CONFIG_NAME,
+    BASIS_NAME,
+    CHECKABLE_SPACES,
+    WEIGHT_NAMES,
+    AdapterFolder,
+    BasisFile,
+    LoraLayers,
+    LoraPair,
+    layer_leakage,
+    locate_adapter_folder,
+    read_adapter_folder,
+    read_basis,
+)
+from .errors import AdapterFolderError, ConceptBasisError
+from .projection import orthonormality_error, principal_cosines
+from .untrusted import parse_json, printable
+
+if TYPE_CHECKING:
+    from .basis import ConceptBasis
+
+__all__ = ["TOLERANCES", "Check", "LayerResult", "VerificationReport", "verify_adapter"]
+
+TOLERANCES: dict[torch.dtype, float] = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 5e-3,
+}
+"""Largest leakage that rounding explains, by the dtype that a factor is stored in."""
+
+ORTHONORMALITY_TOLERANCE = 1e-4
+MAX_SCALE = 1e4
+"""Largest factor alpha / r that a trained LoRA plausibly has; beyond it, tiny factors hide what they do."""
+
+VERIFIED, NOT_VERIFIED, UNCHECKED = "verified", "not verified", "could not be checked"
+
+Bases = Mapping[str, Mapping[str, Tensor]]
+
+
+# The report
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked: of the whole adapter, or, where it failed, of one layer."""
+
+    name: str
+    group: str
+    """`integrity` or `orthogonality`."""
+
+    passed: bool | None
+    """`None` if it could not be checked."""
+
+    detail: str
+    layer: str | None = None
+    value: float | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What was found in one adapted layer."""
+
+    name: str
+    rank: int
+    dtype: str
+    tolerance: float
+    leakage: dict[str, float]
+    """By space, against the published basis, or the verifier's where none is published."""
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """The answer of :func:`verify_adapter`."""
+
+    source: str
+    """The folder or repository as it was asked for."""
+
+    commit: str | None
+    """The commit that was checked, for a repository of the Hub."""
+
+    checks: tuple[Check, ...]
+    layers: tuple[LayerResult, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+    """What these checks cannot tell about this adapter."""
+
+    @property
+    def status(self) -> str:
+        """`verified`, `not verified`, or `could not be checked` where nothing failed but something was out of reach."""
+        results = [check.passed for check in self.checks]
+        if False in results:
+            return NOT_VERIFIED
+        return VERIFIED if results and None not in results else UNCHECKED
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything was checked and nothing failed."""
+        return self.status == VERIFIED
+
+    @property
+    def exit_status(self) -> int:
+        """0 verified, 1 not verified, 2 could not be checked."""
+        return {VERIFIED: 0, NOT_VERIFIED: 1, UNCHECKED: 2}[self.status]
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that did not pass."""
+        return tuple(check for check in self.checks if check.passed is False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report, JSON-able."""
+        return {
+            "status": self.status,
+            "ok": self.ok,
+            "source": self.source,
+            "commit": self.commit,
+            "checks": [_finite(asdict(check)) for check in self.checks],
+            "layers": [{**asdict(layer), "leakage": _finite(layer.leakage)} for layer in self.layers],
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def render(self, width: int = 120) -> str:
+        """The report as plain text, as `print` shows it."""
+        from rich.console import Console
+
+        stream = io.StringIO()
+        Console(file=stream, width=width, color_system=None).print(self)
+        return stream.getvalue()
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("", "check", "finding", title=Text(printable(self.source)), title_justify="left")
+        for check in self.checks:
+            mark = {True: Text("pass", "green"), False: Text("FAIL", "bold red"), None: Text("?", "yellow")}
+            where = f"{check.layer}: " if check.layer else ""
+            table.add_row(
+                mark[check.passed], Text(f"{check.group}: {check.name}"), Text(printable(where + check.detail))
+            )
+        colour = {VERIFIED: "bold green", NOT_VERIFIED: "bold red", UNCHECKED: "bold yellow"}[self.status]
+        lines = [Text(f"commit {self.commit}")] if self.commit else []
+        notes = [Text(printable(f"Note: {note}")) for note in self.notes]
+        return Group(table, *lines, *notes, Text(self.status, colour))
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN; what is not finite is null, and the detail says so."""
+    return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()}
+
+
+# Verification
+
+
+def verify_adapter(
+    path_or_repo: str | os.PathLike[str],
+    *,
+    basis: ConceptBasis | str | os.PathLike[str] | None = None,
+    basis_tolerance: float | None = None,
+    revision: str | None = None,
+) -> VerificationReport:
+    """Check integrity and orthogonality of a published adapter, from its files alone.
+
+    An adapter that was trained with concept probes only, or whose basis was withheld, leaves orthogonality out of
+    reach: integrity is reported and the status is `could not be checked`, unless the verifier brings a basis.
+
+    Args:
+        path_or_repo: A folder, or the id of a repository of the Hub, of which only the published files are fetched.
+        basis: The verifier's own concept basis, or its file. The adapter has to be orthogonal to it as well.
+        basis_tolerance: Largest leakage against the verifier's own basis, rounding error by default. Two honest fits
+            of one concept differ, so that a basis which is not the published one needs a larger value.
+        revision: Branch, tag or commit of the repository.
+
+    Returns:
+        The report; `report.ok` only if everything was checked and nothing failed.
+
+    Raises:
+        AdapterFolderError: If there is no such adapter, it is malformed, or it is refused as unsafe to read.
+        ConceptBasisError: If the verifier's own basis is none.
+    """
+    own = None if basis is None else _own_basis(basis)
+    path, commit = locate_adapter_folder(path_or_repo, revision=revision)
+    folder = read_adapter_folder(path)
+    layers = folder.layers()
+    integrity = [*_check_files(folder), *_check_config(folder, layers), *_check_base(folder), *_check_tensors(layers)]
+    orthogonality, results = _check_orthogonality(folder, layers, own, basis_tolerance)
+    return VerificationReport(
+        str(path_or_repo), commit, (*integrity, *orthogonality), tuple(results), tuple(_notes(folder, own))
+    )
+
+
+def _own_basis(basis: ConceptBasis | str | os.PathLike[str]) -> ConceptBasis:
+    if not isinstance(basis, str | os.PathLike):
+        return basis
+    if Path(basis).exists():
+        return read_basis(basis).to_concept_basis()
+    from .basis import ConceptBasis
+
+    return ConceptBasis.load(basis)
+
+
+def _notes(folder: AdapterFolder, own: ConceptBasis | None) -> Iterator[str]:
+    spaces = {space for layer in (folder.basis.layers if folder.basis else {}).values() for space in layer}
+    if "gradient" in spaces:
+        yield "the gradient space constrains training steps; it cannot be checked from the weights."
+    if "rank" in spaces:
+        yield (
+            "in the rank space only B is checked, whose columns along the basis start at zero; that A kept its start "
+            "there cannot be checked from the weights."
+        )
+    if own is not None and folder.manifest["basis"]["digest"] is not None:
+        same = own.digest() == folder.manifest["basis"]["digest"]
+        yield f"your basis is {'' if same else 'not '}the one that the manifest's digest names."
+    if folder.basis is not None and own is None:
+        yield "whether the published basis is the concept's is not checked; compare it with a basis of your own."
+
+
+def _gathered(name: str, group: str, failures: Iterable[Check], summary: str, **figures: Any) -> list[Check]:
+    """The failed checks under one name, or one passed check."""
+    return list(failures) or [Check(name, group, True, summary, **figures)]
+
+
+# Integrity
+
+
+def _check_files(folder: AdapterFolder) -> list[Check]:
+    claimed, found = folder.claimed_files, folder.files
+    digests = [
+        Check("digests", "integrity", False, _difference(name, claimed[name], found[name]))
+        for name in claimed
+        if claimed[name] != found[name]
+    ]
+    unlisted = [
+        Check("files", "integrity", False, f"{name} is not in the manifest; it was added afterwards")
+        for name in found
+        if name not in claimed
+    ]
+    for name in WEIGHT_NAMES:
+        twin = name.replace(".safetensors", ".bin")
+        if (folder.path / twin).exists():
+            unlisted.append(Check("files", "integrity", False, f"{twin} is a pickle that a loader may prefer"))
+    if (BASIS_NAME in found) != (folder.basis_published == "full"):
+        unlisted.append(
+            Check("files", "integrity", False, f"the manifest says of the basis {folder.basis_published!r}, but "
+                  f"{BASIS_NAME} is {'there' if BASIS_NAME in found else 'missing'}")
+        )  # fmt: skip
+    return [
+        *_gathered("digests", "integrity", digests, f"{len(found)} files are the ones that the manifest binds"),
+        *_gathered("files", "integrity", unlisted, "nothing is missing or added"),
+    ]
+
+
+def _difference(name: str, claimed: Any, found: Any) -> str:
+    if claimed.size != found.size:
+        return f"{name} has {found.size:,} bytes; the manifest says {claimed.size:,}"
+    return f"{name} has SHA-256 {found.sha256[:16]}...; the manifest says {claimed.sha256[:16]}..."
+
+
+def _check_tensors(layers: Mapping[str, LoraLayers]) -> list[Check]:
+    shapes, dtypes, values = [], [], []
+    for parsed in layers.values():
+        for module, fault in parsed.malformed.items():
+            shapes.append(Check("shapes", "integrity", False, fault, layer=module))
+        for module, pair in parsed.pairs.items():
+            if not pair.is_float:
+                detail = f"is stored as {pair.a.dtype} and {pair.b.dtype}; expected float32, float16 or bfloat16"
+                dtypes.append(Check("dtypes", "integrity", False, detail, layer=module))
+            else:
+                unsound = _value_fault(pair)
+                values += [Check("values", "integrity", False, unsound, layer=module)] if unsound else []
+    count = sum(len(parsed.pairs) for parsed in layers.values())
+    if count == 0:
+        shapes.append(Check("shapes", "integrity", False, "there is no LoRA layer in the files"))
+    return [
+        *_gathered("shapes", "integrity", shapes, f"{count} layers have fitting A and B"),
+        *_gathered("dtypes", "integrity", dtypes, "all layers are of floating dtypes"),
+        *_gathered("values", "integrity", values, "all values are finite and representable"),
+    ]
+
+
+def _value_fault(pair: LoraPair) -> str | None:
+    for name, tensor in (("A", pair.a), ("B", pair.b)):
+        largest = float(tensor.abs().max())
+        if not isfinite(largest):
+            return f"{name} has values that are not finite"
+        if 0 < largest < torch.finfo(tensor.dtype).tiny:
+            return f"{name} has denormal numbers only, which a processor may take for zero or round away"
+    return None
+
+
+# The adapter's config
+
+_ESCAPES = {
+    "use_dora": "DoRA's magnitudes change the base weights' length",
+    "lora_bias": "biases are trained",
+    "modules_to_save": "whole modules are trained",
+    "trainable_token_indices": "embeddings are trained",
+    "target_parameters": "parameters outside of layers are adapted",
+    "layer_replication": "layers are replicated",
+    "alora_invocation_tokens": "the adapter is switched by tokens",
+    "use_qalora": "inputs are pooled before A",
+    "use_bdlora": "factors are block-diagonal",
+    "arrow_config": "adapters are routed",
+    "velora_config": "gradients are compressed",
+    "monteclora_config": "A is sampled",
+    "kasa_config": "the base weights are truncated",
+    "megatron_config": "layers are parallel ones of Megatron",
+}
+_HARMLESS = frozenset(
+    {
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias"),
+        *("fan_in_fan_out", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern"),
+        *("rank_pattern", "alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config"),
+        *("lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+    }
+)
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _check_config(folder: AdapterFolder, layers: Mapping[str, LoraLayers]) -> list[Check]:
+    failures: list[str] = []
+    for name, parsed in layers.items():
+        for where, part, config in _configs(folder, name):
+            failures += [f"{where}: {fault}" for fault in _config_faults(config, _pairs_of(part, parsed))]
+        failures += [
+            f"{module} has alpha {pair.alpha}; expected a finite number up to {MAX_SCALE:g} times its rank"
+            for module, pair in parsed.pairs.items()
+            if pair.alpha is not None and not abs(pair.alpha) <= MAX_SCALE * pair.rank
+        ]
+    checks = [Check("config", "integrity", False, fault) for fault in failures]
+    return _gathered("config", "integrity", checks, "a plain LoRA, without options that escape the projection")
+
+
+def _pairs_of(part: str, parsed: LoraLayers) -> dict[str, LoraPair]:
+    """The layers of one part of a pipeline; the model that the basis belongs to is every part but text encoders."""
+    encoders = {m: pair for m, pair in parsed.pairs.items() if m.startswith("text_encoder")}
+    if part.startswith("text_encoder"):
+        return {m.removeprefix(f"{part}."): pair for m, pair in encoders.items() if m.startswith(f"{part}.")}
+    return {m: pair for m, pair in parsed.pairs.items() if m not in encoders}
+
+
+def _configs(folder: AdapterFolder, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The LoRA configs that loaders take for the weights in file `name`: where each is, for which part, and it."""
+    if name == WEIGHT_NAMES[0]:
+        yield ADAPTER_CONFIG_NAME, "", folder.config if folder.config is not None else {}
+        return
+    text = folder.weights[name].metadata.get("lora_adapter_metadata")
+    if text is None:
+        return
+    where = f"lora_adapter_metadata in {name}"
+    merged = parse_json(text, where)
+    if not isinstance(merged, dict):
+        raise AdapterFolderError(f"{where} is not a JSON object; save the adapter again.")
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in merged.items():
+        prefix, _, option = key.rpartition(".")
+        parts.setdefault(prefix, {})[option] = value
+    for part, config in parts.items():
+        yield where, part, {"peft_type": "LORA", **config}
+
+
+def _config_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> Iterator[str]:
+    """Why `config` is not that of a plain LoRA with factors `pairs`."""
+    if config.get("peft_type") != "LORA":
+        yield f"peft_type is {config.get('peft_type')!r}; expected 'LORA'"
+    for option, value in config.items():
+        if value and option in _ESCAPES:
+            yield f"{option} is set: {_ESCAPES[option]}, outside of the projection"
+        elif value and option not in _HARMLESS:
+            yield f"{option} is set, which this release does not know and cannot judge"
+    if config.get("bias", "none") != "none":
+        yield f"bias is {config['bias']!r}; expected 'none'"
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        yield f"init_lora_weights is {init!r}, which changes the base model"
+    yield from _scale_faults(config)
+    yield from _rank_faults(config, pairs)
+
+
+def _scale_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
+            yield f"{key} is {_short(pattern)}; expected positive numbers by module"
+            return
+    for key in ("r", "lora_alpha"):
+        if not _is_positive(config.get(key)):
+            yield f"{key} is {_short(config.get(key))}; expected a positive number"
+            return
+    alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
+    ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+    if max(alphas) / min(ranks) > MAX_SCALE:
+        yield f"lora_alpha / r reaches {max(alphas) / min(ranks):.3g}; expected at most {MAX_SCALE:g}"
+
+
+def _rank_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> Iterator[str]:
+    pattern = config.get("rank_pattern") or {}
+    if not isinstance(pattern, dict):
+        return
+    for module, pair in pairs.items():
+        expected = _expected_ranks(module, config.get("r"), pattern)
+        if pair.rank not in expected:
+            yield f"{module} has rank {pair.rank}; the config says {' or '.join(map(_short, expected))}"
+
+
+def _expected_ranks(module: str, rank: Any, pattern: Mapping[str, Any]) -> list[Any]:
+    """The ranks that the config allows `module`.
+
+    PEFT takes the keys for regular expressions. Those of strangers are not run, since they can be made to take for
+    ever: a key that is more than a name allows its rank to every module.
+    """
+    names = {key: value for key, value in pattern.items() if re.fullmatch(r"\^?[\w.]+\$?", key)}
+    for key, value in names.items():
+        name = key.strip("^$")
+        if module == name or (module.endswith(f".{name}") and not key.startswith("^")):
+            return [value]
+    return [rank, *(value for key, value in pattern.items() if key not in names)]
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_base(folder: AdapterFolder) -> list[Check]:
+    claimed = folder.manifest["base_model"]
+    named = {"the manifest": (claimed["id"], claimed["revision"])}
+    if folder.config is not None:
+        config = folder.config
+        named[ADAPTER_CONFIG_NAME] = (config.get("base_model_name_or_path"), config.get("revision"))
+    if folder.basis is not None:
+        metadata = folder.basis.metadata
+        named[BASIS_NAME] = (metadata.get("base_model"), metadata.get("revision"))
+    failures = []
+    for index, what in enumerate(("base model", "revision of the base model")):
+        values = {where: value[index] for where, value in named.items() if value[index]}
+        if len(set(map(repr, values.values()))) > 1:
+            listed = ", ".join(f"{_short(value)} in {where}" for where, value in values.items())
+            failures.append(Check("base model", "integrity", False, f"the {what} differs: {listed}"))
+    revision = f" at {claimed['revision']}" if claimed["revision"] else ""
+    summary = f"{claimed['id']}{revision}" if claimed["id"] else "no base model is named"
+    return _gathered("base model", "integrity", failures, summary)
+
+
+# Orthogonality
+
+
+def _check_orthogonality(
+    folder: AdapterFolder, layers: Mapping[str, LoraLayers], own: ConceptBasis | None, own_tolerance: float | None
+) -> tuple[list[Check], list[LayerResult]]:
+    published = folder.basis.layers if folder.basis is not None else None
+    brought = None if own is None else {name: dict(layer.items()) for name, layer in own.items()}
+    if published is None and brought is None:
+        return [Check("leakage", "orthogonality", None, _why_unchecked(folder))], []
+    checks = _check_strength(folder)
+    results: list[LayerResult] = []
+    if published is not None and folder.basis is not None:
+        checks += _check_basis(folder.basis, folder.manifest["basis"]["digest"], layers)
+        checks += _check_coverage(folder, layers, published, "the concept basis")
+        results, leaks = _check_leakage(layers, published, "leakage", None)
+        checks += [*leaks, *_check_claims(folder, results)]
+    if brought is not None:
+        own_results, leaks = _check_leakage(layers, brought, "leakage against your basis", own_tolerance)
+        checks += _check_coverage(folder, layers, brought, "your basis")
+        checks += [*leaks, *([] if published is None else _compare_bases(published, brought, layers))]
+        results = results or own_results
+    return checks, results
+
+
+def _why_unchecked(folder: AdapterFolder) -> str:
+    if folder.basis_published == "digest":
+        return "the concept basis was withheld by the publisher; bring your own to check against it"
+    return (
+        "no concept basis is published: what concept probes protect shows in the model's behaviour and not in the "
+        "weights; bring a basis of your own to check against it"
+    )
+
+
+def _check_strength(folder: AdapterFolder) -> list[Check]:
+    strength = folder.manifest["settings"].get("strength")
+    exact = isinstance(strength, int | float) and strength == 1
+    detail = "1, removed in full" if exact else f"is {_short(strength)}; only 1 gives a guarantee"
+    return [Check("strength", "orthogonality", exact, detail)]
+
+
+def _check_basis(basis: BasisFile, digest: str | None, layers: Mapping[str, LoraLayers]) -> list[Check]:
+    failures = []
+    for module, spaces in basis.layers.items():
+        for space, matrix in spaces.items():
+            fault = _basis_fault(space, matrix)
+            for pair in (parsed.pairs.get(module) for parsed in layers.values()):
+                fault = fault or (None if pair is None else _width_fault(space, matrix, pair))
+            if fault is not None:
+                failures.append(Check("basis", "orthogonality", False, f"the {space} basis {fault}", layer=module))
+    if not failures and digest != _digest(basis):
+        failures = [Check("basis", "orthogonality", False, "is another than the one whose digest the manifest has")]
+    count = sum(len(spaces) for spaces in basis.layers.values())
+    return _gathered("basis", "orthogonality", failures, f"{count} bases are orthonormal, of the right widths")
+
+
+def _basis_fault(space: str, matrix: Tensor) -> str | None:
+    if matrix.ndim != 2 or matrix.dtype not in (torch.float32, torch.float64):
+        return f"has shape {tuple(matrix.shape)} and {matrix.dtype}; expected a float32 matrix (d, k)"
+    if not torch.isfinite(matrix).all():
+        return "has values that are not finite"
+    width, count = matrix.shape
+    if not 0 < count <= width:
+        return f"has {count} directions of width {width}; expected 1 to {width}"
+    error = orthonormality_error(matrix)
+    if error > ORTHONORMALITY_TOLERANCE:
+        return f"is not orthonormal: U^T U differs from I by {error:.2g}; expected at most {ORTHONORMALITY_TOLERANCE:g}"
+    return None
+
+
+def _width_fault(space: str, matrix: Tensor, pair: LoraPair) -> str | None:
+    d_in, d_out, rank = pair.a.shape[1], pair.b.shape[0], pair.rank
+    width = {"input": d_in, "output": d_out, "rank": rank, "gradient": rank * (d_in + d_out)}[space]
+    return None if matrix.shape[0] == width else f"has width {matrix.shape[0]}; the layer's is {width}"
+
+
+def _digest(basis: BasisFile) -> str | None:
+    try:
+        return basis.to_concept_basis().digest()
+    except ConceptBasisError:
+        return None
+
+
+def _check_coverage(folder: AdapterFolder, layers: Mapping[str, LoraLayers], bases: Bases, whose: str) -> list[Check]:
+    failures = []
+    for parsed in layers.values():
+        for module in (*parsed.pairs, *parsed.malformed):
+            if not any(space in bases.get(module, {}) for space in CHECKABLE_SPACES):
+                detail = f"is adapted, but {whose} covers it in none of the spaces {', '.join(CHECKABLE_SPACES)}"
+                failures.append(Check("coverage", "orthogonality", False, detail, layer=module))
+        for tensor in parsed.uncovered:
+            failures.append(Check("coverage", "orthogonality", False, "is uncovered: no part of a LoRA pair", tensor))
+    for part in folder.manifest["uncovered"]:
+        failures.append(Check("coverage", "orthogonality", False, "is uncovered, says the publisher", part))
+    count = sum(len(parsed.pairs) for parsed in layers.values())
+    return _gathered("coverage", "orthogonality", failures, f"{whose} covers all {count} adapted layers")
+
+
+def _check_leakage(
+    layers: Mapping[str, LoraLayers], bases: Bases, name: str, tolerance: float | None
+) -> tuple[list[LayerResult], list[Check]]:
+    results = list(_measured(layers, bases))
+    failures = []
+    worst = 0.0
+    for result in results:
+        allowed = result.tolerance if tolerance is None else tolerance
+        for space, value in result.leakage.items():
+            worst = max(worst, value)
+            # Written so that NaN fails.
+            if not value <= allowed:
+                detail = f"{value:.3g} of the update lies in the {space} basis; expected at most {allowed:g}"
+                failures.append(Check(name, "orthogonality", False, detail, result.name, value, allowed))
+    summary = f"at most {worst:.2g} of any layer's update lies in the basis: rounding error"
+    if tolerance is not None:
+        summary = f"at most {worst:.2g} of any layer's update lies in the basis; up to {tolerance:g} was allowed"
+    if not any(result.leakage for result in results):
+        failures.append(Check(name, "orthogonality", False, "no adapted layer could be measured against the basis"))
+    return results, _gathered(name, "orthogonality", failures, summary, value=worst, tolerance=tolerance)
+
+
+def _measured(layers: Mapping[str, LoraLayers], bases: Bases) -> Iterator[LayerResult]:
+    for parsed in layers.values():
+        for module, pair in parsed.pairs.items():
+            if pair.is_float:
+                tolerance = max(TOLERANCES[pair.a.dtype], TOLERANCES[pair.b.dtype])
+                dtype = str(pair.b.dtype).removeprefix("torch.")
+                yield LayerResult(module, pair.rank, dtype, tolerance, layer_leakage(pair, bases.get(module, {})))
+
+
+def _check_claims(folder: AdapterFolder, results: Iterable[LayerResult]) -> list[Check]:
+    claims: dict[str, dict[str, Any]] = folder.manifest["leakage"]
+    found = {result.name: result for result in results if result.leakage}
+    failures = [
+        Check(
+            "claims", "orthogonality", False, "the manifest claims a leakage, but the layer has none to measure", name
+        )
+        for name in claims
+        if name not in found
+    ]
+    for name, result in found.items():
+        for space, value in result.leakage.items():
+            claim = claims.get(name, {}).get(space)
+            if claim is None or not abs(claim - value) <= result.tolerance:
+                said = "nothing" if claim is None else f"{claim:.3g}"
+                detail = f"the manifest claims {said} for the {space} space; {value:.3g} was found"
+                failures.append(Check("claims", "orthogonality", False, detail, name, value, result.tolerance))
+    return _gathered("claims", "orthogonality", failures, "the claimed leakage is the one that was found")
+
+
+def _compare_bases(published: Bases, own: Bases, layers: Mapping[str, LoraLayers]) -> list[Check]:
+    """How much of the verifier's basis the published one holds, by principal angles; it is told and not judged."""
+    smallest, where = 1.0, ""
+    for module in {name for parsed in layers.values() for name in parsed.pairs}:
+        for space in CHECKABLE_SPACES:
+            u, v = published.get(module, {}).get(space), own.get(module, {}).get(space)
+            if u is None or v is None or u.shape[0] != v.shape[0] or _basis_fault(space, u) is not None:
+                continue
+            cosine = float(principal_cosines(u, v).min()) if v.shape[1] <= u.shape[1] else 0.0
+            if cosine <= smallest:
+                smallest, where = cosine, f"{module}, {space}"
+    detail = (
+        f"the least cosine of a principal angle between your basis and the published one is {smallest:.4f} ({where})"
+        if where
+        else "your basis and the published one share no layer and space"
+    )
+    return [Check("principal angles", "orthogonality", bool(where), detail, value=smallest if where else None)]
