@@ -36,6 +36,7 @@ __all__ = [
     "half_space_coefficient",
     "inner",
     "leakage",
+    "metric_norm",
     "orthonormal_basis",
     "orthonormality_error",
     "principal_cosines",
@@ -345,10 +346,27 @@ def inner(u: Sequence[Tensor], v: Sequence[Tensor], metric: Sequence[Tensor] | N
         product = x.double() * y.double()
         if metric is not None:
             product = product / metric[i].double()
-        total = product.sum() if total is None else total + product.sum()
+        # A model may be spread over devices.
+        total = product.sum() if total is None else total + product.sum().to(total.device)
     if total is None:
         raise ValueError("inner() of no tensors; expected at least one.")
     return total
+
+
+def metric_norm(x: Sequence[Tensor], metric: Sequence[Tensor] | None = None) -> Tensor:
+    r""":math:`\|x\|_M = \langle x, M x\rangle^{1/2}`, over lists of tensors.
+
+    Args:
+        x: Tensors of any shapes.
+        metric: The diagonal of :math:`M`, same shapes; `None` for the identity. Where it is infinite, a coordinate
+            that cannot move, `x` counts as 0.
+
+    Returns:
+        A float64 scalar.
+    """
+    if metric is None:
+        return inner(x, x).sqrt()
+    return inner(x, x, [torch.where(m.isinf(), m, 1 / m) for m in metric]).sqrt()
 
 
 def half_space_coefficient(
@@ -358,6 +376,7 @@ def half_space_coefficient(
     *,
     restore: float,
     metric: Sequence[Tensor] | None = None,
+    restore_limit: float | Tensor | None = None,
 ) -> Tensor:
     r"""How far a step lies outside the half-space :math:`\{\delta : \langle s, \delta\rangle \le -\kappa D\}`.
 
@@ -366,7 +385,11 @@ def half_space_coefficient(
         0 where :math:`s` is 0. See :func:`project_half_space` for the arguments.
     """
     norm = inner(gradient, gradient, metric)
-    excess = (inner(gradient, step) + restore * drift_value).clamp_min(0.0)
+    along = inner(gradient, step)
+    excess = (along + restore * drift_value).clamp_min(0.0)
+    if restore_limit is not None:
+        # ||c M^-1 s||_M = c sqrt(<s, M^-1 s>), so the bound on the norm is one on the excess.
+        excess = torch.minimum(excess, along.clamp_min(0.0) + restore_limit * norm.sqrt())
     tiny = torch.finfo(torch.float64).tiny
     return torch.where(norm > tiny, excess / norm.clamp_min(tiny), torch.zeros_like(norm))
 
@@ -378,6 +401,7 @@ def project_half_space(
     *,
     restore: float,
     metric: Sequence[Tensor] | None = None,
+    restore_limit: float | Tensor | None = None,
 ) -> list[Tensor]:
     r"""Nearest step that does not increase the drift and takes back a share of it.
 
@@ -392,11 +416,16 @@ def project_half_space(
         drift_value: The drift :math:`D >= 0` before the step.
         restore: The share :math:`\kappa >= 0` of the drift that the step takes back.
         metric: The diagonal of the optimizer's metric :math:`M`, positive, same shapes; `None` for the identity.
+        restore_limit: Bounds the norm :math:`\|\cdot\|_M` of what the correction does beyond cancelling
+            :math:`\langle s, \Delta\rangle`. As :math:`s \to 0` a drift that no longer falls would ask for steps of
+            any length. Where the bound is active the step still does not increase the drift, to first order.
 
     Returns:
         The corrected step, a tensor per parameter, in the dtypes of `step`.
     """
-    coefficient = half_space_coefficient(step, gradient, drift_value, restore=restore, metric=metric)
+    coefficient = half_space_coefficient(
+        step, gradient, drift_value, restore=restore, metric=metric, restore_limit=restore_limit
+    )
     return [
         _add_scaled(d, s, -coefficient, None if metric is None else metric[i])
         for i, (d, s) in enumerate(zip(step, gradient, strict=True))
@@ -453,4 +482,4 @@ def _add_scaled(x: Tensor, direction: Tensor, scale: Tensor, metric: Tensor | No
     if metric is not None:
         direction = direction / metric.to(dtype)
     # The coefficient stays float64 until here: it is a quotient that may lie outside float32's range.
-    return (x.to(dtype) + (scale * direction.double()).to(dtype)).to(x.dtype)
+    return (x.to(dtype) + (scale.to(x.device) * direction.double()).to(dtype)).to(x.dtype)
