@@ -1,0 +1,733 @@
+r"""Online projection: each optimizer step is corrected against what the adapter does to the concept now.
+
+Before every `probe_every`-th step a batch of concept probes gives the drift :math:`D(\theta)` and its gradient
+:math:`s`. After the step, :math:`\Delta`, the parameters are moved to :math:`\theta + \Delta'` with
+
+.. math:: \Delta' = \Delta - M^{-1} s \max(0, \langle s, \Delta\rangle + \kappa D) / \langle s, M^{-1} s\rangle ,
+
+the nearest step, in the optimizer's metric :math:`M`, that does not increase the drift and takes back the share
+:math:`\kappa` of what is there; the optimizer's first moment is projected with the same :math:`s`. Both happen in the
+optimizer's step hooks, so that no training loop has to be changed.
+
+Two bounds keep rounding out of the rule. The *floor*, which is what the model without adapter drifts from the stored
+outputs (autocast, half precision), is subtracted from :math:`D`, since no step can take it back. And what a correction
+does beyond cancelling :math:`\langle s, \Delta\rangle` is at most as long, in the metric, as the `probe_every` steps
+since the last correction together, taking :math:`\Delta` for each: :math:`\kappa D` over a vanishing :math:`s` would
+ask for steps of any length.
+
+`rule="orthogonal"` is the literal rule of arXiv 2512.11194 instead: before the step, the training gradients lose their
+component along the gradient of the concept loss. It is there for comparison; it leaks.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from .errors import ConceptDataError, GradProjConfigError, OnlineProjectionError
+from .optimizer_metric import RunningSecondMoment, needs_estimate, optimizer_metric, projected_moments
+from .probes import (
+    ConceptProbes,
+    ProbeBatch,
+    adapters_disabled,
+    broadcast_weights,
+    call_model,
+    evaluation_mode,
+    placement,
+)
+from .projection import drift_terms, inner, metric_norm, project_half_space, project_orthogonal
+from .step_hooks import ORDER_CORRECTION, observe_steps
+
+__all__ = [
+    "RESTORE_LIMIT",
+    "OnlineProjection",
+    "OnlineReport",
+    "Rule",
+    "attach_online_projection",
+    "detach_online_projection",
+    "online_projections",
+]
+
+Rule = Literal["half-space", "orthogonal"]
+
+RESTORE_LIMIT = 1.0
+r"""How long the restoring part of a correction may be, in multiples of `probe_every` :math:`\|\Delta\|_M`.
+
+Below 1 a correction could not take back steps that all went along the concept: in a trial on a small network under
+AdamW, one :math:`\|\Delta\|_M` every fourth step left the drift at .90 of the plain adapter's .95, four left .03."""
+
+_STEPS_BEFORE_WARNING = 20
+_FORKED_DEVICES = ("cuda", "xpu")
+
+
+@dataclass(frozen=True)
+class OnlineReport:
+    """What one correction measured and did."""
+
+    step: int
+    """Number of the optimizer step, from 0."""
+
+    drift: float
+    """The drift on the probe batch before the step, less the floor; for `rule="orthogonal"` the concept loss."""
+
+    floor: float
+    """The drift of the model without adapter on this batch: rounding, which no step can take back."""
+
+    removed_share: float
+    r""":math:`\|\Delta' - \Delta\|_M / \|\Delta\|_M`, or of the gradient's norm for `rule="orthogonal"`."""
+
+    layers: Mapping[str, float]
+    """The removed share of each adapted layer, by its name."""
+
+    seconds: float
+    """Time that the correction took, without the optimizer's own."""
+
+
+@dataclass
+class _HalfSpace:
+    r"""The constraint :math:`D(\theta) \approx b + \langle s, \theta\rangle`, which can be asked again later."""
+
+    gradient: dict[str, Tensor]
+    offset: Tensor
+
+    def drift_at(self, before: Mapping[str, Tensor]) -> Tensor:
+        names = [name for name in before if name in self.gradient]
+        linear = inner([self.gradient[n].to(before[n].device) for n in names], [before[n] for n in names])
+        return (self.offset.to(linear.device) + linear).clamp_min(0.0)
+
+    def gradient_of(self, name: str, like: Tensor) -> Tensor:
+        return self.gradient[name].to(like.device) if name in self.gradient else torch.zeros_like(like)
+
+
+@dataclass
+class _Pending:
+    """What was measured before a step, for the correction after it."""
+
+    parameters: dict[str, nn.Parameter]
+    before: dict[str, Tensor]
+    gradient: dict[str, Tensor]
+    drift: float
+    floor: float
+    seconds: float
+
+
+@dataclass
+class _Autocast:
+    """How the last training forward computed; `None` before there was one."""
+
+    enabled: bool | None = None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass
+class _Floors:
+    """Numerators of the drift without adapter, by probe, for one way to compute."""
+
+    key: Any = None
+    numerators: dict[int, float] = field(default_factory=dict)
+
+
+class OnlineProjection:
+    r"""Corrects the steps that any optimizer takes on one adapter, see the module's formula.
+
+    It holds the model weakly and lives as long as somebody refers to it; :func:`attach_online_projection` keeps it for
+    as long as the model lives.
+
+    Args:
+        model: The base model into which the adapter is injected; it is called on the probes.
+        adapter_name: Which adapter. Others, and all `.grad`, stay untouched (`rule="orthogonal"` changes the adapter's
+            `.grad`).
+        probes: The concept probes.
+        rule: `half-space`, or `orthogonal` for the paper's literal rule.
+        strength: Share :math:`\alpha` in [0, 1] of the correction that is made; at 0 the drift is only measured.
+        probe_every: A step of so many is corrected, the first included. A step counts per optimizer, when it happens:
+            accumulated backwards and steps that a loss scaler skips do not.
+        probe_batch_size: Probes per correction, over all processes.
+        restore: Share :math:`\kappa` in [0, 1] of the drift that a corrected step takes back.
+        probe_history: So many of the last half-spaces are kept, and swept from the oldest to the newest.
+        seed: Of the order in which probes are drawn.
+        on_report: Called with each :class:`OnlineReport`.
+
+    Raises:
+        GradProjConfigError: If an option is out of range, or the model has no such adapter.
+        ConceptDataError: If `rule="orthogonal"` and the probes have no `loss_targets`.
+    """
+
+    last: OnlineReport | None
+    """The report of the last correction."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        probes: ConceptProbes,
+        *,
+        rule: Rule = "half-space",
+        strength: float = 1.0,
+        probe_every: int = 4,
+        probe_batch_size: int = 8,
+        restore: float = 0.7,
+        probe_history: int = 1,
+        seed: int = 0,
+        on_report: Callable[[OnlineReport], None] | None = None,
+    ) -> None:
+        _check_options(rule, strength, probe_every, probe_batch_size, restore, probe_history)
+        if rule == "orthogonal" and probes.loss_targets is None:
+            raise ConceptDataError(
+                "rule='orthogonal' follows the gradient of the concept loss and needs probes with loss_targets (the "
+                "noise or velocity); collect them as (inputs, weights, loss_targets)."
+            )
+        self.adapter_name = adapter_name
+        self.probes = probes
+        self.rule = rule
+        self.strength = strength
+        self.probe_every = probe_every
+        self.probe_batch_size = probe_batch_size
+        self.restore = restore
+        self.probe_history = probe_history
+        self.seed = seed
+        self.on_report = on_report
+        self.last = None
+        self._model = weakref.ref(model)
+        self._drawable = probes.weighted_indices()
+        self._attached = False
+        self._hook: Any = None
+        self._probing = False
+        self._autocast = _Autocast()
+        self._floors = _Floors()
+        self._estimate = RunningSecondMoment()
+        self._history: deque[_HalfSpace] = deque(maxlen=probe_history)
+        self._counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+        self._first_count = 0
+        self._stepping: int | None = None
+        self._pending: _Pending | None = None
+        self._foreign_steps: int | None = 0
+        self._layers: list[tuple[str, weakref.ref[Any]]] = []
+        self._find_layers(model)
+        if not self._layers:
+            raise GradProjConfigError(
+                f"the model {type(model).__name__} has no LoRA layer with an adapter {adapter_name!r}; inject the "
+                "adapter first, and give the model that it was injected into."
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"OnlineProjection(adapter={self.adapter_name!r}, rule={self.rule!r}, strength={self.strength}, "
+            f"probe_every={self.probe_every}, restore={self.restore}, probes={len(self.probes)}, step={self.step})"
+        )
+
+    # Life
+
+    def attach(self) -> OnlineProjection:
+        """Correct steps from now on; attaching twice is the same as once."""
+        model = self._model()
+        if model is not None and not self._attached:
+            self._attached = True
+            self._hook = model.register_forward_pre_hook(_RememberAutocast(self))
+            observe_steps(self, ORDER_CORRECTION)
+        return self
+
+    def detach(self) -> None:
+        """Correct no further step."""
+        self._attached = False
+        self._pending = self._stepping = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps that were seen."""
+        return max(self._counts.values(), default=self._first_count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue exactly: the step, and what was learned from earlier ones."""
+        history = [{"gradient": dict(h.gradient), "offset": h.offset} for h in self._history]
+        return {"step": self.step, "estimate": self._estimate.state_dict(), "history": history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave.
+
+        Raises:
+            OnlineProjectionError: If it is something else.
+        """
+        missing = {"step", "estimate", "history"} - set(state)
+        if missing:
+            raise OnlineProjectionError(
+                f"the state of an online projection lacks {sorted(missing)}; was it saved by one?"
+            )
+        self._counts.clear()
+        self._first_count = int(state["step"])
+        self._estimate.load_state_dict(state["estimate"])
+        self._history = deque((_HalfSpace(**h) for h in state["history"]), maxlen=self.probe_history)
+
+    def log(self, prefix: str = "gradproj") -> dict[str, float]:
+        """The last report as flat numbers, for any tracker; empty before the first correction."""
+        if self.last is None:
+            return {}
+        names = ("drift", "floor", "removed_share", "seconds")
+        return {f"{prefix}/{name}": float(getattr(self.last, name)) for name in names}
+
+    # The observed step
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the drift and its gradient, where it is this step's turn."""
+        self._pending = self._stepping = None
+        model = self._model()
+        if not self._attached or model is None:
+            return
+        due = self._counts.get(optimizer, self._first_count) % self.probe_every == 0
+        parameters = self._parameters_of(optimizer, model, refresh=due)
+        if not parameters:
+            self._notice_foreign_step()
+            return
+        self._foreign_steps = None
+        self._stepping = id(optimizer)
+        if self.rule == "half-space" and needs_estimate(optimizer, parameters):
+            self._estimate.update(parameters)
+        if due:
+            started = time.perf_counter()
+            if self.rule == "orthogonal":
+                self._project_gradients(model, optimizer, parameters, started)
+            else:
+                self._pending = self._measured(model, optimizer, parameters, started)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Correct the step that was measured."""
+        # A wrapper's step may enclose that of the optimizer it wraps: the innermost, which moved, is the one corrected.
+        if self._stepping != id(optimizer):
+            return
+        pending, self._pending, self._stepping = self._pending, None, None
+        step = self._counts.get(optimizer, self._first_count)
+        self._counts[optimizer] = step + 1
+        if pending is not None:
+            with torch.no_grad():
+                self._correct(optimizer, pending, step)
+
+    def _notice_foreign_step(self) -> None:
+        if self._foreign_steps is None:
+            return
+        self._foreign_steps += 1
+        if self._foreign_steps == _STEPS_BEFORE_WARNING:
+            self._foreign_steps = None
+            warnings.warn(
+                f"{_STEPS_BEFORE_WARNING} optimizer steps had none of the active, trainable parameters of adapter "
+                f"{self.adapter_name!r}, so the online projection has corrected nothing. If the adapter is being "
+                "trained, its optimizer holds other tensors (DeepSpeed, FSDP1), which is not supported.",
+                stacklevel=2,
+            )
+
+    # Parameters, through the modules: PEFT and FSDP replace Parameter objects
+
+    def _find_layers(self, model: nn.Module) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+        self._layers = [(name, weakref.ref(m)) for name, m in layers if _weights_of(m, self.adapter_name)]
+
+    def _parameters_of(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, *, refresh: bool
+    ) -> dict[str, nn.Parameter]:
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        found = {} if refresh else self._trainable(known)
+        if not found:
+            self._find_layers(model)
+            found = self._trainable(known)
+        return found
+
+    def _trainable(self, known: set[int]) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        for name, reference in self._layers:
+            layer: Any = reference()
+            if layer is None or layer.disable_adapters or self.adapter_name not in layer.active_adapters:
+                continue
+            for part, weight in _weights_of(layer, self.adapter_name).items():
+                if weight.requires_grad and id(weight) in known and id(weight) not in seen:
+                    _refuse_sharded(f"{name}.{part}", weight)
+                    seen.add(id(weight))
+                    found[f"{name}.{part}"] = weight
+        return found
+
+    # Measuring
+
+    def _measured(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, nn.Parameter],
+        started: float,
+    ) -> _Pending:
+        drift, floor, gradient = self._drift_and_gradient(model, optimizer, parameters)
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        return _Pending(parameters, before, gradient, drift, floor, time.perf_counter() - started)
+
+    def _drift_and_gradient(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+    ) -> tuple[float, float, dict[str, Tensor]]:
+        """Drift less floor, floor, and the drift's gradient in the parameters' shapes, over all processes."""
+        step = self._counts.get(optimizer, self._first_count)
+        indices = _shard(self._draw(step // self.probe_every))
+        device = next(iter(parameters.values())).device
+        terms = torch.zeros(3, dtype=torch.float64, device=device)
+        gradients = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in parameters.items()}
+        if len(indices):
+            with self._probe_context(model, device):
+                batch = self._batch(model, indices)
+                floor = self._floor(model, batch, indices)
+                targets = self._compared_with(model, batch)
+                numerator, denominator = self._terms(self._output(model, batch), targets, batch.weights)
+                # The gradient of the sum, not of the mean, whose elements would vanish in float16.
+                _add_gradients(gradients, numerator, parameters)
+                terms += torch.stack([numerator.detach().double(), denominator.double(), terms.new_tensor(floor)])
+        _reduce(terms, gradients)
+        gradients = {name: (g / terms[1].clamp_min(1e-300)).to(g.dtype) for name, g in gradients.items()}
+        return *self._checked(terms, gradients, step), gradients
+
+    def _checked(self, terms: Tensor, gradients: dict[str, Tensor], step: int) -> tuple[float, float]:
+        square = inner([*gradients.values()], [*gradients.values()])
+        numerator, denominator, floor, square_value = torch.stack([*terms, square]).tolist()
+        denominator = max(denominator, 1e-300)
+        if not all(map(_finite, (numerator, denominator, floor, square_value))):
+            raise OnlineProjectionError(
+                f"the drift of adapter {self.adapter_name!r} on the concept probes, or its gradient, is not finite at "
+                f"step {step} (drift {numerator / denominator}). The weights or the activations have overflowed: lower "
+                "the learning rate, clip gradients, or train in bfloat16 or float32 instead of float16."
+            )
+        return max(0.0, (numerator - floor) / denominator), floor / denominator
+
+    def _draw(self, number: int) -> Tensor:
+        """Indices of the probes of correction `number`: each probe once before any twice, whatever came before."""
+        count = len(self._drawable)
+        size = min(self.probe_batch_size, count)
+        positions = range(number * size, (number + 1) * size)
+        orders = {epoch: self._order(epoch, count) for epoch in {p // count for p in positions}}
+        return self._drawable[[int(orders[p // count][p % count]) for p in positions]]
+
+    def _order(self, epoch: int, count: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(count, generator=generator)
+
+    @contextmanager
+    def _probe_context(self, model: nn.Module, device: torch.device) -> Iterator[None]:
+        """The model as in its last training forward, but in evaluation mode and unseen by the training's RNG."""
+        enabled, dtype = self._autocast.enabled, self._autocast.dtype
+        if enabled is None:
+            enabled, dtype = _autocast_state(device.type)
+        forked = device.type if device.type in _FORKED_DEVICES else "cuda"
+        self._probing = True
+        try:
+            with (
+                torch.random.fork_rng([device] if device.type == forked else [], device_type=forked),
+                evaluation_mode(model),
+                # Without the cache, whose entries made under no_grad would cut the gradient.
+                torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False),
+                torch.enable_grad(),
+            ):
+                self._expire_floors((enabled, dtype, placement(model)))
+                yield
+        finally:
+            self._probing = False
+
+    def _expire_floors(self, key: Any) -> None:
+        if self._floors.key != key:
+            self._floors = _Floors(key)
+
+    def _batch(self, model: nn.Module, indices: Tensor) -> ProbeBatch:
+        return self.probes.batch(indices, *placement(model))
+
+    def _output(self, model: nn.Module, batch: ProbeBatch) -> Tensor:
+        output = call_model(model, batch.inputs, self.probes.run_model)
+        if not output.requires_grad:
+            raise OnlineProjectionError(
+                f"the model's output on the concept probes does not depend on adapter {self.adapter_name!r}: run_model "
+                "must neither detach it nor run under no_grad."
+            )
+        return output
+
+    def _compared_with(self, model: nn.Module, batch: ProbeBatch) -> Tensor:
+        if self.rule == "orthogonal":
+            assert batch.loss_targets is not None
+            return batch.loss_targets
+        return self._base_output(model, batch) if batch.targets is None else batch.targets
+
+    def _base_output(self, model: nn.Module, batch: ProbeBatch) -> Tensor:
+        with torch.no_grad(), adapters_disabled(model):
+            return call_model(model, batch.inputs, self.probes.run_model)
+
+    def _terms(self, output: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        if output.shape != targets.shape:
+            raise ConceptDataError(
+                f"the model's output on the concept probes has shape {tuple(output.shape)}, their targets have "
+                f"{tuple(targets.shape)}; were they collected with this model and run_model?"
+            )
+        return drift_terms(output, targets, None if weights is None else broadcast_weights(weights, output))
+
+    def _floor(self, model: nn.Module, batch: ProbeBatch, indices: Tensor) -> float:
+        """Numerator of the drift that the batch has without the adapter; each probe is run only once for it."""
+        if self.rule == "orthogonal" or batch.targets is None:
+            return 0.0
+        known = self._floors.numerators
+        missing = sorted({int(i) for i in indices} - set(known))
+        if missing:
+            new = self._batch(model, torch.tensor(missing))
+            output, targets, weights = self._base_output(model, new), new.targets, new.weights
+            assert targets is not None
+            shared = weights is None or weights.shape[0] == 1
+            for k, index in enumerate(missing):
+                weight = weights if shared or weights is None else weights[k : k + 1]
+                known[index] = float(self._terms(output[k : k + 1], targets[k : k + 1], weight)[0])
+        return sum(known[int(i)] for i in indices)
+
+    # Correcting
+
+    def _correct(self, optimizer: torch.optim.Optimizer, pending: _Pending, step: int) -> None:
+        started = time.perf_counter()
+        metric = optimizer_metric(optimizer, pending.parameters, self._estimate)
+        if not needs_estimate(optimizer, pending.parameters):
+            self._estimate.clear()
+        self._remember(pending)
+        after = {name: p.detach().to(_wide(p)) for name, p in pending.parameters.items() if name in metric}
+        delta = {name: x - pending.before[name].to(x.dtype) for name, x in after.items()}
+        if not any(bool(d.any()) for d in delta.values()):
+            # Nothing moved: a fused optimizer whose loss scaler found an overflow, or a learning rate of 0.
+            self._report(pending, step, {}, {}, metric, started=started)
+            return
+        corrected = self._swept(delta, metric, pending)
+        correction = {name: self.strength * (corrected[name] - delta[name]) for name in delta}
+        for name, x in after.items():
+            pending.parameters[name].copy_(x + correction[name])
+        self._correct_moments(optimizer, pending, metric)
+        self._report(pending, step, correction, delta, metric, started=started)
+
+    def _remember(self, pending: _Pending) -> None:
+        names = list(pending.gradient)
+        along = inner([pending.gradient[n] for n in names], [pending.before[n] for n in names])
+        self._history.append(_HalfSpace(pending.gradient, pending.drift - along))
+
+    def _swept(self, delta: dict[str, Tensor], metric: dict[str, Tensor], pending: _Pending) -> dict[str, Tensor]:
+        """The step after a sweep over the half-spaces (Kaczmarz)."""
+        step, diagonal = [*delta.values()], [metric[name] for name in delta]
+        limit = RESTORE_LIMIT * self.probe_every * metric_norm(step, diagonal)
+        for half_space in self._history:
+            newest = half_space is self._history[-1]
+            drift = pending.drift if newest else half_space.drift_at(pending.before)
+            s = [half_space.gradient_of(name, d) for name, d in delta.items()]
+            step = project_half_space(step, s, drift, restore=self.restore, metric=diagonal, restore_limit=limit)
+        return dict(zip(delta, step, strict=True))
+
+    def _correct_moments(self, optimizer: torch.optim.Optimizer, pending: _Pending, metric: dict[str, Tensor]) -> None:
+        for moment, projected in projected_moments(optimizer, pending.parameters, pending.gradient, metric):
+            moment.lerp_(projected, self.strength)
+
+    def _report(
+        self,
+        pending: _Pending,
+        step: int,
+        correction: dict[str, Tensor],
+        delta: dict[str, Tensor],
+        metric: dict[str, Tensor],
+        *,
+        started: float,
+    ) -> None:
+        total, layers = _removed_shares(correction, delta, metric)
+        seconds = pending.seconds + time.perf_counter() - started
+        self._publish(OnlineReport(step, pending.drift, pending.floor, total, layers, seconds))
+
+    def _publish(self, report: OnlineReport) -> None:
+        self.last = report
+        if self.on_report is not None:
+            self.on_report(report)
+
+    # The paper's literal rule
+
+    def _project_gradients(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, nn.Parameter],
+        started: float,
+    ) -> None:
+        parameters = {name: p for name, p in parameters.items() if p.grad is not None}
+        if not parameters:
+            raise OnlineProjectionError(
+                f"no parameter of adapter {self.adapter_name!r} has a gradient before the step. rule='orthogonal' "
+                "changes gradients, so it cannot be used with closures, which compute them within the step."
+            )
+        loss, _, s = self._drift_and_gradient(model, optimizer, parameters)
+        gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
+        projected = project_orthogonal([*gradients.values()], [s[n] for n in gradients], strength=self.strength)
+        with torch.no_grad():
+            removed = {n: g - new for (n, g), new in zip(gradients.items(), projected, strict=True)}
+            identity = {n: torch.ones((), device=g.device) for n, g in gradients.items()}
+            total, layers = _removed_shares(removed, gradients, identity)
+            for gradient, new in zip(gradients.values(), projected, strict=True):
+                gradient.copy_(new)
+        step = self._counts.get(optimizer, self._first_count)
+        self._publish(OnlineReport(step, loss, 0.0, total, layers, time.perf_counter() - started))
+
+
+class _RememberAutocast:
+    """Forward pre-hook that notes how the training computes; a copy or pickle of the model gets an inert one."""
+
+    def __init__(self, projection: OnlineProjection | None = None) -> None:
+        self.projection = None if projection is None else weakref.ref(projection)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _RememberAutocast, ()
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        # Under torch.compile the state is a constant of the graph, and cannot be noted.
+        if self.projection is None or torch.compiler.is_compiling():
+            return
+        projection = self.projection()
+        if projection is None or projection._probing or not (model.training or torch.is_grad_enabled()):
+            return
+        kind = next((p.device.type for p in model.parameters()), "cpu")
+        projection._autocast = _Autocast(*_autocast_state(kind))
+
+
+def _autocast_state(kind: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def _check_options(
+    rule: str, strength: float, probe_every: int, probe_batch_size: int, restore: float, probe_history: int
+) -> None:
+    if rule not in get_args(Rule):
+        raise GradProjConfigError(f"rule is {rule!r}; expected one of {list(get_args(Rule))}.")
+    for name, share in (("strength", strength), ("restore", restore)):
+        if not 0.0 <= share <= 1.0:
+            raise GradProjConfigError(f"{name} is {share}; expected a share in [0, 1].")
+    counts = {"probe_every": probe_every, "probe_batch_size": probe_batch_size, "probe_history": probe_history}
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise GradProjConfigError(f"{name} is {count!r}; expected a whole number of at least 1.")
+
+
+def _weights_of(layer: Any, adapter_name: str) -> dict[str, nn.Parameter]:
+    weights = {}
+    for part in ("lora_A", "lora_B"):
+        if adapter_name in getattr(layer, part, ()):
+            weights[part] = getattr(layer, part)[adapter_name].weight
+    for part in ("lora_embedding_A", "lora_embedding_B"):
+        if adapter_name in getattr(layer, part, ()):
+            weights[part] = getattr(layer, part)[adapter_name]
+    return weights
+
+
+def _refuse_sharded(name: str, weight: Tensor) -> None:
+    tensor_module = sys.modules.get("torch.distributed.tensor")
+    if tensor_module is not None and isinstance(weight, tensor_module.DTensor):
+        raise OnlineProjectionError(
+            f"{name} is a DTensor (FSDP2 or tensor parallelism), whose steps the online projection cannot correct. "
+            "Train with DDP, or use the projection on a concept basis, which works with shards."
+        )
+
+
+def _wide(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _add_gradients(gradients: dict[str, Tensor], numerator: Tensor, parameters: dict[str, nn.Parameter]) -> None:
+    # Not backward(): it would write into .grad, and wake the hooks of DDP.
+    found = torch.autograd.grad(numerator, [*parameters.values()], allow_unused=True)
+    for name, gradient in zip(parameters, found, strict=True):
+        if gradient is not None:
+            gradients[name] += gradient
+
+
+# Several processes
+
+
+def _processes() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _shard(indices: Tensor) -> Tensor:
+    rank, size = _processes()
+    return indices[rank::size]
+
+
+def _reduce(terms: Tensor, gradients: dict[str, Tensor]) -> None:
+    """Sum over the processes, in place; one message for all gradients."""
+    if _processes()[1] == 1:
+        return
+    torch.distributed.all_reduce(terms)
+    flat = torch.cat([g.flatten() for g in gradients.values()])
+    torch.distributed.all_reduce(flat)
+    for gradient, part in zip(gradients.values(), flat.split([g.numel() for g in gradients.values()]), strict=True):
+        gradient.copy_(part.view(gradient.shape))
+
+
+def _removed_shares(
+    correction: dict[str, Tensor], whole: dict[str, Tensor], metric: dict[str, Tensor]
+) -> tuple[float, dict[str, float]]:
+    """Norm of the correction over that of the whole, in the metric: of all, and of each layer."""
+    if not whole:
+        return 0.0, {}
+    layers: dict[str, list[str]] = {}
+    for name in whole:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    norms = [
+        torch.stack([metric_norm([x[n] for n in names], [metric[n] for n in names]) for x in (correction, whole)])
+        for names in layers.values()
+    ]
+    values = torch.stack([n.to(norms[0].device) for n in norms])
+    removed, all_ = values.square().sum(0).sqrt().tolist()
+    shares = {layer: r / w if w > 0 else 0.0 for layer, (r, w) in zip(layers, values.tolist(), strict=True)}
+    return (removed / all_ if all_ > 0 else 0.0), shares
+
+
+# The projections of a model
+
+_registry: weakref.WeakKeyDictionary[nn.Module, dict[str, OnlineProjection]] = weakref.WeakKeyDictionary()
+
+
+def attach_online_projection(
+    model: nn.Module, adapter_name: str, probes: ConceptProbes, **options: Any
+) -> OnlineProjection:
+    """Correct all steps on an adapter for as long as the model lives; an earlier projection of it is replaced.
+
+    Args:
+        model: The base model into which the adapter is injected.
+        adapter_name: Which adapter.
+        probes: The concept probes. A `run_model` that holds the model would keep it alive.
+        **options: As in :class:`OnlineProjection`.
+    """
+    projection = OnlineProjection(model, adapter_name, probes, **options)
+    detach_online_projection(model, adapter_name)
+    _registry.setdefault(model, {})[adapter_name] = projection
+    return projection.attach()
+
+
+def detach_online_projection(model: nn.Module, adapter_name: str) -> None:
+    """Stop correcting steps on an adapter; nothing happens if none was."""
+    projection = _registry.get(model, {}).pop(adapter_name, None)
+    if projection is not None:
+        projection.detach()
+
+
+def online_projections(model: nn.Module) -> dict[str, OnlineProjection]:
+    """The projections of a model and of its parts, such as the base model within a `PeftModel`, by adapter."""
+    found: dict[str, OnlineProjection] = {}
+    for module in model.modules():
+        found.update(_registry.get(module, {}))
+    return found

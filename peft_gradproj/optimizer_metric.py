@@ -1,0 +1,230 @@
+r"""The metric in which an optimizer measures steps, read from its state.
+
+An adaptive optimizer goes along :math:`-M^{-1} m` with a diagonal :math:`M` and a first moment :math:`m`. The nearest
+step that fulfils a constraint is nearest in this metric: with the identity instead, the correction falls on the
+parameters that the optimizer moves least, and destroys what was learned.
+
+| optimizer | diagonal of :math:`M`, divided by the group's learning rate |
+|---|---|
+| Adam, AdamW, NAdam, RAdam | :math:`\sqrt{\hat v} + \epsilon`, with `max_exp_avg_sq` for amsgrad |
+| RMSprop | :math:`\sqrt{v} + \epsilon`, less the square of the mean if centered |
+| Adagrad | :math:`\sqrt{\sum g^2} + \epsilon` |
+| SGD | 1 |
+| others (Adafactor, Lion, 8-bit) | a running estimate of :math:`\sqrt{E g^2}` of our own |
+
+Only ratios matter, so the learning rates are taken relative to the largest. The diagonal is infinite where the
+optimizer has never seen a gradient: there it has moved nothing, and the correction shall not either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .projection import project_half_space, project_momentum
+
+__all__ = ["RunningSecondMoment", "needs_estimate", "optimizer_metric", "projected_moments"]
+
+
+class RunningSecondMoment:
+    r"""Exponential average of squared gradients, for optimizers that keep none: :math:`v \leftarrow \beta v + (1 -
+    \beta) g^2`, with bias correction as in Adam.
+
+    Args:
+        beta: Share :math:`\beta` that is kept at each step.
+    """
+
+    epsilon = 1e-8
+
+    def __init__(self, beta: float = 0.999) -> None:
+        self.beta = beta
+        self.values: dict[str, Tensor] = {}
+        """Per parameter, float32, in its shape."""
+        self.steps: dict[str, int] = {}
+        """Per parameter, how many gradients were seen."""
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    def update(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take in the `.grad` of each parameter; gradients that are not finite are the loss scaler's affair."""
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        if not gradients or not _all_finite(gradients.values()):
+            return
+        for name, gradient in gradients.items():
+            square = gradient.detach().float().square()
+            known = self.values.get(name)
+            if known is None or known.shape != square.shape:
+                self.values[name], self.steps[name] = square * (1 - self.beta), 1
+            else:
+                self.values[name] = known.to(square.device).lerp_(square, 1 - self.beta)
+                self.steps[name] += 1
+
+    def metric(self, name: str) -> Tensor | None:
+        r""":math:`\sqrt{\hat v} + 10^{-8}`, or `None` where no gradient was seen."""
+        if name not in self.values:
+            return None
+        return _root(self.values[name] / (1 - self.beta ** self.steps[name]), self.epsilon)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.values.clear()
+        self.steps.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"values": {name: v.clone() for name, v in self.values.items()}, "steps": dict(self.steps)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+        self.values = {name: v.clone() for name, v in state["values"].items()}
+        self.steps = dict(state["steps"])
+
+
+def needs_estimate(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether the optimizer keeps no second moment that can be read; true as long as its state is empty."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return False
+    groups = _groups(optimizer)
+    return not any(_kind(optimizer.state.get(p, {}), groups[id(p)], p) for p in parameters.values())
+
+
+def optimizer_metric(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], estimate: RunningSecondMoment
+) -> dict[str, Tensor]:
+    """The diagonal of the metric for each parameter that the optimizer can move.
+
+    Args:
+        optimizer: After its step.
+        parameters: By name; all of this optimizer.
+        estimate: Used where the optimizer keeps no second moment.
+
+    Returns:
+        Positive tensors, of the parameter's shape or of no dimension, float32. Parameters without state, or with
+        learning rate 0, are missing.
+    """
+    groups = _groups(optimizer)
+    rates = {name: float(groups[id(p)].get("lr", 1.0)) for name, p in parameters.items()}
+    fastest = max(rates.values(), default=0.0)
+    diagonals = _diagonals(optimizer, parameters, groups, estimate)
+    return {
+        name: diagonal if rates[name] == fastest else diagonal * (fastest / rates[name])
+        for name, diagonal in diagonals.items()
+        if rates[name] > 0
+    }
+
+
+def _diagonals(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    groups: Mapping[int, dict[str, Any]],
+    estimate: RunningSecondMoment,
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor | None]
+    if isinstance(optimizer, torch.optim.SGD):
+        found = {name: _one(p) for name, p in parameters.items()}
+    elif needs_estimate(optimizer, parameters):
+        # Before any gradient was seen, as in the first step of a closure, no coordinate is known to differ.
+        found = {name: estimate.metric(name) if estimate else _one(p) for name, p in parameters.items()}
+    else:
+        found = {name: _own_diagonal(optimizer.state.get(p, {}), groups[id(p)], p) for name, p in parameters.items()}
+    return {name: diagonal for name, diagonal in found.items() if diagonal is not None}
+
+
+def _kind(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor) -> str | None:
+    """Whose second moment `state` holds, told by its keys, since there are many classes of Adam."""
+    if "betas" in group and _readable(state.get("exp_avg_sq"), parameter):
+        return "adam"
+    if "acc_delta" not in state and _readable(state.get("square_avg"), parameter):
+        return "rmsprop"
+    return "adagrad" if _readable(state.get("sum"), parameter) else None
+
+
+def _own_diagonal(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor) -> Tensor | None:
+    kind, epsilon = _kind(state, group, parameter), group.get("eps", 1e-8)
+    if kind == "adam":
+        second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+        return _root(_bias_corrected(second.float(), state.get("step"), group["betas"][1]), epsilon)
+    if kind == "rmsprop":
+        second = state["square_avg"].float()
+        if group.get("centered"):
+            second = (second - state["grad_avg"].float().square()).clamp_min(0.0)
+        return _root(second, epsilon)
+    return _root(state["sum"].float(), epsilon) if kind == "adagrad" else None
+
+
+def _readable(moment: Any, parameter: Tensor) -> bool:
+    return isinstance(moment, Tensor) and moment.is_floating_point() and moment.shape == parameter.shape
+
+
+def _bias_corrected(second: Tensor, step: Any, beta: Any) -> Tensor:
+    if step is None:
+        return second
+    if isinstance(step, Tensor) and step.device == second.device and step.device.type != "cpu":
+        return second / (1 - beta**step).clamp_min(torch.finfo(torch.float32).tiny)  # without waiting for the device
+    correction = 1 - float(beta) ** float(step)
+    return second / correction if correction > 0 else second
+
+
+def _root(second: Tensor, epsilon: Any) -> Tensor:
+    return torch.where(second > 0, second.sqrt() + epsilon, torch.inf)
+
+
+def _one(parameter: Tensor) -> Tensor:
+    return torch.ones((), device=parameter.device)
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+
+def _all_finite(tensors: Any) -> bool:
+    return bool(torch.stack([t.detach().float().sum().isfinite() for t in tensors]).all())
+
+
+# First moments
+
+
+def projected_moments(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    gradient: Mapping[str, Tensor],
+    metric: Mapping[str, Tensor],
+) -> list[tuple[Tensor, Tensor]]:
+    r"""The optimizer's first moments, and what they should be, so that they do not push the drift up.
+
+    A moment of gradients is projected as :func:`~peft_gradproj.projection.project_momentum` says. One that already
+    holds steps, divided by the metric (RMSprop, or an optimizer that is not known), is minus a step :math:`\Delta`, and
+    is projected as one.
+
+    Args:
+        optimizer: After its step.
+        parameters: By name.
+        gradient: The gradient :math:`s` of the drift.
+        metric: As :func:`optimizer_metric` gives it.
+
+    Returns:
+        Pairs of the tensor in the optimizer's state and its new value; empty if it keeps no floating-point moment.
+    """
+    groups = _groups(optimizer)
+    raw: dict[str, Tensor] = {}
+    steps: dict[str, Tensor] = {}
+    for name in metric:
+        state, group = optimizer.state.get(parameters[name], {}), groups[id(parameters[name])]
+        moment = state.get("exp_avg", state.get("momentum_buffer"))
+        if _readable(moment, parameters[name]):
+            is_raw = isinstance(optimizer, torch.optim.SGD) or ("betas" in group and "exp_avg" in state)
+            (raw if is_raw else steps)[name] = moment
+    pairs: list[tuple[Tensor, Tensor]] = []
+    if raw:
+        lists = [[x[name] for name in raw] for x in (gradient, metric)]
+        pairs += zip(raw.values(), project_momentum([*raw.values()], lists[0], metric=lists[1]), strict=True)
+    if steps:
+        lists = [[x[name] for name in steps] for x in (gradient, metric)]
+        backwards = [-m for m in steps.values()]
+        projected = project_half_space(backwards, lists[0], 0.0, restore=0.0, metric=lists[1])
+        pairs += [(m, -new) for m, new in zip(steps.values(), projected, strict=True)]
+    return pairs

@@ -1,0 +1,587 @@
+r"""Concept probes: frozen model inputs that show the concept in the training distribution.
+
+A set of :math:`n` probes holds the inputs :math:`x_i` of the model, the base model's outputs :math:`f_0(x_i)`
+(`targets`) and non-negative weights :math:`w_i` that say where in the output the concept is. The online projection
+measures on them how far the adapted model has drifted,
+
+.. math:: D(\theta) = \sum_i w_i (f_\theta(x_i) - f_0(x_i))^2 / \sum_i w_i .
+
+Probes protect only what they resemble: they must look like the training data (the user's own pictures with the logo
+pasted onto them, under the training captions, noised at random timesteps), not like the concept alone.
+
+As a file they are one safetensors file with the tensors `inputs.{name}`, `targets`, `weights` and `loss_targets`, and
+a header that says which concept of which base model they show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConceptDataError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "PROBES_FILE_NAME",
+    "ConceptProbes",
+    "ProbeBatch",
+    "RunModel",
+    "adapters_disabled",
+    "call_model",
+    "collect_concept_probes",
+    "evaluation_mode",
+    "model_output",
+]
+
+PROBES_FILE_NAME = "concept_probes.safetensors"
+FORMAT_VERSION = "1"
+
+RunModel = Callable[[Any, dict[str, Any]], Any]
+"""`run_model(model, inputs)`: how a model is called when `model(**inputs)` does not do."""
+
+_INPUT_PREFIX = "inputs."
+
+
+# Probes
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """Some probes on a device, ready for the model."""
+
+    inputs: dict[str, Any]
+    """Keyword arguments of the model, nested where a name has dots; tensors of shape `(b, *)`."""
+
+    targets: Tensor | None
+    """The base model's outputs, shape `(b, *)`, or `None` where they are recomputed."""
+
+    weights: Tensor | None
+    """Shape `(b, *)`, broadcastable to the outputs once `broadcast_weights` has aligned them."""
+
+    loss_targets: Tensor | None
+    """The training targets of the concept loss, shape `(b, *)`."""
+
+
+class ConceptProbes:
+    """Frozen inputs, base outputs and weights of `n` concept probes.
+
+    Tensors are copied to the CPU, floating ones to float32.
+
+    Args:
+        inputs: The model's keyword arguments, each a tensor with shape `(n, *)`. Nested arguments are nested mappings
+            or names with dots: `{"added_cond_kwargs.text_embeds": x}` is passed as `added_cond_kwargs={"text_embeds":
+            x}`.
+        targets: The base model's outputs, shape `(n, *)`; `None` to recompute them with the adapters off, at the cost
+            of a further forward on each batch (language models, whose logits are large).
+        weights: Non-negative, not all zero. The first dimension is `n`, or 1 for weights that all probes share; the
+            others are aligned with the output's from the left and broadcast, so that `(n,)`, `(n, tokens)` and
+            `(n, 1, height, width)` are all understood. `None` weighs everything alike.
+        loss_targets: The training targets of the concept loss (noise or velocity), shape `(n, *)`; needed only by
+            `rule="orthogonal"`.
+        concept: What must not be learned, in words.
+        base_model: Id of the model that made `targets`.
+        revision: Commit of the base model.
+        run_model: Calls the model, `run_model(model, inputs)`; the default is `model(**inputs)`. It should not hold
+            the model itself, which then could not be freed. It cannot be saved in a file: pass it to `load`.
+
+    Raises:
+        ConceptDataError: If the probes are empty, of unequal number, not finite, or the weights or shapes are wrong.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Any],
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        loss_targets: Tensor | None = None,
+        concept: str = "",
+        base_model: str | None = None,
+        revision: str | None = None,
+        run_model: RunModel | None = None,
+    ) -> None:
+        self.inputs: dict[str, Tensor] = {name: _frozen(name, x) for name, x in _flatten(inputs).items()}
+        self.targets = None if targets is None else _frozen("targets", targets)
+        self.weights = None if weights is None else _frozen("weights", weights)
+        self.loss_targets = None if loss_targets is None else _frozen("loss_targets", loss_targets)
+        self.concept = concept
+        self.base_model = base_model
+        self.revision = revision
+        self.run_model = run_model
+        self._check_numbers()
+        self._check_weights()
+
+    def _check_numbers(self) -> None:
+        if not self.inputs:
+            raise ConceptDataError("concept probes without inputs; expected a tensor for each argument of the model.")
+        numbers = {name: x.shape[0] for name, x in self._tensors().items() if name != "weights"}
+        if len(set(numbers.values())) > 1:
+            raise ConceptDataError(f"concept probes of unequal number: {numbers}; expected one first dimension.")
+        if len(self) == 0:
+            raise ConceptDataError("concept probes are empty; expected at least one.")
+        if self.targets is not None and self.loss_targets is not None and self.targets.shape != self.loss_targets.shape:
+            raise ConceptDataError(
+                f"targets have shape {tuple(self.targets.shape)}, loss_targets {tuple(self.loss_targets.shape)}; both "
+                "are compared with the model's output and must have its shape."
+            )
+
+    def _check_weights(self) -> None:
+        if self.weights is None:
+            return
+        if self.weights.shape[0] not in (1, len(self)):
+            raise ConceptDataError(
+                f"weights have shape {tuple(self.weights.shape)}; the first dimension must be {len(self)}, the number "
+                "of probes, or 1 for weights that all share."
+            )
+        if (self.weights < 0).any():
+            raise ConceptDataError("weights are negative somewhere; they must say how much each output counts, >= 0.")
+        if not (self.weights > 0).any():
+            raise ConceptDataError("weights are all zero, so no drift could be seen; is the concept in the pictures?")
+        for outputs in (self.targets, self.loss_targets):
+            if outputs is not None:
+                broadcast_weights(self.weights, outputs)
+
+    def __len__(self) -> int:
+        return next(iter(self.inputs.values())).shape[0]
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{name}: {tuple(x.shape[1:])}" for name, x in self.inputs.items())
+        targets = "recomputed" if self.targets is None else str(tuple(self.targets.shape[1:]))
+        return f"ConceptProbes(n={len(self)}, concept={self.concept!r}, inputs={{{inputs}}}, targets={targets})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ConceptProbes):
+            return NotImplemented
+        return self.digest() == other.digest()
+
+    def digest(self) -> str:
+        """The sha256, in hexadecimal, of the names, dtypes, shapes and values of all tensors."""
+        sha = hashlib.sha256()
+        for name, x in sorted(self._tensors().items()):
+            sha.update(f"{name}|{x.dtype}|{tuple(x.shape)}|".encode())
+            sha.update(x.reshape(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+        return sha.hexdigest()
+
+    def weighted_indices(self) -> Tensor:
+        """Indices of the probes that have a positive weight somewhere, shape `(m,)`; only these can show drift."""
+        if self.weights is None or self.weights.shape[0] == 1:
+            return torch.arange(len(self))
+        return (self.weights.flatten(1).amax(1) if self.weights.ndim > 1 else self.weights).nonzero().flatten()
+
+    def batch(
+        self,
+        indices: Tensor | Sequence[int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> ProbeBatch:
+        """Probes on a device, as the model takes them.
+
+        Args:
+            indices: Which, shape `(b,)`.
+            device: Where the model is.
+            dtype: What floating inputs are cast to. Numbers per probe, of shape `(n,)`, keep float32, since a
+                timestep of 999 is not a bfloat16 number; targets and weights keep float32 as well.
+        """
+        index = torch.as_tensor(indices, dtype=torch.long)
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[index].to(device)
+
+        def cast(x: Tensor) -> Tensor:
+            return x if dtype is None or not x.is_floating_point() or x.ndim < 2 else x.to(dtype)
+
+        shared = self.weights is not None and self.weights.shape[0] == 1
+        weights = self.weights.to(device) if shared and self.weights is not None else pick(self.weights)
+        inputs = {name: cast(x[index]).to(device) for name, x in self.inputs.items()}
+        return ProbeBatch(_nest(inputs), pick(self.targets), weights, pick(self.loss_targets))
+
+    def select(self, indices: Tensor | Sequence[int]) -> ConceptProbes:
+        """The probes at `indices`, shape `(m,)`."""
+        index = torch.as_tensor(indices, dtype=torch.long)
+        shared = self.weights is not None and self.weights.shape[0] == 1
+        return self._like(
+            {name: x[index] for name, x in self.inputs.items()},
+            None if self.targets is None else self.targets[index],
+            self.weights if shared or self.weights is None else self.weights[index],
+            None if self.loss_targets is None else self.loss_targets[index],
+        )
+
+    def concat(self, *others: ConceptProbes) -> ConceptProbes:
+        """These probes followed by others of the same model.
+
+        Raises:
+            ConceptDataError: If the arguments, shapes, or what is stored do not agree.
+        """
+        parts = (self, *others)
+        for other in others:
+            _check_alike(self, other)
+        return self._like(
+            {name: torch.cat([p.inputs[name] for p in parts]) for name in self.inputs},
+            _joined([p.targets for p in parts]),
+            _joined(_weights_of_each_probe(parts)),
+            _joined([p.loss_targets for p in parts]),
+        )
+
+    def _like(
+        self, inputs: Mapping[str, Tensor], targets: Tensor | None, weights: Tensor | None, losses: Tensor | None
+    ) -> ConceptProbes:
+        return ConceptProbes(
+            inputs, targets, weights, losses, self.concept, self.base_model, self.revision, self.run_model
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {_INPUT_PREFIX + name: x for name, x in self.inputs.items()}
+        outputs = {"targets": self.targets, "weights": self.weights, "loss_targets": self.loss_targets}
+        return named | {name: x for name, x in outputs.items() if x is not None}
+
+    def save(self, path: str | os.PathLike[str], *, dtype: str = "float32") -> Path:
+        """Write the probes to a file, or into an existing folder as `concept_probes.safetensors`.
+
+        The file appears under its name when it is complete. A custom `run_model` is a function and is not in it.
+
+        Args:
+            path: File or folder.
+            dtype: `float32`, or `float16` for half the size. Numbers per probe, of shape `(n,)`, keep float32.
+
+        Returns:
+            The file that was written.
+        """
+        from safetensors.torch import save
+
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype is {dtype!r}; expected 'float32' or 'float16'.")
+        path = Path(path)
+        if path.is_dir():
+            path = path / PROBES_FILE_NAME
+        header = {"format_version": FORMAT_VERSION, "concept": self.concept}
+        optional = {"base_model": self.base_model, "revision": self.revision}
+        header.update({key: value for key, value in optional.items() if value is not None})
+        tensors = {name: _narrowed(name, x, getattr(torch, dtype)) for name, x in self._tensors().items()}
+        _write_atomically(path, save(tensors, metadata=header))
+        return path
+
+    @classmethod
+    def load(
+        cls,
+        path_or_repo_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        run_model: RunModel | None = None,
+    ) -> ConceptProbes:
+        """Read probes from a file, a folder that holds `concept_probes.safetensors`, or a repository of the Hub.
+
+        Args:
+            path_or_repo_id: What exists on disk is read from there; else it is taken as a Hub id.
+            revision: Branch, tag or commit of the repository; without meaning for a path.
+            run_model: As in the constructor, since a file cannot hold it.
+
+        Raises:
+            ConceptDataError: If there are no such probes, or the file is malformed.
+        """
+        path = _located(path_or_repo_id, revision)
+        tensors, header = _read(path)
+        if header.get("format_version") != FORMAT_VERSION:
+            raise ConceptDataError(
+                f"{path} has format version {header.get('format_version')!r}; this release reads {FORMAT_VERSION!r}. "
+                "Was it written by ConceptProbes.save, or by a newer release?"
+            )
+        outputs = {name: tensors.pop(name, None) for name in ("targets", "weights", "loss_targets")}
+        unknown = sorted(name for name in tensors if not name.startswith(_INPUT_PREFIX))
+        if unknown:
+            raise ConceptDataError(f"{path} holds {unknown}, which no concept probes have; refused.")
+        inputs = {name[len(_INPUT_PREFIX) :]: x for name, x in tensors.items()}
+        about = {key: header.get(key) for key in ("base_model", "revision")}
+        return cls(inputs, concept=header.get("concept", ""), run_model=run_model, **outputs, **about)  # type: ignore[arg-type]
+
+
+def broadcast_weights(weights: Tensor, outputs: Tensor) -> Tensor:
+    """`weights` of shape `(n or 1, *)`, aligned with `outputs` from the left, with ones for missing dimensions.
+
+    Raises:
+        ConceptDataError: If they cannot be broadcast to the shape of `outputs`.
+    """
+    aligned = weights.reshape(weights.shape + (1,) * (outputs.ndim - weights.ndim))
+    fits = aligned.ndim == outputs.ndim and all(w in (1, o) for w, o in zip(aligned.shape, outputs.shape, strict=True))
+    if not fits:
+        raise ConceptDataError(
+            f"weights of shape {tuple(weights.shape)} do not broadcast to outputs of shape {tuple(outputs.shape)}; "
+            "give them the output's dimensions from the left, 1 where they do not vary."
+        )
+    return aligned
+
+
+def _flatten(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        elif value is not None:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _nest(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in inputs.items():
+        *parents, last = name.split(".")
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return nested
+
+
+def _frozen(name: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        what = "a number" if isinstance(x, Tensor) else type(x).__name__
+        raise ConceptDataError(f"{name} is {what}; expected a tensor whose first dimension counts the probes.")
+    x = x.detach().to("cpu", torch.float32 if x.is_floating_point() else x.dtype, copy=True).contiguous()
+    if x.is_floating_point() and not torch.isfinite(x).all():
+        raise ConceptDataError(f"{name} has values that are not finite; check the encoder and the base model's dtype.")
+    return x
+
+
+def _narrowed(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if not x.is_floating_point() or x.ndim < 2 or dtype == x.dtype:
+        return x
+    narrow = x.to(dtype)
+    if not torch.isfinite(narrow).all():
+        raise ConceptDataError(f"{name} has values beyond {dtype}; save the probes as float32.")
+    return narrow
+
+
+def _check_alike(first: ConceptProbes, other: ConceptProbes) -> None:
+    def shapes(probes: ConceptProbes) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(x.shape[1:]) for name, x in probes._tensors().items() if name != "weights"}
+
+    if shapes(first) != shapes(other):
+        raise ConceptDataError(
+            f"probes of {shapes(first)} and {shapes(other)} cannot be joined; expected equal shapes."
+        )
+    if first.run_model is not other.run_model:
+        raise ConceptDataError("probes with different run_model cannot be joined; give both the same function.")
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [x for x in parts if x is not None]
+    return torch.cat(present) if present else None
+
+
+def _weights_of_each_probe(parts: Sequence[ConceptProbes]) -> list[Tensor | None]:
+    shapes = {tuple(p.weights.shape[1:]) for p in parts if p.weights is not None}
+    if not shapes:
+        return [None] * len(parts)
+    if len(shapes) > 1:
+        raise ConceptDataError(f"probes with weights of shapes {sorted(shapes)} cannot be joined; expected equal ones.")
+    (shape,) = shapes
+    return [
+        torch.ones(len(p), *shape) if p.weights is None else p.weights.expand(len(p), *shape).contiguous()
+        for p in parts
+    ]
+
+
+# Files
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _located(path_or_repo_id: str | os.PathLike[str], revision: str | None) -> Path:
+    path = Path(path_or_repo_id)
+    if path.is_dir():
+        path = path / PROBES_FILE_NAME
+    if path.is_file():
+        return path
+    name = str(path_or_repo_id)
+    if path.is_absolute() or path.suffix == ".safetensors" or name.count("/") != 1:
+        raise ConceptDataError(f"there are no concept probes at {path}; check the path.")
+    return _downloaded(name, revision)
+
+
+def _downloaded(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repo_id, PROBES_FILE_NAME, revision=revision))
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        raise ConceptDataError(
+            f"{repo_id} is neither a path, nor a repository with a {PROBES_FILE_NAME} that can be reached "
+            f"({type(error).__name__}). Check the name, the revision, your login and the connection."
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConceptDataError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+# Running the model
+
+
+def model_output(result: Any) -> Tensor:
+    """The output that is compared: `.sample`, `.logits`, the first element, or the tensor itself.
+
+    Raises:
+        ConceptDataError: If there is no tensor in that place.
+    """
+    for name in ("sample", "logits"):
+        if not isinstance(result, Tensor) and isinstance(getattr(result, name, None), Tensor):
+            return getattr(result, name)
+    if isinstance(result, tuple | list) and result:
+        result = result[0]
+    if not isinstance(result, Tensor):
+        raise ConceptDataError(
+            f"the model returned {type(result).__name__} without .sample or .logits; pass run_model that returns the "
+            "output tensor."
+        )
+    return result
+
+
+def call_model(model: nn.Module, inputs: dict[str, Any], run_model: RunModel | None = None) -> Tensor:
+    """The model's output on `inputs`, shape `(b, *)`."""
+    return model_output(model(**inputs) if run_model is None else run_model(model, inputs))
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The base model, whatever adapters are injected; `requires_grad` and what was disabled before are restored."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    enabled = [layer for layer in layers if not layer.disable_adapters]
+    # PEFT's switch also switches requires_grad, of frozen adapters too, hence the copy.
+    flags = [(p, p.requires_grad) for layer in enabled for p in layer.parameters()]
+    try:
+        for layer in enabled:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in enabled:
+            layer.enable_adapters(True)
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off; the training flag of every single module is restored."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def collect_concept_probes(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    run_model: RunModel | None = None,
+    store_targets: bool = True,
+    concept: str = "",
+    base_model: str | None = None,
+    revision: str | None = None,
+    progress: bool = False,
+) -> ConceptProbes:
+    """Run the base model on inputs that show the concept, and keep what it answers.
+
+    Adapters that are injected already are off meanwhile, and the model is in evaluation mode; both are restored.
+
+    Args:
+        model: The model that will be trained.
+        batches: Yields `(inputs, weights)` or `(inputs, weights, loss_targets)`, with `inputs` a mapping of keyword
+            arguments of shape `(b, *)`, and the others as in :class:`ConceptProbes`, or `None`.
+        run_model: Calls the model, `run_model(model, inputs)`; the default is `model(**inputs)`.
+        store_targets: Whether to keep the outputs; else they are recomputed in training.
+        concept: What must not be learned, in words.
+        base_model: Id of the base model; by default the name that its config has.
+        revision: Commit of the base model.
+        progress: Show a progress bar.
+
+    Raises:
+        ConceptDataError: If there are no batches, or a batch is malformed.
+    """
+    base_model = base_model if base_model is not None else _name_of(model)
+    parts = []
+    with torch.no_grad(), evaluation_mode(model), adapters_disabled(model):
+        for batch in _with_progress(batches, progress):
+            inputs, weights, loss_targets = _unpacked(batch)
+            probes = ConceptProbes(inputs, None, weights, loss_targets, concept, base_model, revision, run_model)
+            if store_targets:
+                probes = probes._like(probes.inputs, _base_outputs(model, probes), probes.weights, probes.loss_targets)
+            parts.append(probes)
+    if not parts:
+        raise ConceptDataError("no batches to collect concept probes from; is the iterator used up?")
+    return parts[0].concat(*parts[1:])
+
+
+def _base_outputs(model: nn.Module, probes: ConceptProbes) -> Tensor:
+    batch = probes.batch(range(len(probes)), *placement(model))
+    return call_model(model, batch.inputs, probes.run_model)
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Device and floating dtype that the model's inputs should have."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    device = torch.device("cpu") if first is None else first.device
+    dtype = getattr(model, "dtype", None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        tensors = chain(model.parameters(), model.buffers())
+        dtype = next((x.dtype for x in tensors if x.is_floating_point()), None)
+    return device, dtype
+
+
+def _unpacked(batch: Any) -> tuple[Mapping[str, Any], Tensor | None, Tensor | None]:
+    if isinstance(batch, Mapping):
+        return batch, None, None
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3) or not isinstance(batch[0], Mapping):
+        raise ConceptDataError("a batch of probes must be (inputs, weights) or (inputs, weights, loss_targets).")
+    return batch[0], batch[1], batch[2] if len(batch) == 3 else None
+
+
+def _name_of(model: nn.Module) -> str | None:
+    config = getattr(model, "config", None)
+    for source in (config, model):
+        name = source.get("_name_or_path") if isinstance(source, Mapping) else getattr(source, "name_or_path", None)
+        if isinstance(name, str) and name:
+            return name
+    return None
+
+
+def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, desc="concept probes", unit="batch")
