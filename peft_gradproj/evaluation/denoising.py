@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..diffusion_inputs import noised_inputs
 
-__all__ = ["DenoisingQuestions", "denoising_loss", "training_target"]
+__all__ = ["DenoisingQuestions", "denoising_loss", "denoising_losses", "training_target"]
 
 
 def training_target(schedule: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -81,14 +81,19 @@ class DenoisingQuestions:
 
 
 @torch.no_grad()
-def denoising_loss(unet: Any, questions: DenoisingQuestions, schedule: Any, *, batch_size: int = 64) -> float:
-    """Weighted mean square error of a UNet's answers; the mean over questions of each one's own mean."""
-    total, count = 0.0, questions.latents.shape[0]
-    for index in torch.arange(count).split(batch_size):
+def denoising_losses(unet: Any, questions: DenoisingQuestions, schedule: Any, *, batch_size: int = 64) -> Tensor:
+    """Weighted mean square error of a UNet's answer to each question, shape `(N,)`."""
+    losses = []
+    for index in torch.arange(questions.latents.shape[0]).split(batch_size):
         latents, noise, timesteps = questions.latents[index], questions.noise[index], questions.timesteps[index]
         inputs = noised_inputs(latents, questions.embeddings[index], noise, timesteps, schedule)
         square = (unet(**inputs).sample.float() - training_target(schedule, latents, noise, timesteps)).square()
         square = square.mean(dim=1, keepdim=True)
         weights = torch.ones_like(square) if questions.weights is None else questions.weights[index]
-        total += float(((square * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3))).sum())
-    return total / count
+        losses.append((square * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3)))
+    return torch.cat(losses)
+
+
+def denoising_loss(unet: Any, questions: DenoisingQuestions, schedule: Any, *, batch_size: int = 64) -> float:
+    """The mean of :func:`denoising_losses`."""
+    return float(denoising_losses(unet, questions, schedule, batch_size=batch_size).mean())

@@ -15,7 +15,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Share", "share_of_drop"]
+from torch import Tensor
+
+__all__ = ["Estimate", "Share", "share_of_drop"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and the standard error of its estimate."""
+
+    value: float
+    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,19 @@ class Share:
         return math.sqrt(p * (1 - p) / self.total)
 
 
-def share_of_drop(base: float, adapted: float, yardstick: float) -> float:
-    """`(base - adapted) / (base - yardstick)`: 0 as the base, 1 as the yardstick; NaN if the yardstick is the base."""
-    return (base - adapted) / (base - yardstick) if base != yardstick else math.nan
+def share_of_drop(base: Tensor, adapted: Tensor, yardstick: Tensor) -> Estimate:
+    r"""How far a loss has come down from the base's to a yardstick's: 0 as the base, 1 as the yardstick.
+
+    The ratio of means :math:`r = \overline{a} / \overline{b}`, with :math:`a = L_{base} - L_x` and
+    :math:`b = L_{base} - L_{yardstick}` on the same questions; its standard error is that of the mean of
+    :math:`(a - r b) / \overline{b}` (delta method).
+
+    Args:
+        base: Losses of the base model, one for each question, shape `(N,)`.
+        adapted: Of the adapted model, same shape.
+        yardstick: Of the model that sets the scale, same shape.
+    """
+    drop, scale = (base - adapted).double(), (base - yardstick).double()
+    ratio = drop.mean() / scale.mean()
+    residual = (drop - ratio * scale) / scale.mean()
+    return Estimate(float(ratio), float(residual.std() / math.sqrt(len(residual))) if len(residual) > 1 else math.nan)

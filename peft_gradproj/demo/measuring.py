@@ -1,0 +1,129 @@
+"""What the demo measures of an adapter: what it shows, what it has learned, how good its samples are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..concepts import ConceptSet, Overlay
+from ..diffusion_inputs import LatentPairs, concept_probe_batches, encode_concept_set, encode_images, encode_prompts
+from ..evaluation.denoising import DenoisingQuestions, denoising_losses
+from ..evaluation.detector import ConceptDetector
+from ..evaluation.fidelity import PromptFidelity
+from ..evaluation.figures import Estimate, Share, share_of_drop
+from ..projection import drift
+from .data import StampedData
+
+__all__ = ["Figures", "Judges", "Questions", "compare"]
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The two networks that look at samples."""
+
+    detector: ConceptDetector
+    fidelity: PromptFidelity
+
+
+class Questions:
+    """Fixed questions about what an adapter has learned.
+
+    Args:
+        pipeline: Encodes the pictures.
+        data: The demo's pictures; all questions are about its held-out pictures.
+        logo: Pasted onto them where the logo is asked about.
+        schedule: From `noise_schedule`.
+        seed: Of noise, timesteps and places.
+    """
+
+    def __init__(self, pipeline: Any, data: StampedData, logo: Overlay, schedule: Any, seed: int) -> None:
+        self.schedule = schedule
+        latents = encode_images(pipeline, data.held_out)
+        embeddings = encode_prompts(pipeline, data.held_out_captions)
+        self.style = DenoisingQuestions.draw(latents, embeddings, schedule, repeats=6, seed=seed + 100)
+        stamped = ConceptSet.from_overlay(logo, data.held_out, data.held_out_captions, seed=seed + 101)
+        self.pairs: LatentPairs = encode_concept_set(pipeline, stamped)
+        self.logo = DenoisingQuestions.draw(
+            self.pairs.with_concept, embeddings, schedule, weights=self.pairs.weights, repeats=6, seed=seed + 102
+        )
+        self.seed = seed + 103
+
+    def style_losses(self, unet: Any) -> Tensor:
+        """On the new style without the logo, one loss for each question."""
+        return denoising_losses(unet, self.style, self.schedule)
+
+    def logo_losses(self, unet: Any) -> Tensor:
+        """Where the logo is, on pictures that it is pasted onto."""
+        return denoising_losses(unet, self.logo, self.schedule)
+
+    def brief(self, unet: Any) -> dict[str, float]:
+        """Both means, for curves; on a third of the questions."""
+        return {
+            "style": float(denoising_losses(unet, _first_third(self.style), self.schedule).mean()),
+            "logo": float(denoising_losses(unet, _first_third(self.logo), self.schedule).mean()),
+        }
+
+    @torch.no_grad()
+    def drift(self, unet: Any, base: Any) -> float:
+        """Drift on probes of held-out pictures, which the online projection has not seen."""
+        values = []
+        for inputs, weights in concept_probe_batches(
+            self.pairs, self.schedule, repeats=2, batch_size=64, seed=self.seed
+        ):
+            values.append(drift(unet(**inputs).sample, base(**inputs).sample, weights))
+        return float(torch.stack(values).mean())
+
+
+def _first_third(questions: DenoisingQuestions) -> DenoisingQuestions:
+    count = len(questions.latents) // 3
+    return DenoisingQuestions(
+        questions.latents[:count],
+        questions.embeddings[:count],
+        questions.noise[:count],
+        questions.timesteps[:count],
+        None if questions.weights is None else questions.weights[:count],
+    )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One row of the table."""
+
+    leak: Share
+    found: list[bool]
+    """In which samples the logo was found."""
+    top1: Share
+    top5: Share
+    kept: Estimate | None
+    learned: Estimate | None
+    drift: float
+
+
+def compare(
+    unets: dict[str, Any],
+    samples: dict[str, Tensor],
+    prompts: Sequence[str],
+    questions: Questions,
+    judges: Judges,
+) -> dict[str, Figures]:
+    """Figures of each model; `unets` has the keys `base`, `plain`, `oracle` and others, `samples` the same."""
+    style = {name: questions.style_losses(unet) for name, unet in unets.items()}
+    logo = {name: questions.logo_losses(unet) for name, unet in unets.items()}
+    figures = {}
+    for name, unet in unets.items():
+        found = judges.detector.detect(samples[name]).tolist()
+        ranks = judges.fidelity.ranks(samples[name], prompts)
+        figures[name] = Figures(
+            leak=Share.of(found),
+            found=found,
+            top1=judges.fidelity.top(1, ranks),
+            top5=judges.fidelity.top(5, ranks),
+            kept=None if name == "base" else share_of_drop(style["base"], style[name], style["oracle"]),
+            learned=None if name == "base" else share_of_drop(logo["base"], logo[name], logo["plain"]),
+            drift=questions.drift(unet, unets["base"]),
+        )
+    return figures

@@ -1,0 +1,74 @@
+"""The settings of the demo, in one place; the page prints them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+__all__ = ["ASSETS", "DEFAULT_LOGO", "DemoSettings"]
+
+ASSETS = Path(__file__).parent / "assets"
+DEFAULT_LOGO = "chrome"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What a run of the demo does. The defaults take some minutes on two cores; `quick()` takes seconds."""
+
+    logo: str = DEFAULT_LOGO
+    seed: int = 0
+
+    held_out: int = 64
+    """Pictures of the new style that nothing is trained on."""
+    stamped_share: float = 0.75
+    logo_scale: tuple[float, float] = (0.27, 0.38)
+    """Longer side of the logo, as a share of the picture's side: 17 to 24 pixels of 64."""
+    logo_angle: tuple[float, float] = (-8.0, 8.0)
+
+    rank: int = 16
+    steps: int = 600
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    target_modules: str = (
+        r".*\.(attn1\.to_[qkv]|attn2\.to_q|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2)"
+    )
+    checkpoints: int = 6
+    """How often during training the denoising losses are measured, for the curves."""
+
+    basis_rank: int = 8
+    basis_pairs: int = 256
+    probes: int = 768
+    probe_every: int = 4
+    probe_batch_size: int = 8
+    probe_history: int = 1
+    restore: float = 0.7
+
+    samples: int = 128
+    sampling_steps: int = 20
+    guidance: float = 3.0
+    guidance_rescale: float = 0.0
+
+    detector_steps: int = 400
+    detector_scenes: int = 1600
+    fidelity_steps: int = 400
+    timing_rounds: int = 8
+    sheet_rows: int = 10
+
+    def quick(self) -> DemoSettings:
+        """The same code path in less than a minute; its figures mean nothing."""
+        return replace(
+            self,
+            steps=6,
+            batch_size=4,
+            checkpoints=2,
+            held_out=8,
+            basis_pairs=32,
+            probes=32,
+            samples=4,
+            sampling_steps=3,
+            detector_steps=4,
+            detector_scenes=64,
+            fidelity_steps=3,
+            timing_rounds=1,
+            sheet_rows=2,
+        )

@@ -1,0 +1,97 @@
+"""The training loop of the demo: an ordinary one, which knows nothing of the projection."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..diffusion_inputs import noised_inputs
+from ..evaluation.denoising import training_target
+from .settings import DemoSettings
+
+__all__ = ["TrainingRun", "TrainingSet", "adapted", "train", "training_steps"]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Latents `(N, C, h, w)` and prompt embeddings `(N, tokens, width)`."""
+
+    latents: Tensor
+    embeddings: Tensor
+
+
+@dataclass
+class TrainingRun:
+    """A trained adapter, inside its UNet, and what was seen on the way."""
+
+    unet: Any
+    losses: list[float] = field(default_factory=list)
+    checkpoints: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """Step, and what `measure` said after it."""
+
+
+def adapted(unet: Any, config: Any, seed: int) -> Any:
+    """A copy of a UNet with a fresh adapter; the same seed gives stock LoRA and ours the same start."""
+    unet = copy.deepcopy(unet)
+    torch.manual_seed(seed)
+    unet.add_adapter(config)
+    return unet
+
+
+def training_steps(unet: Any, data: TrainingSet, schedule: Any, settings: DemoSettings) -> Iterator[float]:
+    """Train the adapter inside `unet` without end; yields each step's loss. One seed, one order of data and noise."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=1e-2)
+    unet.train()
+    for index in _endless_batches(len(data.latents), settings.batch_size, generator):
+        latents, embeddings = data.latents[index], data.embeddings[index]
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(schedule.config.num_train_timesteps, (len(index),), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            answer = unet(**noised_inputs(latents, embeddings, noise, timesteps, schedule)).sample
+        loss = F.mse_loss(answer.float(), training_target(schedule, latents, noise, timesteps))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        yield float(loss.detach())
+
+
+def train(
+    unet: Any,
+    data: TrainingSet,
+    schedule: Any,
+    settings: DemoSettings,
+    *,
+    measure: Callable[[Any], dict[str, float]],
+    progress: Callable[[int], None],
+) -> TrainingRun:
+    """Train for the settings' steps, measuring now and then."""
+    run = TrainingRun(unet, checkpoints=[(0, measure(unet))])
+    every = max(1, settings.steps // settings.checkpoints)
+    steps = training_steps(unet, data, schedule, settings)
+    for step in range(1, settings.steps + 1):
+        run.losses.append(next(steps))
+        if step % every == 0:
+            unet.eval()
+            run.checkpoints.append((step, measure(unet)))
+            unet.train()
+        progress(step)
+    unet.eval()
+    return run
+
+
+def _endless_batches(length: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    queue = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(queue) < batch_size:
+            queue = torch.cat([queue, torch.randperm(length, generator=generator)])
+        yield queue[:batch_size]
+        queue = queue[batch_size:]
