@@ -42,7 +42,7 @@ class GradProjConfig(LoraConfig):
         probe_batch_size (`int`):
             Probes per correction, over all processes.
         restore (`float`):
-            The share kappa >= 0 of the drift that a corrected step takes back.
+            The share kappa, in [0, 1], of the drift that a corrected step takes back.
         probe_history (`int`):
             How many recent half-spaces a correction satisfies.
         probe_seed (`int`):
@@ -79,8 +79,9 @@ class GradProjConfig(LoraConfig):
     ) -> None:
         super().__post_init__()
         self.peft_type = register()
-        self.concept_basis = _load(ConceptBasis, concept_basis)
-        self.concept_probes = _load(ConceptProbes, concept_probes)
+        # mypy knows an InitVar only as an argument.
+        self.concept_basis = _load(ConceptBasis, concept_basis)  # type: ignore[attr-defined]
+        self.concept_probes = _load(ConceptProbes, concept_probes)  # type: ignore[attr-defined]
         self.uncovered_parts: list[str] = []
         self._check_values()
         self._check_given()
@@ -92,7 +93,7 @@ class GradProjConfig(LoraConfig):
             "rule": (self.rule in ("half-space", "orthogonal"), "'half-space' or 'orthogonal'"),
             "probe_every": (self.probe_every >= 1, "an integer of at least 1"),
             "probe_batch_size": (self.probe_batch_size >= 1, "an integer of at least 1"),
-            "restore": (self.restore >= 0.0, "a number of at least 0"),
+            "restore": (0.0 <= self.restore <= 1.0, "a number in [0, 1]"),
             "probe_history": (self.probe_history >= 1, "an integer of at least 1"),
             "uncovered": (self.uncovered in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'"),
         }
@@ -101,7 +102,8 @@ class GradProjConfig(LoraConfig):
                 raise GradProjConfigError(f"{name}={getattr(self, name)!r}; expected {what}.")
 
     def _check_given(self) -> None:
-        if self.concept_basis is not None or self.concept_probes is not None:
+        given: Any = self
+        if given.concept_basis is not None or given.concept_probes is not None:
             return
         self.report_uncovered(
             ["the whole adapter (neither `concept_basis` nor `concept_probes` is given, so nothing is kept out)"]

@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -178,14 +177,14 @@ class ProjectedWeight(nn.Module):
         _retraction.add(self)
 
 
-class ProjectedLinear(ProjectedWeight, nn.Linear):
+class ProjectedLinear(ProjectedWeight, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` whose effective weight is its own weight projected off the concept basis."""
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.project(self.weight), self.bias)
 
 
-class ProjectedConv2d(ProjectedWeight, nn.Conv2d):
+class ProjectedConv2d(ProjectedWeight, nn.Conv2d):  # type: ignore[misc]
     """`nn.Conv2d` whose effective weight is its own weight projected off the concept basis."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -255,32 +254,30 @@ class _Retraction:
         return [module for module in list(self._modules) if id(module.weight) in stepped]
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        modules = self._stepped_by(optimizer)
-        for constraint in (*_gradient_constraints(modules), *modules):
+        for constraint in _constraints_of(self._stepped_by(optimizer)):
             constraint.remember()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        modules = self._stepped_by(optimizer)
-        # The gradient space first: input and output, which can be verified from the weights, must hold last.
-        for constraint in (*_gradient_constraints(modules), *modules):
+        for constraint in _constraints_of(self._stepped_by(optimizer)):
             constraint.retract()
 
 
-def _gradient_constraints(modules: list[ProjectedWeight]) -> list[GradientConstraint]:
+def _constraints_of(modules: list[ProjectedWeight]) -> list[GradientConstraint | ProjectedWeight]:
     shared = {id(m.gradient_constraint): m.gradient_constraint for m in modules if m.gradient_constraint is not None}
-    return list(shared.values())
+    # The gradient space first: input and output, which can be verified from the weights, must hold last.
+    return [*shared.values(), *modules]
 
 
 _retraction = _Retraction()
 
 
 def constrain_adapter(
-    layer: LoraLayer, adapter_name: str, name: str, basis: LayerBasis, *, strength: float, initial: bool = True
+    layer: Any, adapter_name: str, name: str, basis: LayerBasis, *, strength: float, initial: bool = True
 ) -> None:
     """Put the constraints of `basis` on one adapter of one layer, replacing those it has in the same spaces.
 
     Args:
-        layer: The LoRA layer; its A and B for the adapter are `nn.Linear` or `nn.Conv2d`.
+        layer: The `LoraLayer`; its A and B for the adapter are `nn.Linear` or `nn.Conv2d`.
         adapter_name: Which of its adapters.
         name: The layer's name in the base model, for messages.
         basis: Bases of the widths `d_in` (for a convolution `c_in * kh * kw`), `r`, `d_out`,

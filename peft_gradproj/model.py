@@ -26,7 +26,7 @@ class GradProjModel(LoraModel):
     Everything else is [`~peft.LoraModel`]'s. What it adds to a model are LoRA layers with LoRA's parameters.
     """
 
-    def _prepare_model(self, peft_config: GradProjConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Called before anything is injected: an error here leaves the model as it was.
         super()._prepare_model(peft_config, model)
         targeted = self._targeted_names(peft_config, model)
@@ -48,9 +48,9 @@ class GradProjModel(LoraModel):
         matches = ((name, self._check_target_module_exists(config, name)) for name in names)
         return [name for name, match in matches if match and not isinstance(match, _ExcludedModule)]
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # LoraModel's own signature
         self,
-        lora_config: GradProjConfig,
+        lora_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -66,12 +66,10 @@ class GradProjModel(LoraModel):
             layer = getattr(parent, target_name)
             constrain_adapter(layer, adapter_name, current_key, basis, strength=lora_config.strength)
 
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, **kwargs: Any
-    ) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter, then let its concept probes watch the optimizer; see [`~peft.LoraModel`]."""
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, **kwargs)
-        config = self.peft_config[adapter_name]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
         if config.concept_probes is not None and not config.inference_mode:
             attach_online_projection(
                 model,
@@ -98,7 +96,7 @@ class GradProjModel(LoraModel):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: GradProjConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
@@ -112,7 +110,9 @@ class GradProjModel(LoraModel):
                     selected[key] = module.project(selected[key])
         return selected
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Combine adapters, as [`~peft.LoraModel.add_weighted_adapter`] does.
 
         The input and output invariants are closed under sums, so a combination of adapters with one basis keeps them.
@@ -120,7 +120,7 @@ class GradProjModel(LoraModel):
         Raises:
             GradProjConfigError: If the adapters have different concept bases: their sum would keep neither.
         """
-        configs = {name: self.peft_config[name] for name in adapters}
+        configs: dict[str, Any] = {name: self.peft_config[name] for name in adapters}
         bases = [config.concept_basis for config in configs.values()]
         if any(basis != bases[0] for basis in bases):
             raise GradProjConfigError(
@@ -135,7 +135,7 @@ class GradProjModel(LoraModel):
                 concept_probes=None,
                 uncovered="ignore",
             )
-            super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         finally:
             self.peft_config.update(configs)
         for _, module in projected_weights(self.model, adapter_name):
@@ -158,7 +158,7 @@ def refresh_concept_basis(model: nn.Module, basis: ConceptBasis, adapter_name: s
         ConceptBasisError: If the basis names a layer that the adapter does not have, has input or output spaces, or
             a width does not fit.
     """
-    layers = {_bare_name(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers: dict[str, Any] = {_bare_name(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     for name, layer_basis in basis.items():
         if name not in layers or adapter_name not in layers[name].lora_A:
             raise ConceptBasisError(f"layer '{name}' of the new basis has no adapter '{adapter_name}'.")
@@ -167,7 +167,7 @@ def refresh_concept_basis(model: nn.Module, basis: ConceptBasis, adapter_name: s
                 f"layer '{name}': the new basis has input or output spaces, which do not age; fit it with "
                 "spaces=('rank',), ('gradient',) or both."
             )
-    config = model.peft_config[adapter_name]
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
     for name, layer_basis in basis.items():
         constrain_adapter(layers[name], adapter_name, name, layer_basis, strength=config.strength, initial=False)
     config.concept_basis = _refreshed(config.concept_basis, basis)

@@ -45,7 +45,7 @@ def save_sidecars(model: nn.Module, folder: str | os.PathLike[str], adapter_name
 
 def write_config_sidecars(config: GradProjConfig, folder: str | os.PathLike[str]) -> None:
     """Write the sidecars of `config` beside the LoRA weights in `folder`."""
-    basis = config.concept_basis
+    basis: ConceptBasis | None = config.concept_basis  # type: ignore[attr-defined]
     write_sidecars(
         folder,
         basis,
@@ -61,7 +61,13 @@ def load_settings(path_or_repo_id: str, *, subfolder: str | None = None, **kwarg
     folder = path_or_repo_id if subfolder is None else os.path.join(path_or_repo_id, subfolder)
     if not os.path.isdir(folder):
         folder = _download(path_or_repo_id, subfolder, kwargs)
-    settings = dict(read_settings(folder))
+    settings = read_settings(folder)
+    if settings is None:
+        raise AdapterFolderError(
+            f"'{path_or_repo_id}' has no gradproj.json, so it is no GradProj adapter. Load a plain LoRA with "
+            "peft.LoraConfig.from_pretrained."
+        )
+    settings = dict(settings)
     basis_file = os.path.join(folder, "concept_basis.safetensors")
     if os.path.isfile(basis_file):
         settings["concept_basis"] = ConceptBasis.load(basis_file)
@@ -80,7 +86,6 @@ def _download(repo_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> st
             hf_hub_download(repo_id, "concept_basis.safetensors", subfolder=subfolder, **options)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise AdapterFolderError(
-            f"no GradProj adapter at '{repo_id}': {error}. Expected a folder or Hub id with a gradproj.json; load a "
-            "plain LoRA with peft.LoraConfig.from_pretrained."
+            f"no GradProj adapter at '{repo_id}': {error}. Expected a folder or a Hub id with a gradproj.json."
         ) from error
     return os.path.dirname(manifest)
