@@ -1,0 +1,666 @@
+r"""Fitting a concept basis: which directions of a layer's spaces the concept takes, in contrast to a reference.
+
+Raw activations are dominated by what all examples share, a mean or the first token, and a basis of those would block
+all learning. Two contrasts leave it out:
+
+- `pairs`: the reference batches are the concept batches without the concept, with the same noise and timestep; the
+  basis holds the leading eigenvectors of the second moments of the differences, :math:`E[(x - x')(x - x')^T]`;
+- `generalized`: any two sets; the leading solutions of :math:`C_c u = \lambda (C_r + \epsilon \bar c_r I) u`, where
+  :math:`\lambda` is how much more energy a direction has on the concept set.
+
+| space | vectors | contrast |
+|---|---|---|
+| `input` | the inputs x of the base's layer, one a token; of a convolution its patches | pairs or generalized |
+| `output` | the outputs y of the base's layer, without any adapter | pairs or generalized |
+| `rank` | :math:`z = A x` and :math:`B^T \delta`, each scaled to unit energy on the reference set | generalized |
+| `gradient` | the flattened gradients of A and B, one a batch | pairs, generalized, or none |
+
+Activations are never collected: of each batch they enter second moments, and are let go.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ._version import __version__
+from .basis import SPACES, ConceptBasis, LayerBasis
+from .errors import ConceptBasisError, ConceptDataError
+from .observation import (
+    Features,
+    LayerGradients,
+    TargetLayer,
+    find_adapter,
+    find_layers,
+    observe_features,
+    observe_gradients,
+    undisturbed,
+)
+from .projection import contrast_basis, truncation_rank
+from .second_moments import SecondMoment, common_subspace, excess_share
+
+__all__ = ["Contrast", "fit_concept_basis"]
+
+Contrast = Literal["pairs", "generalized"]
+RunModel = Callable[[nn.Module, Any], Any]
+LossFn = Callable[[Any, Any], Tensor]
+Role = Literal["fit", "held_out", "reference"]
+
+_NO_CONTRAST = 1e-10
+"""Differences with less than this share of the energy are rounding; half precision has its own, larger floor."""
+
+_NO_DIRECTION = 1e-6
+"""Eigenvalues of differences below this share of the largest are rounding."""
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of :func:`fit_concept_basis` that say how to fit."""
+
+    spaces: tuple[str, ...]
+    rank: int | None
+    energy: float | None
+    contrast: Contrast
+    epsilon: float
+    threshold: float
+    held_out: float
+    max_reference_overlap: float
+    unfit: Literal["refuse", "skip"]
+    max_positions: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.spaces or any(space not in SPACES for space in self.spaces):
+            raise ConceptBasisError(f"spaces={self.spaces!r}; expected a list of some of {', '.join(SPACES)}.")
+        if self.contrast not in ("pairs", "generalized"):
+            raise ConceptBasisError(f"contrast={self.contrast!r}; expected 'pairs' or 'generalized'.")
+        if self.unfit not in ("refuse", "skip"):
+            raise ConceptBasisError(f"unfit={self.unfit!r}; expected 'refuse' or 'skip'.")
+        if self.rank is None and self.energy is None:
+            raise ConceptBasisError("neither rank nor energy is given; expected one, to say how much to keep.")
+        if self.rank is not None and self.rank < 1:
+            raise ConceptBasisError(f"rank={self.rank}; expected at least 1.")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ConceptBasisError(f"energy={self.energy}; expected a share in (0, 1].")
+        if not 0 <= self.held_out <= 0.5:
+            raise ConceptBasisError(f"held_out={self.held_out}; expected a share in [0, 0.5].")
+        if self.epsilon <= 0 or self.max_positions < 1:
+            raise ConceptBasisError(
+                f"epsilon={self.epsilon}, max_positions={self.max_positions}; expected a positive number of each."
+            )
+
+    def wants(self, *spaces: str) -> bool:
+        """Whether one of `spaces` is asked for."""
+        return any(space in self.spaces for space in spaces)
+
+
+def fit_concept_basis(
+    model: nn.Module,
+    concept_batches: Iterable[Any],
+    reference_batches: Iterable[Any] | None = None,
+    *,
+    target_modules: str | Sequence[str],
+    run_model: RunModel | None = None,
+    spaces: Sequence[str] = ("input", "output"),
+    rank: int | None = 16,
+    energy: float | None = None,
+    contrast: Contrast = "pairs",
+    epsilon: float = 1e-3,
+    threshold: float = 2.0,
+    held_out: float = 0.2,
+    max_reference_overlap: float = 0.9,
+    unfit: Literal["refuse", "skip"] = "refuse",
+    loss_fn: LossFn | None = None,
+    adapter_name: str | None = None,
+    max_positions: int = 1024,
+    concept: str = "",
+    base_model: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> ConceptBasis:
+    r"""Fit a concept basis to a model, from examples with the concept and examples without.
+
+    The model is left as it was found. Every layer's report is in `basis.fit["layers"][module][space]`: `k`, `d`,
+    `energy` (share of the contrast energy of held-out concept batches that the basis holds, `None` without any) and
+    `reference_overlap` (share of the reference set's energy that it holds: what of other learning it blocks). Layers
+    without contrast, such as the text projections of pairs under equal captions, get no basis;
+    `basis.fit["left_out"][module][space]` says why.
+
+    Args:
+        model: A bare model, or one with adapters injected. Names of layers are those of the bare model.
+        concept_batches: Batches that show the concept, as `run_model` takes them.
+        reference_batches: Batches that do not; with `contrast="pairs"` the same batches without the concept, in the
+            same order and of the same shapes. Only the `gradient` space can do without.
+        target_modules: Layers to fit, as in `LoraConfig`: names, ends of names, a regular expression, `"all-linear"`.
+        run_model: `run_model(model, batch)` runs the forward pass; `model(**batch)` by default. The random state is
+            the same for both halves of a pair, so that noise drawn here is the same noise.
+        spaces: Some of `input`, `output`, `rank`, `gradient`; the latter two need an adapter and `loss_fn`.
+        rank: Most directions per layer and space.
+        energy: Keep the fewest directions that hold this share, in (0, 1], of the contrast energy; within `rank`.
+        contrast: `pairs` or `generalized`.
+        epsilon: Ridge of the generalised eigenproblem, relative to the mean energy of a direction.
+        threshold: Least :math:`\lambda` of a direction in the generalised eigenproblem.
+        held_out: Share in [0, 0.5] of the batches that is not fitted but reported on, at least one of two.
+        max_reference_overlap: A basis with more of the reference set's energy is harmful.
+        unfit: What is done with a basis that is harmful, or has more directions than half the width: `refuse` raises
+            an error that names the layers, `skip` leaves them out.
+        loss_fn: `loss_fn(output, batch)`, with what `run_model` returned, gives the scalar loss of `batch`.
+        adapter_name: The adapter of the `rank` and `gradient` spaces; may be omitted if there is one.
+        max_positions: Tokens or patches per layer and batch that enter the statistics, a random choice beyond.
+        concept: What the concept is called.
+        base_model: Identifier of the base model, kept in the basis.
+        revision: Its revision, likewise.
+        progress: Show progress bars.
+        seed: Seeds the choice of positions and the model's random state.
+
+    Returns:
+        The concept basis, of all layers that have one.
+
+    Raises:
+        ConceptBasisError: If an argument is out of range, no module matches, one is of a kind that has no basis, or
+            no layer, or a harmful one, would get a basis.
+        ConceptDataError: If there are no batches, halves do not pair, or a value is not finite.
+    """
+    options = _Options(
+        (spaces,) if isinstance(spaces, str) else tuple(spaces),
+        rank,
+        energy,
+        contrast,
+        epsilon,
+        threshold,
+        held_out,
+        max_reference_overlap,
+        unfit,
+        max_positions,
+        seed,
+    )
+    if loss_fn is None and options.wants("rank", "gradient"):
+        raise ConceptBasisError("the rank and gradient spaces need loss_fn(output, batch), the loss to differentiate.")
+    if reference_batches is None and options.wants("input", "output", "rank"):
+        raise ConceptDataError(
+            "reference_batches are missing; without them a basis holds what all examples share, and blocks all "
+            "learning. Only spaces=('gradient',) can be fitted without."
+        )
+    layers = find_layers(model, target_modules)
+    if options.wants("rank", "gradient"):
+        adapter_name = find_adapter(layers, adapter_name)
+    statistics = _Statistics(layers, options)
+    with undisturbed(model, seed=seed), _Observer(model, layers, options, run_model, loss_fn, adapter_name) as observe:
+        counts = _stream(statistics, observe, concept_batches, reference_batches, progress)
+    solutions = _solve_all(statistics, layers, options, progress)
+    _refuse_unfit(solutions, options)
+    bases = _bases(layers, solutions)
+    fit = {
+        "method": contrast,
+        "spaces": list(options.spaces),
+        "target_modules": target_modules if isinstance(target_modules, str) else list(target_modules),
+        "rank": rank,
+        "energy": energy,
+        "epsilon": epsilon,
+        "threshold": threshold,
+        "held_out": held_out,
+        "max_reference_overlap": max_reference_overlap,
+        "max_positions": max_positions,
+        "batches": counts,
+        "adapter_name": adapter_name,
+        "seed": seed,
+        "model_class": type(model).__name__,
+        "versions": _versions(),
+        "layers": _by_layer(solutions, lambda solution: None if solution.reason else solution.report),
+        "left_out": _by_layer(solutions, lambda solution: solution.reason),
+    }
+    return ConceptBasis(bases, concept, base_model, revision, fit)
+
+
+def _versions() -> dict[str, str]:
+    import peft
+
+    return {"peft_gradproj": __version__, "peft": peft.__version__, "torch": str(torch.__version__)}
+
+
+# Observing batches
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What the layers showed on one batch."""
+
+    features: Features | None
+    gradients: dict[str, LayerGradients] | None
+
+
+class _Observer:
+    """Runs the model on a batch, with the hooks that the spaces need, while it is entered."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[TargetLayer],
+        options: _Options,
+        run_model: RunModel | None,
+        loss_fn: LossFn | None,
+        adapter_name: str | None,
+    ) -> None:
+        self._model, self._layers, self._options = model, layers, options
+        self._run_model, self._loss_fn, self._adapter_name = run_model or _call, loss_fn, adapter_name
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Observer:
+        self._features = self._gradients = None
+        if self._options.wants("input", "output"):
+            context = observe_features(self._model, self._layers, self._options.spaces)
+            self._features = self._stack.enter_context(context)
+        if self._loss_fn is not None and self._adapter_name is not None and self._options.wants("rank", "gradient"):
+            self._gradients = self._stack.enter_context(
+                observe_gradients(self._model, self._layers, self._adapter_name)
+            )
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    def __call__(self, index: int, batch: Any) -> _Observed:
+        """Observe the batch of one index; the random state depends on the index alone."""
+
+        def forward() -> Any:
+            torch.manual_seed(self._options.seed + index)
+            return self._run_model(self._model, batch)
+
+        def loss() -> Tensor:
+            assert self._loss_fn is not None
+            return self._loss_fn(forward(), batch)
+
+        return _Observed(
+            None if self._features is None else self._features(forward),
+            None if self._gradients is None else self._gradients(loss),
+        )
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    """`model(**batch)` on the model's device."""
+    if not isinstance(batch, Mapping):
+        raise ConceptDataError(
+            f"a batch is a {type(batch).__name__}, and model(**batch) needs a mapping; pass run_model=lambda model, "
+            "batch: ... to say how the model is called."
+        )
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+
+
+def _stream(
+    statistics: _Statistics,
+    observe: _Observer,
+    concept_batches: Iterable[Any],
+    reference_batches: Iterable[Any] | None,
+    progress: bool,
+) -> dict[str, int]:
+    """Take the statistics of all batches; returns how many there were."""
+    counts = {"concept": 0, "reference": 0, "held_out": 0}
+    paired = reference_batches is not None and statistics.options.contrast == "pairs"
+    stream = _in_pairs(concept_batches, reference_batches or ()) if paired else ((b, None) for b in concept_batches)
+    total = len(concept_batches) if isinstance(concept_batches, Sized) else None
+    for index, (batch, partner) in enumerate(_progress(stream, total, "concept batches", progress)):
+        role = _role(index, statistics.options.held_out)
+        statistics.add(role, observe(index, batch), observe(index, partner) if paired else None)
+        counts["concept"] += 1
+        counts["held_out"] += role == "held_out"
+        counts["reference"] += paired
+    if reference_batches is not None and not paired:
+        total = len(reference_batches) if isinstance(reference_batches, Sized) else None
+        for index, batch in enumerate(_progress(reference_batches, total, "reference batches", progress)):
+            statistics.add("reference", observe(index, batch), None)
+            counts["reference"] += 1
+    for name in ("concept",) if reference_batches is None else ("concept", "reference"):
+        if not counts[name]:
+            raise ConceptDataError(f"{name}_batches are empty; expected at least one batch.")
+    return counts
+
+
+def _in_pairs(concept_batches: Iterable[Any], reference_batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    missing = object()
+    for index, pair in enumerate(zip_longest(concept_batches, reference_batches, fillvalue=missing)):
+        for batch, name in zip(pair, ("concept_batches", "reference_batches"), strict=True):
+            if batch is missing:
+                raise ConceptDataError(
+                    f"{name} ended after {index} batches, before the other half; contrast='pairs' needs, for each "
+                    "batch with the concept, the same batch without. Use contrast='generalized' for sets that differ."
+                )
+        yield pair
+
+
+def _role(index: int, held_out: float) -> Role:
+    """Every n-th batch is held out, from the second on, so that two batches suffice."""
+    return "held_out" if held_out > 0 and index % round(1 / held_out) == 1 else "fit"
+
+
+def _progress(items: Iterable[Any], total: int | None, what: str, show: bool) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc=f"Concept basis: {what}", disable=not show)
+
+
+# Statistics
+
+
+@dataclass
+class _Contrasted:
+    """The second moments of one kind of vectors of one layer."""
+
+    fit: SecondMoment
+    """Of the concept, or of the differences of pairs."""
+
+    held_out: SecondMoment
+    """The same, of batches that are not fitted."""
+
+    reference: SecondMoment
+    """Of the reference set."""
+
+    floor: float = _NO_CONTRAST
+    """Share of the reference's energy below which differences are rounding."""
+
+    @classmethod
+    def of_width(cls, width: int, options: _Options) -> _Contrasted:
+        """Without any vectors yet."""
+        rows = max(128, 4 * (options.rank or 32))
+        fit, held_out, reference = (SecondMoment(width, sketch_rows=rows) for _ in range(3))
+        return cls(fit, held_out, reference)
+
+    def add(self, role: Role, vectors: Tensor) -> None:
+        """Take in vectors of shape `(n, d)`."""
+        if vectors.is_floating_point():
+            self.floor = max(self.floor, torch.finfo(vectors.dtype).eps ** 2)
+        getattr(self, role).update(vectors)
+
+
+class _Statistics:
+    """The second moments of all layers and spaces, fed batch by batch."""
+
+    def __init__(self, layers: Sequence[TargetLayer], options: _Options) -> None:
+        self.options = options
+        self._layers = {layer.name: layer for layer in layers}
+        self._choice = torch.Generator().manual_seed(options.seed)
+        self._of: dict[str, dict[str, _Contrasted]] = {"output": {}, "down": {}, "up": {}, "gradient": {}}
+        # All layers of one width begin with one statistic, and part when their inputs do.
+        by_width: dict[int, _Contrasted] = {}
+        if options.wants("input"):
+            for layer in layers:
+                by_width.setdefault(layer.d_in, _Contrasted.of_width(layer.d_in, options))
+        self._of["input"] = {layer.name: by_width[layer.d_in] for layer in layers} if by_width else {}
+
+    def __getitem__(self, key: tuple[str, str]) -> _Contrasted | None:
+        """The statistic of a kind of vectors (`input`, `output`, `down`, `up`, `gradient`) and a layer, if any."""
+        return self._of[key[0]].get(key[1])
+
+    def add(self, role: Role, observed: _Observed, without: _Observed | None) -> None:
+        """Take in a batch, of the concept or the reference set; of a pair, the difference and the reference half."""
+        self._add_features(role, observed.features, None if without is None else without.features)
+        self._add_gradients(role, observed.gradients, None if without is None else without.gradients)
+
+    def _add_features(self, role: Role, features: Features | None, without: Features | None) -> None:
+        if features is None:
+            return
+        for name in self._input_leaders(features, without):
+            pairs = _calls(
+                name, "input", features.inputs[name], None if without is None else without.inputs.get(name, [])
+            )
+            self._add(role, self._of["input"][name], "input", name, pairs, self._layers[name].input_vectors)
+        for name, outputs in features.outputs.items():
+            pairs = _calls(name, "output", outputs, None if without is None else without.outputs.get(name, []))
+            statistic = self._statistic("output", name, self._layers[name].d_out)
+            self._add(role, statistic, "output", name, pairs, self._layers[name].output_vectors)
+
+    def _input_leaders(self, features: Features, without: Features | None) -> list[str]:
+        """One layer of each group that has had the same inputs in every forward pass so far.
+
+        Layers whose inputs are the same so far share one statistic. Where they part, each goes on with a copy.
+        """
+        groups: dict[tuple[int, Any], tuple[str, _Contrasted]] = {}
+        taken: set[int] = set()
+        for name, statistic in self._of["input"].items():
+            source = (features.sources.get(name), None if without is None else without.sources.get(name))
+            key = (id(statistic), source)
+            if key not in groups:
+                groups[key] = (name, copy.deepcopy(statistic) if id(statistic) in taken else statistic)
+                taken.add(id(statistic))
+            self._of["input"][name] = groups[key][1]
+        return [name for name, _ in groups.values() if name in features.inputs]
+
+    def _add_gradients(
+        self,
+        role: Role,
+        gradients: Mapping[str, LayerGradients] | None,
+        without: Mapping[str, LayerGradients] | None,
+    ) -> None:
+        for name, layer in (gradients or {}).items():
+            partner = None if without is None else without.get(name)
+            if self.options.wants("rank"):
+                self._add_rank(role, name, layer)
+                if partner is not None:
+                    self._add_rank("reference", name, partner)
+            if self.options.wants("gradient"):
+                statistic = self._statistic("gradient", name, layer.flat.numel())
+                pairs = [(layer.flat[None], None if partner is None else partner.flat[None])]
+                self._add(role, statistic, "gradient", name, pairs, lambda flat: flat)
+
+    def _add_rank(self, role: Role, name: str, layer: LayerGradients) -> None:
+        to_vectors = self._layers[name].output_vectors
+        for kind, tensors in (("down", layer.down), ("up", layer.up)):
+            width = to_vectors(tensors[0]).shape[1]
+            pairs = [(tensor, None) for tensor in tensors]
+            self._add(role, self._statistic(kind, name, width), "rank", name, pairs, to_vectors)
+
+    def _statistic(self, kind: str, name: str, width: int) -> _Contrasted:
+        return self._of[kind].setdefault(name, _Contrasted.of_width(width, self.options))
+
+    def _add(
+        self,
+        role: Role,
+        statistic: _Contrasted,
+        space: str,
+        name: str,
+        pairs: Iterable[tuple[Tensor, Tensor | None]],
+        to_vectors: Callable[[Tensor], Tensor],
+    ) -> None:
+        for tensor, partner in pairs:
+            vectors = to_vectors(tensor)
+            chosen = self._chosen(vectors)
+            vectors = vectors[chosen]
+            if partner is not None:
+                others = to_vectors(partner)[chosen]
+                self._add_finite("reference", statistic, space, name, others)
+                # In float32, but the floor is that of the dtype in which the halves were rounded.
+                statistic.floor = max(statistic.floor, torch.finfo(others.dtype).eps ** 2)
+                vectors = vectors.float() - others.float()
+            self._add_finite(role, statistic, space, name, vectors)
+
+    def _add_finite(self, role: Role, statistic: _Contrasted, space: str, name: str, vectors: Tensor) -> None:
+        if not torch.isfinite(vectors).all():
+            raise ConceptDataError(
+                f"the {space} vectors of {name} are not all finite on a {role.replace('_', '-')} batch; check the "
+                "batch, and the precision of the model."
+            )
+        statistic.add(role, vectors)
+
+    def _chosen(self, vectors: Tensor) -> slice | Tensor:
+        """Which positions enter: all, or a random choice of `max_positions`."""
+        count = vectors.shape[0]
+        if count <= self.options.max_positions:
+            return slice(None)
+        order = torch.randperm(count, generator=self._choice)
+        return order[: self.options.max_positions].to(vectors.device)
+
+
+def _calls(
+    name: str, space: str, tensors: list[Tensor], without: list[Tensor] | None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The tensors of a layer, one per call, each with that of the other half if there is one."""
+    if without is None:
+        return [(tensor, None) for tensor in tensors]
+    shapes, others = ([tuple(t.shape) for t in half] for half in (tensors, without))
+    if shapes != others:
+        raise ConceptDataError(
+            f"the halves of a pair differ in the {space}s of {name}: {shapes} with the concept, {others} without. "
+            "contrast='pairs' needs batches of equal shapes; use contrast='generalized' for sets that differ."
+        )
+    return list(zip(tensors, without, strict=True))
+
+
+# Solving
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """The basis of one layer in one space, or why there is none."""
+
+    basis: Tensor | None = None
+    report: dict[str, Any] | None = None
+    reason: str | None = None
+
+
+def _solve_all(
+    statistics: _Statistics, layers: Sequence[TargetLayer], options: _Options, progress: bool
+) -> dict[tuple[str, str], _Solution]:
+    """A solution for each layer and space; layers that share a statistic share it."""
+    solutions: dict[tuple[str, str], _Solution] = {}
+    solved: dict[int, _Solution] = {}
+    for layer in _progress(layers, len(layers), "layers", progress):
+        for space in options.spaces:
+            if space == "rank":
+                statistic = _scaled_sum(statistics["down", layer.name], statistics["up", layer.name])
+                solution = _solve(statistic, "generalized", options)
+            else:
+                statistic = statistics[space, layer.name]
+                solution = solved.get(id(statistic)) or _solve(statistic, options.contrast, options)
+                solved[id(statistic)] = solution
+            solutions[layer.name, space] = solution
+    return solutions
+
+
+def _scaled_sum(down: _Contrasted | None, up: _Contrasted | None) -> _Contrasted | None:
+    r"""The statistics of the rank space: of :math:`A x` and :math:`B^T \delta`, each with unit reference energy."""
+    if down is None or up is None:
+        return None
+
+    def scaled_sum(role: Role) -> SecondMoment:
+        parts = [(getattr(part, role), part.reference.trace) for part in (down, up)]
+        if not any(moment.count for moment, _ in parts):
+            return SecondMoment(down.fit.width)
+        return SecondMoment.from_matrix(sum(moment.within() / scale for moment, scale in parts if scale > 0))
+
+    return _Contrasted(scaled_sum("fit"), scaled_sum("held_out"), scaled_sum("reference"))
+
+
+def _solve(statistic: _Contrasted | None, contrast: Contrast, options: _Options) -> _Solution:
+    if statistic is None or not statistic.fit.count:
+        return _Solution(reason="the layer was not called")
+    without_reference = not statistic.reference.count
+    if contrast == "pairs" or without_reference:
+        if statistic.fit.trace <= statistic.floor * statistic.reference.trace:
+            return _Solution(reason="with and without the concept are equal")
+        basis = _leading_directions(statistic.fit, options)
+        energy = statistic.held_out.share_in(basis)
+    else:
+        basis = _contrasting_directions(statistic, options)
+        if not basis.shape[1]:
+            return _Solution(reason=f"no direction has {options.threshold} times the reference's energy")
+        energy = _excess_energy(statistic, basis, options)
+    report = {
+        "k": basis.shape[1],
+        "d": basis.shape[0],
+        "energy": energy if statistic.held_out.count else None,
+        "reference_overlap": None if without_reference else statistic.reference.share_in(basis),
+    }
+    return _Solution(basis, report, _harm(report, options))
+
+
+def _leading_directions(moment: SecondMoment, options: _Options) -> Tensor:
+    """Leading eigenvectors, shape `(d, k)`."""
+    subspace = common_subspace([moment])
+    eigenvalues, vectors = torch.linalg.eigh(moment.within(subspace))
+    eigenvalues, vectors = eigenvalues.flip(0).clamp_min(0.0), vectors.flip(1)
+    eigenvalues = torch.where(eigenvalues > _NO_DIRECTION * eigenvalues[0], eigenvalues, 0.0)
+    vectors = vectors[:, : truncation_rank(eigenvalues, rank=options.rank, energy=options.energy)]
+    return vectors if subspace is None else subspace @ vectors
+
+
+def _contrasting_directions(statistic: _Contrasted, options: _Options) -> Tensor:
+    """Solutions of the generalised eigenproblem above the threshold, orthonormal, shape `(d, k)`."""
+    subspace = common_subspace([statistic.fit, statistic.reference])
+    reference = statistic.reference.within(subspace)
+    epsilon = _epsilon_within(statistic.reference, reference, options)
+    eigenvalues, vectors = contrast_basis(statistic.fit.within(subspace), reference, epsilon=epsilon)
+    eigenvalues = torch.where(eigenvalues > options.threshold, eigenvalues, 0.0)
+    vectors = vectors[:, : truncation_rank(eigenvalues, rank=options.rank, energy=options.energy)]
+    return vectors if subspace is None else subspace @ vectors
+
+
+def _excess_energy(statistic: _Contrasted, basis: Tensor, options: _Options) -> float:
+    subspace = common_subspace([statistic.held_out, statistic.reference], basis)
+    reference = statistic.reference.within(subspace)
+    epsilon = _epsilon_within(statistic.reference, reference, options)
+    inside = basis if subspace is None else subspace.mT @ basis
+    return excess_share(statistic.held_out.within(subspace), reference, inside, epsilon=epsilon)
+
+
+def _epsilon_within(moment: SecondMoment, part: Tensor, options: _Options) -> float:
+    """The ridge relative to the mean energy in a subspace, which is larger than that in the whole space."""
+    inside = float(part.diagonal().mean())
+    return options.epsilon * moment.trace / moment.width / inside if inside > 0 else options.epsilon
+
+
+def _harm(report: Mapping[str, Any], options: _Options) -> str | None:
+    """Why a basis is not fit for use, if it is not."""
+    if report["k"] > report["d"] / 2:
+        return f"{report['k']} directions of {report['d']} are more than half"
+    if (report["reference_overlap"] or 0.0) > options.max_reference_overlap:
+        return f"it holds {report['reference_overlap']:.2f} of the reference set's energy"
+    return None
+
+
+def _refuse_unfit(solutions: Mapping[tuple[str, str], _Solution], options: _Options) -> None:
+    unfit = {key: s.reason for key, s in solutions.items() if s.reason is not None and s.basis is not None}
+    if unfit and options.unfit == "refuse":
+        named = [f"{module}, {space} space: {reason}" for (module, space), reason in unfit.items()]
+        raise ConceptBasisError(
+            f"the basis would block other learning in {len(named)} places: {'; '.join(named[:5])}"
+            f"{'; ...' if len(named) > 5 else ''}. Lower rank or energy, leave these layers out of target_modules, or "
+            "leave out these spaces of them with unfit='skip'."
+        )
+
+
+def _bases(layers: Sequence[TargetLayer], solutions: Mapping[tuple[str, str], _Solution]) -> dict[str, LayerBasis]:
+    """The layers that have a basis in some space.
+
+    Raises:
+        ConceptBasisError: If there is none.
+    """
+    spaces: dict[str, dict[str, Tensor]] = {}
+    for (name, space), solution in solutions.items():
+        if solution.basis is not None and solution.reason is None:
+            spaces.setdefault(name, {})[space] = solution.basis
+    if not spaces:
+        reasons = sorted({solution.reason for solution in solutions.values() if solution.reason is not None})
+        raise ConceptBasisError(
+            f"no layer has a concept basis: {'; '.join(reasons)}. Check that the concept batches show the concept, "
+            "that the reference batches do not, and that target_modules name layers that see it."
+        )
+    return {layer.name: LayerBasis(**spaces[layer.name]) for layer in layers if layer.name in spaces}
+
+
+def _by_layer(
+    solutions: Mapping[tuple[str, str], _Solution], value: Callable[[_Solution], Any]
+) -> dict[str, dict[str, Any]]:
+    """`{module: {space: value}}`, without `None`."""
+    result: dict[str, dict[str, Any]] = {}
+    for (name, space), solution in solutions.items():
+        if value(solution) is not None:
+            result.setdefault(name, {})[space] = value(solution)
+    return result
