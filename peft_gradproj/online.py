@@ -96,7 +96,10 @@ class OnlineReport:
 
 @dataclass
 class _HalfSpace:
-    r"""The constraint :math:`D(\theta) \approx b + \langle s, \theta\rangle`, which can be asked again later."""
+    r"""An earlier constraint, :math:`D(\theta) \approx b + \langle s, \theta\rangle`, to be asked again later.
+
+    With the offset instead of the drift of then, what later steps took back is not taken back again.
+    """
 
     gradient: dict[str, Tensor]
     offset: Tensor
@@ -105,9 +108,6 @@ class _HalfSpace:
         names = [name for name in before if name in self.gradient]
         linear = inner([self.gradient[n].to(before[n].device) for n in names], [before[n] for n in names])
         return (self.offset.to(linear.device) + linear).clamp_min(0.0)
-
-    def gradient_of(self, name: str, like: Tensor) -> Tensor:
-        return self.gradient[name].to(like.device) if name in self.gradient else torch.zeros_like(like)
 
 
 @dataclass
@@ -207,7 +207,7 @@ class OnlineProjection:
         self._autocast = _Autocast()
         self._floors = _Floors()
         self._estimate = RunningSecondMoment()
-        self._history: deque[_HalfSpace] = deque(maxlen=probe_history)
+        self._history: deque[_HalfSpace] = deque(maxlen=probe_history - 1)
         self._counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._first_count = 0
         self._stepping: int | None = None
@@ -270,7 +270,7 @@ class OnlineProjection:
         self._counts.clear()
         self._first_count = int(state["step"])
         self._estimate.load_state_dict(state["estimate"])
-        self._history = deque((_HalfSpace(**h) for h in state["history"]), maxlen=self.probe_history)
+        self._history = deque((_HalfSpace(**h) for h in state["history"]), maxlen=self.probe_history - 1)
 
     def log(self, prefix: str = "gradproj") -> dict[str, float]:
         """The last report as flat numbers, for any tracker; empty before the first correction."""
@@ -497,7 +497,6 @@ class OnlineProjection:
         metric = optimizer_metric(optimizer, pending.parameters, self._estimate)
         if not needs_estimate(optimizer, pending.parameters):
             self._estimate.clear()
-        self._remember(pending)
         after = {name: p.detach().to(_wide(p)) for name, p in pending.parameters.items() if name in metric}
         delta = {name: x - pending.before[name].to(x.dtype) for name, x in after.items()}
         if not any(bool(d.any()) for d in delta.values()):
@@ -505,27 +504,29 @@ class OnlineProjection:
             self._report(pending, step, {}, {}, metric, started=started)
             return
         corrected = self._swept(delta, metric, pending)
+        self._remember(pending)
         correction = {name: self.strength * (corrected[name] - delta[name]) for name in delta}
         for name, x in after.items():
             pending.parameters[name].copy_(x + correction[name])
         self._correct_moments(optimizer, pending, metric)
         self._report(pending, step, correction, delta, metric, started=started)
 
-    def _remember(self, pending: _Pending) -> None:
-        names = list(pending.gradient)
-        along = inner([pending.gradient[n] for n in names], [pending.before[n] for n in names])
-        self._history.append(_HalfSpace(pending.gradient, pending.drift - along))
-
     def _swept(self, delta: dict[str, Tensor], metric: dict[str, Tensor], pending: _Pending) -> dict[str, Tensor]:
-        """The step after a sweep over the half-spaces (Kaczmarz)."""
+        """The step after a sweep over the half-spaces, the newest last (Kaczmarz)."""
         step, diagonal = [*delta.values()], [metric[name] for name in delta]
         limit = RESTORE_LIMIT * self.probe_every * metric_norm(step, diagonal)
-        for half_space in self._history:
-            newest = half_space is self._history[-1]
-            drift = pending.drift if newest else half_space.drift_at(pending.before)
-            s = [half_space.gradient_of(name, d) for name, d in delta.items()]
+        constraints: list[tuple[dict[str, Tensor], float | Tensor]]
+        constraints = [(h.gradient, h.drift_at(pending.before)) for h in self._history]
+        for gradient, drift in [*constraints, (pending.gradient, pending.drift)]:
+            s = [gradient[n].to(d.device) if n in gradient else torch.zeros_like(d) for n, d in delta.items()]
             step = project_half_space(step, s, drift, restore=self.restore, metric=diagonal, restore_limit=limit)
         return dict(zip(delta, step, strict=True))
+
+    def _remember(self, pending: _Pending) -> None:
+        if self._history.maxlen:
+            names = list(pending.gradient)
+            along = inner([pending.gradient[n] for n in names], [pending.before[n] for n in names])
+            self._history.append(_HalfSpace(pending.gradient, pending.drift - along))
 
     def _correct_moments(self, optimizer: torch.optim.Optimizer, pending: _Pending, metric: dict[str, Tensor]) -> None:
         for moment, projected in projected_moments(optimizer, pending.parameters, pending.gradient, metric):
