@@ -86,7 +86,8 @@ class Overlay:
         width, height = self.image.size
         factor = placement.size / max(width, height)
         size = (max(1, round(width * factor)), max(1, round(height * factor)))
-        drawn = self.image.resize(size, Image.Resampling.LANCZOS)
+        # Hamming: a filter that overshoots would leave specks of alpha around sharp edges.
+        drawn = self.image.resize(size, Image.Resampling.HAMMING)
         drawn = drawn.rotate(placement.angle, Image.Resampling.BICUBIC, expand=True)
         drawn = drawn.crop(drawn.getchannel("A").getbbox())
         drawn.putalpha(drawn.getchannel("A").point(lambda a: round(a * placement.opacity)))
