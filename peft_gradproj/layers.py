@@ -21,7 +21,6 @@ space binds A and B together and is handled by :class:`GradientConstraint`.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from .errors import ConceptBasisError, GradProjConfigError
 from .projection import coordinates, remove_component
-from .step_hooks import ORDER_RETRACTION, observe_steps
+from .step_hooks import ORDER_RETRACTION, OrderedWeakSet, observe_steps
 
 if TYPE_CHECKING:
     from .basis import LayerBasis
@@ -242,7 +241,7 @@ class _Retraction:
     """Retracts every projected weight of the process that an optimizer has just stepped."""
 
     def __init__(self) -> None:
-        self._modules: weakref.WeakSet[ProjectedWeight] = weakref.WeakSet()
+        self._modules: OrderedWeakSet[ProjectedWeight] = OrderedWeakSet()
 
     def add(self, module: ProjectedWeight) -> None:
         self._modules.add(module)
@@ -251,7 +250,7 @@ class _Retraction:
     def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[ProjectedWeight]:
         # By identity and through the module, at each step: PEFT, FSDP and dtype casts replace Parameter objects.
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [module for module in list(self._modules) if id(module.weight) in stepped]
+        return [module for module in self._modules if id(module.weight) in stepped]
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         for constraint in _constraints_of(self._stepped_by(optimizer)):

@@ -8,7 +8,8 @@ correction (`ORDER_CORRECTION`), the retraction (`ORDER_RETRACTION`), so that th
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.optim.optimizer import (
@@ -16,7 +17,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-__all__ = ["ORDER_CORRECTION", "ORDER_RETRACTION", "StepObserver", "observe_steps"]
+__all__ = ["ORDER_CORRECTION", "ORDER_RETRACTION", "OrderedWeakSet", "StepObserver", "observe_steps"]
 
 ORDER_CORRECTION = 0
 ORDER_RETRACTION = 1
@@ -32,9 +33,32 @@ class StepObserver(Protocol):
         """Called after the optimizer has changed its parameters."""
 
 
-_observers: dict[int, weakref.WeakSet[Any]] = {
-    ORDER_CORRECTION: weakref.WeakSet(),
-    ORDER_RETRACTION: weakref.WeakSet(),
+T = TypeVar("T")
+
+
+class OrderedWeakSet(Generic[T]):
+    """Objects, by identity, in the order in which they were added, for as long as somebody else refers to them.
+
+    Processes that communicate while they go through it must go in the same order, which a `WeakSet` does not promise.
+    """
+
+    def __init__(self) -> None:
+        self._references: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, item: T) -> None:
+        """Add an object at the end; one that is there keeps its place."""
+        key = id(item)
+        if key not in self._references:
+            self._references[key] = weakref.ref(item, lambda _: self._references.pop(key, None))
+
+    def __iter__(self) -> Iterator[T]:
+        items = [reference() for reference in list(self._references.values())]
+        return (item for item in items if item is not None)
+
+
+_observers: dict[int, OrderedWeakSet[StepObserver]] = {
+    ORDER_CORRECTION: OrderedWeakSet(),
+    ORDER_RETRACTION: OrderedWeakSet(),
 }
 _registered = False
 
@@ -51,11 +75,11 @@ def observe_steps(observer: StepObserver, order: int) -> None:
 
 def _before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for order in sorted(_observers):
-        for observer in list(_observers[order]):
+        for observer in _observers[order]:
             observer.before_step(optimizer)
 
 
 def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for order in sorted(_observers):
-        for observer in list(_observers[order]):
+        for observer in _observers[order]:
             observer.after_step(optimizer)

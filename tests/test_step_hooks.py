@@ -99,3 +99,15 @@ def test_steps_within_schedulers_and_scalers_are_seen_and_skipped_ones_are_not()
         scaler.step(optimizer)
         scaler.update()
         assert len(events) == seen
+
+
+def test_observers_are_told_in_the_order_in_which_they_came() -> None:
+    # Processes of one training communicate in these calls, so all must make them in one order.
+    events: list[tuple[str, str, float]] = []
+    recorders = [Recorder(str(i), events) for i in range(20)]
+    for recorder in recorders:
+        observe_steps(recorder, ORDER_CORRECTION)
+
+    torch.optim.SGD([_parameter()], lr=0.1).step()
+
+    assert [event[0] for event in events if event[1] == "before"] == [r.name for r in recorders]
