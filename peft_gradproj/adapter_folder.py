@@ -104,7 +104,7 @@ class PublishedFile:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraPair:
     r"""The two factors of one adapted layer, convolutions flattened."""
 
@@ -128,7 +128,7 @@ class LoraPair:
         return all(t.is_floating_point() and t.dtype.itemsize > 1 for t in (self.a, self.b))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraLayers:
     """The tensors of an adapter, sorted into layers and the rest."""
 
@@ -142,7 +142,7 @@ class LoraLayers:
     """Layers that are no LoRA, and what is wrong with them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BasisFile:
     """A concept basis as it lies in a file, not yet believed to be one."""
 
@@ -188,7 +188,7 @@ class BasisFile:
         return Text("\n".join(map(printable, self.to_concept_basis().summary().split("\n"))))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterFolder:
     """A published folder that was read; what it claims is still to be checked."""
 
@@ -283,14 +283,14 @@ def parse_lora_layers(tensors: Mapping[str, Tensor]) -> LoraLayers:
     Args:
         tensors: An adapter's tensors by key, in PEFT's or diffusers' layout.
     """
-    factors: dict[str, dict[str, str]] = {}
+    factors: dict[str, dict[str, list[str]]] = {}
     alphas: dict[str, str] = {}
     rest: list[str] = []
     strip = _namespace(tensors)
     for key in tensors:
         found = _factor(key)
-        if found is not None and found[1] not in factors.setdefault(found[0].removeprefix(strip), {}):
-            factors[found[0].removeprefix(strip)][found[1]] = key
+        if found is not None:
+            factors.setdefault(found[0].removeprefix(strip), {}).setdefault(found[1], []).append(key)
         elif key.endswith(".alpha"):
             alphas[key.removesuffix(".alpha").removeprefix(strip)] = key
         else:
@@ -298,11 +298,12 @@ def parse_lora_layers(tensors: Mapping[str, Tensor]) -> LoraLayers:
     pairs: dict[str, LoraPair] = {}
     malformed: dict[str, str] = {}
     for module, keys in factors.items():
-        fault = _fault(tensors, keys)
+        a, b = ([tensors[key] for key in keys.get(factor, ())] for factor in "ab")
+        fault = _fault(a, b)
         if fault is not None:
             malformed[module] = fault
         else:
-            pairs[module] = _pair(tensors, keys, alphas.get(module))
+            pairs[module] = LoraPair(a[0].flatten(1), b[0].flatten(1), _alpha(tensors, alphas.get(module)))
     rest += [key for module, key in alphas.items() if module not in pairs or tensors[key].numel() != 1]
     return LoraLayers(pairs, tuple(rest), malformed)
 
@@ -325,11 +326,11 @@ def _namespace(tensors: Mapping[str, Tensor]) -> str:
     return found[0] if len(found) == 1 else ""
 
 
-def _fault(tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> str | None:
-    """Why the tensors under `keys` are no pair of factors, if they are not."""
-    if set(keys) != {"a", "b"}:
-        return f"has only its {'A' if 'a' in keys else 'B'} factor; expected A and B"
-    a, b = tensors[keys["a"]], tensors[keys["b"]]
+def _fault(found_a: Sequence[Tensor], found_b: Sequence[Tensor]) -> str | None:
+    """Why the tensors that are named A and B of one layer are no pair of factors, if they are not."""
+    if (len(found_a), len(found_b)) != (1, 1):
+        return f"has {len(found_a)} tensors for A and {len(found_b)} for B; expected one of each"
+    a, b = found_a[0], found_b[0]
     if a.ndim < 2 or b.ndim != a.ndim:
         return f"has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected two matrices or convolutions"
     if any(size != 1 for size in b.shape[2:]):
@@ -341,13 +342,8 @@ def _fault(tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> str | None
     return None
 
 
-def _pair(tensors: Mapping[str, Tensor], keys: Mapping[str, str], alpha: str | None) -> LoraPair:
-    known = alpha is not None and tensors[alpha].numel() == 1
-    return LoraPair(
-        tensors[keys["a"]].flatten(1),
-        tensors[keys["b"]].flatten(1),
-        float(tensors[alpha].item()) if known and alpha is not None else None,
-    )
+def _alpha(tensors: Mapping[str, Tensor], key: str | None) -> float | None:
+    return float(tensors[key].item()) if key is not None and tensors[key].numel() == 1 else None
 
 
 def layer_leakage(pair: LoraPair, bases: Mapping[str, Tensor]) -> dict[str, float]:

@@ -76,7 +76,7 @@ def printable(text: str) -> str:
 # Bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FileBytes:
     """A file, read once."""
 

@@ -610,22 +610,17 @@ def _measured(layers: Mapping[str, LoraLayers], bases: Bases) -> Iterator[LayerR
 
 
 def _check_claims(folder: AdapterFolder, results: Iterable[LayerResult]) -> list[Check]:
-    claims: dict[str, dict[str, Any]] = folder.manifest["leakage"]
-    found = {result.name: result for result in results if result.leakage}
-    failures = [
-        Check(
-            "claims", "orthogonality", False, "the manifest claims a leakage, but the layer has none to measure", name
-        )
-        for name in claims
-        if name not in found
-    ]
-    for name, result in found.items():
-        for space, value in result.leakage.items():
-            claim = claims.get(name, {}).get(space)
-            if claim is None or not abs(claim - value) <= result.tolerance:
-                said = "nothing" if claim is None else f"{claim:.3g}"
-                detail = f"the manifest claims {said} for the {space} space; {value:.3g} was found"
-                failures.append(Check("claims", "orthogonality", False, detail, name, value, result.tolerance))
+    claims = {(name, s): v for name, spaces in folder.manifest["leakage"].items() for s, v in spaces.items()}
+    found = {(result.name, s): (v, result.tolerance) for result in results for s, v in result.leakage.items()}
+    failures = []
+    for name, space in claims.keys() | found.keys():
+        claim = claims.get((name, space))
+        value, tolerance = found.get((name, space), (None, None))
+        if claim is None or value is None or tolerance is None or not abs(claim - value) <= tolerance:
+            claimed, measured = ("nothing" if v is None else f"{v:.3g}" for v in (claim, value))
+            detail = f"the manifest claims {claimed} for the {space} space; {measured} was found"
+            failures.append(Check("claims", "orthogonality", False, detail, name, value, tolerance))
+    failures.sort(key=lambda check: (check.layer or "", check.detail))
     return _gathered("claims", "orthogonality", failures, "the claimed leakage is the one that was found")
 
 

@@ -1,0 +1,430 @@
+"""Verification: honest adapters pass, whatever their layout; every other folder is found out for its own reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published_folders import (
+    BASIS,
+    BOUND_FILES,
+    CONFIG,
+    DIFFUSERS_WEIGHTS,
+    KEY_STYLES,
+    MANIFEST,
+    NOT_VERIFIED,
+    REFUSED,
+    SHAPES,
+    WEIGHTS,
+    Tampering,
+    contents,
+    edit_json,
+    edit_tensors,
+    honest_folder,
+    honest_tensors,
+    random_basis,
+    reseal,
+)
+from safetensors.torch import save_file
+
+from peft_gradproj import ConceptBasis, LayerBasis, verify_adapter
+from peft_gradproj.adapter_folder import CHECKABLE_SPACES, write_sidecars
+from peft_gradproj.errors import AdapterFolderError, ConceptBasisError
+from peft_gradproj.verification import VerificationReport
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def failed(report: VerificationReport) -> set[str]:
+    return {check.name for check in report.failures}
+
+
+# Honest folders
+
+
+@pytest.mark.parametrize("style", KEY_STYLES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_honest_adapter_is_verified(tmp_path, style, dtype):
+    honest_folder(tmp_path, style=style, dtype=dtype)
+    report = verify_adapter(tmp_path)
+    assert report.ok, report.render()
+    assert report.exit_status == 0
+    assert {layer.name for layer in report.layers} == set(SHAPES)
+    assert {check.name for check in report.checks} == {
+        *("digests", "files", "config", "base model", "shapes", "dtypes", "values"),
+        *("strength", "basis", "coverage", "leakage", "claims"),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"basis": random_basis(["input"])},
+        {"basis": random_basis(["output"], k=5)},
+        {"basis": random_basis(["rank"])},
+        {"basis": random_basis(["input", "rank", "output", "gradient"])},
+        {"basis": random_basis(base_model=None, revision=None)},
+        {"rank_pattern": {"to_q": 2, "down.conv": 6}, "config": {"alpha_pattern": {"to_q": 16}}},
+        {"config": {"rank_pattern": {"^down.*conv$": 4}, "r": 4}},
+        {"config": {"lora_alpha": 1, "use_rslora": True, "init_lora_weights": "gaussian"}},
+        {"config": {"task_type": "CAUSAL_LM", "some_future_option": None}},
+        {"recipe": {"data": "stamped"}},
+    ],
+    ids=lambda options: ", ".join(options) if isinstance(options, dict) else "",
+)
+def test_honest_variants_are_verified(tmp_path, options):
+    options = dict(options)
+    config = options.pop("config", {})
+    pattern = config.pop("rank_pattern", None) if "rank_pattern" in config else None
+    honest_folder(tmp_path, config=config, **options)
+    if pattern is not None:
+        edit_json(tmp_path, CONFIG, lambda written: written.update(rank_pattern=pattern))
+        reseal(tmp_path)
+    report = verify_adapter(tmp_path)
+    assert report.ok, report.render()
+
+
+def test_both_layouts_beside_each_other_are_both_checked(tmp_path):
+    basis = honest_folder(tmp_path)
+    save_file(honest_tensors(basis, style="unet"), tmp_path / DIFFUSERS_WEIGHTS)
+    write_sidecars(tmp_path, basis, settings={"strength": 1.0}, base_model="someone/model", revision="abc")
+    report = verify_adapter(tmp_path)
+    assert report.ok, report.render()
+    assert len(report.layers) == 2 * len(SHAPES)
+
+
+def test_an_adapter_that_was_never_trained_is_verified(tmp_path):
+    basis = honest_folder(tmp_path)
+    edit_tensors(tmp_path, WEIGHTS, lambda t: [t.update({k: 0 * v}) for k, v in list(t.items()) if "lora_B" in k])
+    write_sidecars(tmp_path, basis, settings={"strength": 1.0}, base_model="someone/model", revision="abc")
+    assert verify_adapter(tmp_path).ok
+
+
+def test_a_text_encoder_counts_under_its_own_name(tmp_path):
+    covered = random_basis(["input"])
+    encoder = {
+        "text_encoder.layer.q_proj.lora_A.weight": torch.ones(4, 6),
+        "text_encoder.layer.q_proj.lora_B.weight": torch.ones(6, 4),
+    }
+    honest_folder(tmp_path / "uncovered", basis=covered, style="unet", extra_tensors=encoder)
+    report = verify_adapter(tmp_path / "uncovered")
+    assert [(check.name, check.layer) for check in report.failures] == [("coverage", "text_encoder.layer.q_proj")]
+
+    u = torch.zeros(6, 1)
+    u[:2, 0] = torch.tensor([1.0, -1.0]) / 2**0.5
+    both = ConceptBasis({**covered, "text_encoder.layer.q_proj": LayerBasis(input=u)})
+    honest_folder(tmp_path / "covered", basis=covered, published_basis=both, style="unet", extra_tensors=encoder)
+    assert verify_adapter(tmp_path / "covered").ok
+
+
+def test_attention_processors_of_old_name_the_projection_that_they_adapt(tmp_path):
+    basis = random_basis(["input"]).restrict(["down.attn.to_q"])
+    tensors = honest_tensors(random_basis(["input"]), style="unet")
+    a, b = (tensors[f"unet.down.attn.to_q.lora_{part}.weight"] for part in "AB")
+    old = {"unet.down.attn.processor.to_q_lora.down.weight": a, "unet.down.attn.processor.to_q_lora.up.weight": b}
+    save_file(old, tmp_path / DIFFUSERS_WEIGHTS)
+    write_sidecars(tmp_path, basis, settings={"strength": 1.0}, base_model=None)
+    assert verify_adapter(tmp_path).ok
+
+
+@pytest.mark.parametrize(("option", "ok"), [({"unet.r": 4, "unet.lora_alpha": 8}, True), ({"unet.r": 4}, False),
+                                            ({"unet.r": 4, "unet.lora_alpha": 8, "unet.use_dora": True}, False),
+                                            ({"r": 5, "lora_alpha": 8}, False)])  # fmt: skip
+def test_the_config_that_diffusers_keeps_in_the_header_is_checked(tmp_path, option, ok):
+    honest_folder(tmp_path, style="unet", metadata={"lora_adapter_metadata": json.dumps(option)})
+    assert failed(verify_adapter(tmp_path)) == (set() if ok else {"config"})
+
+
+def test_it_neither_changes_the_folder_nor_needs_to_write_there(tmp_path):
+    honest_folder(tmp_path / "adapter")
+    before = contents(tmp_path / "adapter")
+    (tmp_path / "adapter").chmod(0o555)
+    verify_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter").chmod(0o755)
+    assert contents(tmp_path / "adapter") == before
+
+
+def test_a_snapshot_of_the_hub_is_links_into_its_blobs(tmp_path):
+    honest_folder(tmp_path / "plain")
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "commit", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for index, path in enumerate((tmp_path / "plain").iterdir()):
+        path.rename(blobs / str(index))
+        (snapshot / path.name).symlink_to(f"../../blobs/{index}")
+    assert verify_adapter(snapshot).ok
+    # The blobs' folder itself may not be a link to elsewhere.
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterFolderError, match="link out of the folder"):
+        verify_adapter(snapshot)
+
+
+# Tampered folders
+
+
+@pytest.mark.parametrize("tampering", NOT_VERIFIED, ids=str)
+def test_a_tampered_adapter_is_not_verified_for_its_own_reason(tmp_path, tampering: Tampering):
+    honest_folder(tmp_path / "adapter")
+    tampering.change(tmp_path / "adapter")
+    report = verify_adapter(tmp_path / "adapter")
+    assert not report.ok
+    assert report.exit_status == 1
+    assert failed(report) == set(tampering.fails), report.render()
+    details = "\n".join(check.detail for check in report.failures)
+    assert tampering.reason in details, report.render()
+
+
+@pytest.mark.parametrize("tampering", REFUSED, ids=str)
+def test_what_cannot_be_read_safely_is_refused_for_its_own_reason(tmp_path, monkeypatch, tampering: Tampering):
+    honest_folder(tmp_path / "adapter")
+    tampering.change(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterFolderError) as raised:
+        verify_adapter(tmp_path / "adapter")
+    assert tampering.reason in str(raised.value), raised.value
+    assert len(str(raised.value)) < 1000
+    assert not (tmp_path / "pickle-was-opened").exists()
+
+
+@given(size=st.floats(-4.0, 0.0), dtype=st.sampled_from(DTYPES), part=st.sampled_from("AB"))
+def test_a_leak_above_the_rounding_of_the_dtype_is_found(tmp_path_factory, size, dtype, part):
+    folder = tmp_path_factory.mktemp("leak")
+    basis = random_basis()
+    tensors = honest_tensors(basis, dtype=torch.float64)
+    key = f"base_model.model.down.attn.to_q.lora_{part}.weight"
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(tensors[key].shape, generator=generator, dtype=torch.float64)
+    tensors[key] += 10**size * tensors[key].norm() / noise.norm() * noise
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / WEIGHTS)
+    honest_config = folder.parent / "config-of-leaks"
+    if not honest_config.exists():
+        honest_folder(honest_config)
+    (folder / CONFIG).write_bytes((honest_config / CONFIG).read_bytes())
+    write_sidecars(folder, basis, settings={"strength": 1.0}, base_model="someone/model", revision="abc")
+    report = verify_adapter(folder)
+    leaks = {layer.name: max(layer.leakage.values()) for layer in report.layers}
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+    assert ("leakage" in failed(report)) == (leaks["down.attn.to_q"] > tolerance)
+    if 10**size > 10 * tolerance:
+        assert failed(report) == {"leakage"}
+        assert {check.layer for check in report.failures} == {"down.attn.to_q"}
+
+
+def test_b_along_the_rank_basis_must_be_zero_even_where_a_is(tmp_path):
+    basis = random_basis(["rank"])
+    honest_folder(tmp_path, basis=basis)
+    r = basis["down.conv"].rank
+
+    def change(tensors):
+        a, b = (f"base_model.model.down.conv.lora_{part}.weight" for part in "AB")
+        tensors[a] = (tensors[a].flatten(1) - r @ (r.T @ tensors[a].flatten(1))).reshape(tensors[a].shape)
+        tensors[b][:, :, 0, 0] += 0.01 * torch.ones(8, 2) @ r.T
+
+    edit_tensors(tmp_path, WEIGHTS, change)
+    write_sidecars(tmp_path, basis, settings={"strength": 1.0}, base_model="someone/model", revision="abc")
+    report = verify_adapter(tmp_path)
+    assert [(c.name, c.layer) for c in report.failures] == [("leakage", "down.conv")]
+
+
+def test_a_gradient_basis_alone_covers_nothing_and_the_report_says_so(tmp_path):
+    honest_folder(tmp_path, basis=random_basis(["gradient"]))
+    report = verify_adapter(tmp_path)
+    assert failed(report) == {"coverage", "leakage"}
+    assert any("gradient space" in note for note in report.notes)
+
+
+# The verifier's own basis, and none at all
+
+
+def test_without_a_basis_orthogonality_could_not_be_checked_but_integrity_is(tmp_path):
+    honest_folder(tmp_path, published_basis=None)
+    report = verify_adapter(tmp_path)
+    assert (report.status, report.ok, report.exit_status) == ("could not be checked", False, 2)
+    assert [check.name for check in report.checks if check.passed is None] == ["leakage"]
+    assert all(check.passed for check in report.checks if check.group == "integrity")
+    edit_json(tmp_path, CONFIG, lambda config: config.update(r=5))
+    assert verify_adapter(tmp_path).exit_status == 1
+
+
+def test_a_withheld_basis_has_to_be_brought(tmp_path):
+    basis = honest_folder(tmp_path / "adapter", publish_basis="digest")
+    assert not (tmp_path / "adapter" / BASIS).exists()
+    report = verify_adapter(tmp_path / "adapter")
+    assert report.exit_status == 2
+    assert "withheld" in report.render()
+    basis.save(tmp_path / "own.safetensors")
+    for own in (basis, tmp_path / "own.safetensors", str(tmp_path / "own.safetensors")):
+        report = verify_adapter(tmp_path / "adapter", basis=own)
+        assert report.ok, report.render()
+        assert "your basis is the one" in report.render()
+    report = verify_adapter(tmp_path / "adapter", basis=random_basis(seed=4))
+    assert failed(report) == {"leakage against your basis"}
+    assert "your basis is not the one" in report.render()
+
+
+def test_a_junk_basis_is_found_by_bringing_ones_own(tmp_path):
+    honest_folder(tmp_path, basis=random_basis(seed=7))
+    assert verify_adapter(tmp_path).ok
+    report = verify_adapter(tmp_path, basis=random_basis(seed=0))
+    assert failed(report) == {"leakage against your basis"}
+    angles = next(check for check in report.checks if check.name == "principal angles")
+    assert angles.value is not None
+    assert angles.value < 0.9
+
+
+def test_another_fit_of_the_concept_passes_with_a_tolerance(tmp_path):
+    basis = honest_folder(tmp_path)
+    near = ConceptBasis(
+        {
+            name: LayerBasis(**{s: torch.linalg.qr(u + 1e-3 * torch.randn_like(u))[0] for s, u in layer.items()})
+            for name, layer in basis.items()
+        }
+    )
+    assert failed(verify_adapter(tmp_path, basis=near)) == {"leakage against your basis"}
+    report = verify_adapter(tmp_path, basis=near, basis_tolerance=0.05)
+    assert report.ok, report.render()
+    angles = next(check for check in report.checks if check.name == "principal angles")
+    assert 0.99 < angles.value < 1.0
+
+
+def test_own_basis_must_cover_every_layer(tmp_path):
+    basis = honest_folder(tmp_path)
+    report = verify_adapter(tmp_path, basis=basis.restrict(["down.conv", "down.attn.to_q"]))
+    assert [(c.name, c.layer) for c in report.failures] == [("coverage", "down.attn.to_out.0")]
+
+
+def test_an_own_basis_that_is_none_is_an_error_of_the_verifier(tmp_path):
+    honest_folder(tmp_path / "a")
+    other = tmp_path / "b"
+    honest_folder(other)
+    edit_tensors(other, BASIS, lambda t: t.update({"down.conv.input": torch.zeros(27, 2)}))
+    with pytest.raises(ConceptBasisError, match="orthonormal"):
+        verify_adapter(tmp_path / "a", basis=other / BASIS)
+
+
+# The report
+
+
+def test_the_report_is_json_and_names_the_failing_layer(tmp_path):
+    honest_folder(tmp_path)
+    edit_tensors(tmp_path, WEIGHTS, lambda t: next(iter(t.values())).view(-1)[:1].fill_(torch.nan))
+    report = verify_adapter(tmp_path)
+    value = json.loads(report.to_json(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert value == report.to_dict()
+    assert (value["status"], value["ok"]) == ("not verified", False)
+    assert {c["layer"] for c in value["checks"] if c["name"] == "values"} <= set(SHAPES)
+    assert "FAIL" in report.render()
+    assert "not verified" in report.render()
+
+
+def test_what_strangers_wrote_cannot_command_the_terminal(tmp_path):
+    honest_folder(tmp_path)
+    edit_json(tmp_path, MANIFEST, lambda m: m.update(uncovered=["\x1b[2J\rverified [bold]x[/bold]"]))
+    text = verify_adapter(tmp_path).render()
+    assert "\x1b" not in text
+    assert "\r" not in text
+    assert r"\x1b[2J\rverified" in text
+    assert "[bold]" in text
+
+
+def test_a_revision_of_a_local_folder_has_no_meaning(tmp_path):
+    honest_folder(tmp_path)
+    with pytest.raises(AdapterFolderError, match="only the Hub"):
+        verify_adapter(tmp_path, revision="main")
+
+
+def test_a_repository_that_cannot_be_reached_is_our_error():
+    with pytest.raises(AdapterFolderError, match="nobody/nothing is neither"):
+        verify_adapter("nobody/nothing")
+
+
+def test_a_rank_pattern_of_a_stranger_is_not_run(tmp_path):
+    honest_folder(tmp_path)
+    edit_json(tmp_path, CONFIG, lambda c: c.update(rank_pattern={r"(\w+\.?)+!": 4}, r=5))
+    reseal(tmp_path)
+    start = time.monotonic()
+    assert verify_adapter(tmp_path).ok
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.slow
+def test_an_adapter_of_the_size_of_stable_diffusion_takes_two_seconds_at_most(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    layers, tensors = {}, {}
+    for index in range(128):
+        name = f"down.{index}.to_q"
+        bases = [torch.linalg.qr(torch.randn(768, 16, generator=generator))[0] for _ in range(2)]
+        layers[name] = LayerBasis(input=bases[0], output=bases[1])
+        a, b = torch.randn(16, 768, generator=generator), torch.randn(768, 16, generator=generator)
+        tensors[f"unet.{name}.lora_A.weight"] = a - (a @ bases[0]) @ bases[0].T
+        tensors[f"unet.{name}.lora_B.weight"] = b - bases[1] @ (bases[1].T @ b)
+    save_file(tensors, tmp_path / DIFFUSERS_WEIGHTS)
+    write_sidecars(tmp_path, ConceptBasis(layers), settings={"strength": 1.0}, base_model=None)
+    start = time.process_time()
+    assert verify_adapter(tmp_path).ok
+    assert time.process_time() - start < 2
+
+
+# Fuzzing
+
+
+@st.composite
+def damage(draw: st.DrawFn) -> tuple[str, list[tuple[float, bytes, int]], bool]:
+    """A file, some splices in it (where, what is written, how much is removed), and whether digests are renewed."""
+    name = draw(st.sampled_from([WEIGHTS, CONFIG, BASIS, MANIFEST]))
+    # JSON and the headers are at the start of a file, where most of what can go wrong is.
+    place = st.one_of(st.floats(0, 0.05), st.floats(0, 1))
+    written = st.one_of(
+        st.binary(max_size=4), st.sampled_from([b"-", b"9" * 99, b"[", b"{", b'"', b"null", b"1e999", b"../", b"\\"])
+    )
+    splices = draw(st.lists(st.tuples(place, written, st.integers(0, 4)), min_size=1, max_size=4))
+    return name, splices, draw(st.booleans())
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("honest")
+    honest_folder(folder)
+    return contents(folder)
+
+
+@settings(max_examples=int(os.environ.get("GRADPROJ_FUZZ_EXAMPLES", "150")))
+@given(damaged=damage())
+def test_random_damage_gives_a_report_or_our_error(tmp_path_factory, honest, damaged):
+    name, splices, sealed = damaged
+    folder = _written(tmp_path_factory, honest)
+    data = honest[name]
+    for place, written, removed in splices:
+        position = int(place * len(data))
+        data = data[:position] + written + data[position + removed :]
+    (folder / name).write_bytes(data)
+    if sealed and name != MANIFEST:
+        reseal(folder)
+    try:
+        report = verify_adapter(folder)
+    except AdapterFolderError:
+        return
+    json.loads(report.to_json())
+    assert report.render()
+    # What is bound and differs from what was published never passes unless its digest was renewed.
+    assert not report.ok or sealed or name == MANIFEST or data == honest[name]
+
+
+def _written(tmp_path_factory, files: dict[str, bytes]) -> Path:
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_the_lists_know_the_published_names():
+    assert {WEIGHTS, DIFFUSERS_WEIGHTS, CONFIG, BASIS} == set(BOUND_FILES)
+    assert "gradient" not in CHECKABLE_SPACES
