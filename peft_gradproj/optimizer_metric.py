@@ -218,13 +218,25 @@ def projected_moments(
         if _readable(moment, parameters[name]):
             is_raw = isinstance(optimizer, torch.optim.SGD) or ("betas" in group and "exp_avg" in state)
             (raw if is_raw else steps)[name] = moment
-    pairs: list[tuple[Tensor, Tensor]] = []
-    if raw:
-        lists = [[x[name] for name in raw] for x in (gradient, metric)]
-        pairs += zip(raw.values(), project_momentum([*raw.values()], lists[0], metric=lists[1]), strict=True)
-    if steps:
-        lists = [[x[name] for name in steps] for x in (gradient, metric)]
-        backwards = [-m for m in steps.values()]
-        projected = project_half_space(backwards, lists[0], 0.0, restore=0.0, metric=lists[1])
-        pairs += [(m, -new) for m, new in zip(steps.values(), projected, strict=True)]
-    return pairs
+    return [*_of_gradients(raw, gradient, metric), *_of_steps(steps, gradient, metric)]
+
+
+def _of_gradients(
+    moments: dict[str, Tensor], gradient: Mapping[str, Tensor], metric: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    if not moments:
+        return []
+    # Where the metric is infinite the optimizer itself divides by its epsilon alone: no moment may arise there.
+    s = [torch.where(metric[name].isinf(), 0.0, gradient[name]) for name in moments]
+    projected = project_momentum([*moments.values()], s, metric=[metric[name] for name in moments])
+    return list(zip(moments.values(), projected, strict=True))
+
+
+def _of_steps(
+    moments: dict[str, Tensor], gradient: Mapping[str, Tensor], metric: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    if not moments:
+        return []
+    diagonal, s = [metric[name] for name in moments], [gradient[name] for name in moments]
+    projected = project_half_space([-m for m in moments.values()], s, 0.0, restore=0.0, metric=diagonal)
+    return [(m, -new) for m, new in zip(moments.values(), projected, strict=True)]
