@@ -5,8 +5,9 @@ all learning. Two contrasts leave it out:
 
 - `pairs`: the reference batches are the concept batches without the concept, with the same noise and timestep; the
   basis holds the leading eigenvectors of the second moments of the differences, :math:`E[(x - x')(x - x')^T]`;
-- `generalized`: any two sets; the leading solutions of :math:`C_c u = \lambda (C_r + \epsilon \bar c_r I) u`, where
-  :math:`\lambda` is how much more energy a direction has on the concept set.
+- `generalized`: any two sets; the solutions of :math:`C_c u = \lambda R u`, with :math:`R = C_r + \epsilon \bar c_r I`
+  and large :math:`\lambda`, the ratio of the energies, tell the concept best; the basis holds what it adds there, the
+  patterns :math:`R u` (see `second_moments.contrast_patterns`). Both moments are about the mean of the reference.
 
 | space | vectors | contrast |
 |---|---|---|
@@ -43,8 +44,8 @@ from .observation import (
     observe_gradients,
     undisturbed,
 )
-from .projection import contrast_basis, truncation_rank
-from .second_moments import SecondMoment, common_subspace, excess_share
+from .projection import truncation_rank
+from .second_moments import SecondMoment, common_subspace, contrast_patterns, excess_share
 
 __all__ = ["Contrast", "fit_concept_basis"]
 
@@ -55,6 +56,8 @@ Role = Literal["fit", "held_out", "reference"]
 
 _NO_CONTRAST = 1e-10
 """Differences with less than this share of the energy are rounding; half precision has its own, larger floor."""
+
+_TINY = torch.finfo(torch.float32).tiny
 
 _NO_DIRECTION = 1e-6
 """Eigenvalues of differences below this share of the largest are rounding."""
@@ -363,15 +366,23 @@ class _Contrasted:
     reference: SecondMoment
     """Of the reference set."""
 
+    centred: bool = True
+    """Whether the generalised contrast is about the reference's mean; gradients are about 0, where nothing moves."""
+
     floor: float = _NO_CONTRAST
     """Share of the reference's energy below which differences are rounding."""
 
     @classmethod
-    def of_width(cls, width: int, options: _Options) -> _Contrasted:
+    def of_width(cls, width: int, options: _Options, *, centred: bool = True) -> _Contrasted:
         """Without any vectors yet."""
         rows = max(128, 4 * (options.rank or 32))
         fit, held_out, reference = (SecondMoment(width, sketch_rows=rows) for _ in range(3))
-        return cls(fit, held_out, reference)
+        return cls(fit, held_out, reference, centred)
+
+    @property
+    def origin(self) -> Tensor:
+        """The point from which the generalised contrast counts vectors, shape `(d,)`."""
+        return self.reference.mean if self.centred else torch.zeros_like(self.reference.mean)
 
     def add(self, role: Role, vectors: Tensor) -> None:
         """Take in vectors of shape `(n, d)`."""
@@ -458,7 +469,10 @@ class _Statistics:
             self._add(role, self._statistic(kind, name, width), "rank", name, pairs, to_vectors)
 
     def _statistic(self, kind: str, name: str, width: int) -> _Contrasted:
-        return self._of[kind].setdefault(name, _Contrasted.of_width(width, self.options))
+        if name not in self._of[kind]:
+            centred = kind not in ("up", "gradient")
+            self._of[kind][name] = _Contrasted.of_width(width, self.options, centred=centred)
+        return self._of[kind][name]
 
     def _add(
         self,
@@ -550,12 +564,13 @@ def _scaled_sum(down: _Contrasted | None, up: _Contrasted | None) -> _Contrasted
         return None
 
     def scaled_sum(role: Role) -> SecondMoment:
-        parts = [(getattr(part, role), part.reference.trace) for part in (down, up)]
-        if not any(moment.count for moment, _ in parts):
-            return SecondMoment(down.fit.width)
-        return SecondMoment.from_matrix(sum(moment.within() / scale for moment, scale in parts if scale > 0))
+        sums = torch.zeros(down.fit.width, down.fit.width, dtype=torch.float64)
+        for part in (down, up):
+            energy = max(part.reference.trace_about(part.origin), _NO_CONTRAST * part.reference.trace, _TINY)
+            sums += getattr(part, role).within(about=part.origin) / energy
+        return SecondMoment.from_matrix(sums, count=getattr(down, role).count)
 
-    return _Contrasted(scaled_sum("fit"), scaled_sum("held_out"), scaled_sum("reference"))
+    return _Contrasted(scaled_sum("fit"), scaled_sum("held_out"), scaled_sum("reference"), centred=False)
 
 
 def _solve(statistic: _Contrasted | None, contrast: Contrast, options: _Options) -> _Solution:
@@ -592,28 +607,35 @@ def _leading_directions(moment: SecondMoment, options: _Options) -> Tensor:
 
 
 def _contrasting_directions(statistic: _Contrasted, options: _Options) -> Tensor:
-    """Solutions of the generalised eigenproblem above the threshold, orthonormal, shape `(d, k)`."""
-    subspace = common_subspace([statistic.fit, statistic.reference])
-    reference = statistic.reference.within(subspace)
-    epsilon = _epsilon_within(statistic.reference, reference, options)
-    eigenvalues, vectors = contrast_basis(statistic.fit.within(subspace), reference, epsilon=epsilon)
+    """Patterns of the generalised eigenproblem above the threshold, orthonormal, shape `(d, k)`."""
+    concept, reference, epsilon, subspace = _about_origin(statistic, "fit", options)
+    eigenvalues, vectors = contrast_patterns(concept, reference, epsilon=epsilon)
     eigenvalues = torch.where(eigenvalues > options.threshold, eigenvalues, 0.0)
     vectors = vectors[:, : truncation_rank(eigenvalues, rank=options.rank, energy=options.energy)]
     return vectors if subspace is None else subspace @ vectors
 
 
 def _excess_energy(statistic: _Contrasted, basis: Tensor, options: _Options) -> float:
-    subspace = common_subspace([statistic.held_out, statistic.reference], basis)
-    reference = statistic.reference.within(subspace)
-    epsilon = _epsilon_within(statistic.reference, reference, options)
+    concept, reference, epsilon, subspace = _about_origin(statistic, "held_out", options, basis)
     inside = basis if subspace is None else subspace.mT @ basis
-    return excess_share(statistic.held_out.within(subspace), reference, inside, epsilon=epsilon)
+    return excess_share(concept, reference, inside, epsilon=epsilon)
 
 
-def _epsilon_within(moment: SecondMoment, part: Tensor, options: _Options) -> float:
-    """The ridge relative to the mean energy in a subspace, which is larger than that in the whole space."""
-    inside = float(part.diagonal().mean())
-    return options.epsilon * moment.trace / moment.width / inside if inside > 0 else options.epsilon
+def _about_origin(
+    statistic: _Contrasted, role: Role, options: _Options, *extra: Tensor
+) -> tuple[Tensor, Tensor, float, Tensor | None]:
+    """The second moments of the concept and the reference set about one point.
+
+    Returns:
+        Both, the ridge relative to the latter, and the subspace that they are in.
+    """
+    concept, reference, origin = getattr(statistic, role), statistic.reference, statistic.origin
+    subspace = common_subspace([concept, reference], origin[:, None], *extra)
+    inside = reference.within(subspace, about=origin)
+    energy = float(inside.diagonal().mean())
+    # Sketches hold the large directions, whose mean energy is above that of the whole space.
+    share = reference.trace_about(origin) / reference.width / energy if energy > 0 else 1.0
+    return concept.within(subspace, about=origin), inside, options.epsilon * share, subspace
 
 
 def _harm(report: Mapping[str, Any], options: _Options) -> str | None:

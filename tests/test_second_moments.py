@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_gradproj.projection import contrast_basis, orthonormal_basis
-from peft_gradproj.second_moments import SecondMoment, common_subspace, excess_share
+from peft_gradproj.projection import contrast_basis, orthonormal_basis, principal_cosines
+from peft_gradproj.second_moments import SecondMoment, common_subspace, contrast_patterns, excess_share
 
 few = settings(deadline=None, max_examples=20)
 
@@ -94,15 +94,27 @@ def test_without_vectors_or_energy_all_is_zero():
 
 @few
 @given(d=st.integers(2, 16), k=st.integers(1, 4), seed=st.integers(0, 99))
-def test_excess_is_all_in_the_planted_directions_and_nowhere_else(d, k, seed):
+def test_what_the_concept_adds_is_all_in_the_patterns(d, k, seed):
     k = min(k, d // 2)
-    both = direction(d, d, seed)
-    reference = vectors(4 * d, d, seed).double()
-    reference = reference.mT @ reference
-    concept = 0.5 * reference + 100 * reference.trace() * both[:, :k] @ both[:, :k].mT
-    _, solutions = contrast_basis(concept, reference)
-    assert excess_share(concept, reference, solutions[:, :k]) == pytest.approx(1, abs=1e-6)
-    assert excess_share(concept, reference, solutions) == pytest.approx(1, abs=1e-6)
-    if k > 1:
-        assert excess_share(concept, reference, solutions[:, : k - 1]) < 1 - 1e-3
-    assert excess_share(0.5 * reference, reference, solutions[:, :k]) == 0
+    planted = direction(d, k, seed)
+    x = vectors(4 * d, d, seed).double()
+    reference = x.mT @ x
+    concept = reference + reference.trace() * planted @ planted.mT
+    eigenvalues, patterns = contrast_patterns(concept, reference, epsilon=1e-6)
+    assert torch.allclose(principal_cosines(patterns[:, :k], planted), torch.ones(k, dtype=torch.float64), atol=1e-4)
+    assert torch.allclose(patterns.mT @ patterns, torch.eye(d, dtype=torch.float64), atol=1e-9)
+    assert (eigenvalues[:k] > 1.01).all()
+    assert (eigenvalues[k:] < 1.01).all()
+    assert excess_share(concept, reference, patterns[:, :k], epsilon=1e-6) == pytest.approx(1, abs=1e-3)
+    assert excess_share(concept, reference, patterns[:, k:], epsilon=1e-6) < 0.999
+    assert excess_share(0.5 * reference, reference, patterns[:, :k]) == 0
+
+
+def test_a_filter_is_no_pattern_where_the_reference_is_uneven():
+    reference = torch.eye(2, dtype=torch.float64) + 100 * torch.ones(2, 2, dtype=torch.float64)
+    planted = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    concept = reference + 50 * planted @ planted.mT
+    _, filters = contrast_basis(concept, reference)
+    _, patterns = contrast_patterns(concept, reference)
+    assert principal_cosines(patterns[:, :1], planted) > 0.99
+    assert principal_cosines(filters[:, :1], planted) < 0.8
