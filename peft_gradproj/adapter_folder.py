@@ -17,11 +17,11 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,6 +68,7 @@ __all__ = [
     "read_basis",
     "read_basis_or_adapter",
     "read_settings",
+    "rival_weights",
     "write_sidecars",
 ]
 
@@ -87,6 +88,9 @@ PUBLISHED_FILES = (*BOUND_FILES, MANIFEST_NAME, "README.md", "model.sig")
 
 MAX_DIRECTIONS = 4096
 """Largest rank, and number of directions of a basis: the cores that leakage is computed from grow with its square."""
+
+MAX_ELEMENTS = 2**27
+"""Largest number of entries of a factor or of a basis: they are computed with in float64, 1 GB at that size."""
 
 SPACES = ("input", "rank", "output", "gradient")
 CHECKABLE_SPACES = ("input", "rank", "output")
@@ -339,6 +343,8 @@ def _fault(found_a: Sequence[Tensor], found_b: Sequence[Tensor]) -> str | None:
         return f"has A {tuple(a.shape)} and B {tuple(b.shape)}; expected (r, d_in) and (d_out, r) with one r"
     if a.shape[0] > MAX_DIRECTIONS:
         return f"has rank {a.shape[0]}; at most {MAX_DIRECTIONS} is checked"
+    if max(a.numel(), b.numel()) > MAX_ELEMENTS:
+        return f"has factors of {a.numel():,} and {b.numel():,} entries; at most {MAX_ELEMENTS:,} are checked"
     return None
 
 
@@ -624,24 +630,59 @@ def download_adapter_folder(repo_id: str, *, revision: str | None = None) -> tup
     Raises:
         AdapterFolderError: If the repository cannot be reached, or a file is over its limit.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     try:
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
-        names = {s.rfilename: s.size or 0 for s in info.siblings or () if s.rfilename in PUBLISHED_FILES}
-        for name, size in names.items():
-            if size > _limit(name):
-                raise AdapterFolderError(f"{name} of {repo_id} has {size:,} bytes; at most {_limit(name):,} are read.")
-        if MANIFEST_NAME not in names:
-            raise AdapterFolderError(f"{repo_id} holds no {MANIFEST_NAME}; it was not published with peft-gradproj.")
-        folder = snapshot_download(repo_id, revision=info.sha, allow_patterns=sorted(names))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        try:
+            commit, names = _published_on_hub(repo_id, revision)
+        except OfflineModeIsEnabled:
+            # What was fetched before is in the cache, under the commit's name.
+            commit, names = revision, list(PUBLISHED_FILES)
+        folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=names))
+    except AdapterFolderError:
+        raise
+    except (OSError, HTTPError, HFValidationError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
         raise AdapterFolderError(
-            f"{repo_id} is neither a folder, nor a repository that can be reached ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}). Check the name, the revision and the connection."
+            f"{repo_id} is neither a folder, nor a repository that can be fetched ({type(error).__name__}: {reason}). "
+            "Check the name, the revision, your login and the connection."
         ) from error
-    return Path(folder), info.sha or ""
+    return folder, folder.name
+
+
+def _published_on_hub(repo_id: str, revision: str | None) -> tuple[str | None, list[str]]:
+    """The commit that `revision` is, and the published files that it has; all within their limits."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+    siblings = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    rivals = rival_weights(siblings)
+    if rivals:
+        raise AdapterFolderError(
+            f"{repo_id} also holds {', '.join(rivals[:5])}, which a loader may take for the adapter; there is no "
+            "saying which weights were checked. Its owner should remove it."
+        )
+    names = sorted(name for name in siblings if name in PUBLISHED_FILES)
+    for name in names:
+        if siblings[name] > _limit(name):
+            raise AdapterFolderError(
+                f"{name} of {repo_id} has {siblings[name]:,} bytes; at most {_limit(name):,} are read."
+            )
+    if MANIFEST_NAME not in names:
+        raise AdapterFolderError(f"{repo_id} holds no {MANIFEST_NAME}; it was not published with peft-gradproj.")
+    return info.sha, names
+
+
+def rival_weights(names: Iterable[str]) -> list[str]:
+    """Files that PEFT or diffusers may load instead of the published weights.
+
+    Both fall back to pickles, and diffusers takes any file whose name ends like that of its weights, except under
+    names with `checkpoint`, `optimizer` or `scheduler`.
+    """
+    endings = (*WEIGHT_NAMES, *(name.replace(".safetensors", ".bin") for name in WEIGHT_NAMES))
+    others = (name for name in names if name not in WEIGHT_NAMES and name.endswith(endings))
+    return [name for name in others if not any(word in name for word in ("checkpoint", "optimizer", "scheduler"))]
 
 
 def _limit(name: str) -> int:
@@ -681,9 +722,11 @@ def _parse_basis(source: FileBytes, where: Path) -> BasisFile:
             raise AdapterFolderError(
                 f"{where} holds a tensor {key}; expected {{module}}.{{space}} with a space of {', '.join(SPACES)}."
             )
-        if tensors.infos[key].shape[-1:] > (MAX_DIRECTIONS,):
+        shape = tensors.infos[key].shape
+        if shape[-1:] > (MAX_DIRECTIONS,) or prod(shape) > MAX_ELEMENTS:
             raise AdapterFolderError(
-                f"{key} in {where} has shape {tensors.infos[key].shape}; at most {MAX_DIRECTIONS} directions are read."
+                f"{key} in {where} has shape {shape}; at most {MAX_DIRECTIONS} directions and {MAX_ELEMENTS:,} entries "
+                "are read."
             )
         layers.setdefault(module, {})[space] = tensors[key]
     return BasisFile(layers, tensors.metadata)

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -35,6 +36,7 @@ from .adapter_folder import (
     locate_adapter_folder,
     read_adapter_folder,
     read_basis,
+    rival_weights,
 )
 from .errors import AdapterFolderError, ConceptBasisError
 from .projection import orthonormality_error, principal_cosines
@@ -56,6 +58,9 @@ TOLERANCES: dict[torch.dtype, float] = {
 ORTHONORMALITY_TOLERANCE = 1e-4
 MAX_SCALE = 1e4
 """Largest factor alpha / r that a trained LoRA plausibly has; beyond it, tiny factors hide what they do."""
+
+MAX_ROWS = 20
+"""How many findings of one check a person is shown."""
 
 VERIFIED, NOT_VERIFIED, UNCHECKED = "verified", "not verified", "could not be checked"
 
@@ -165,12 +170,19 @@ class VerificationReport:
         from rich.text import Text
 
         table = Table("", "check", "finding", title=Text(printable(self.source)), title_justify="left")
+        seen: Counter[str] = Counter()
         for check in self.checks:
+            seen[check.name] += 1
+            if seen[check.name] > MAX_ROWS:
+                continue
             mark = {True: Text("pass", "green"), False: Text("FAIL", "bold red"), None: Text("?", "yellow")}
             where = f"{check.layer}: " if check.layer else ""
             table.add_row(
                 mark[check.passed], Text(f"{check.group}: {check.name}"), Text(printable(where + check.detail))
             )
+        for name, count in seen.items():
+            if count > MAX_ROWS:
+                table.add_row(Text("..."), Text(name), Text(f"and {count - MAX_ROWS} more; --json has all"))
         colour = {VERIFIED: "bold green", NOT_VERIFIED: "bold red", UNCHECKED: "bold yellow"}[self.status]
         lines = [Text(f"commit {self.commit}")] if self.commit else []
         notes = [Text(printable(f"Note: {note}")) for note in self.notes]
@@ -268,10 +280,8 @@ def _check_files(folder: AdapterFolder) -> list[Check]:
         for name in found
         if name not in claimed
     ]
-    for name in WEIGHT_NAMES:
-        twin = name.replace(".safetensors", ".bin")
-        if (folder.path / twin).exists():
-            unlisted.append(Check("files", "integrity", False, f"{twin} is a pickle that a loader may prefer"))
+    for name in rival_weights(os.listdir(folder.path)):
+        unlisted.append(Check("files", "integrity", False, f"a loader may take {name} for the adapter; remove it"))
     if (BASIS_NAME in found) != (folder.basis_published == "full"):
         unlisted.append(
             Check("files", "integrity", False, f"the manifest says of the basis {folder.basis_published!r}, but "
@@ -428,27 +438,29 @@ def _scale_faults(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rank_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> Iterator[str]:
-    pattern = config.get("rank_pattern") or {}
-    if not isinstance(pattern, dict):
-        return
-    for module, pair in pairs.items():
-        expected = _expected_ranks(module, config.get("r"), pattern)
-        if pair.rank not in expected:
-            yield f"{module} has rank {pair.rank}; the config says {' or '.join(map(_short, expected))}"
+    """Layers whose rank is not the one that `r` and `rank_pattern` give them.
 
-
-def _expected_ranks(module: str, rank: Any, pattern: Mapping[str, Any]) -> list[Any]:
-    """The ranks that the config allows `module`.
-
-    PEFT takes the keys for regular expressions. Those of strangers are not run, since they can be made to take for
-    ever: a key that is more than a name allows its rank to every module.
+    PEFT takes the pattern's keys for regular expressions. Those of strangers are not run, since they can be made to
+    take for ever: a key that is more than a name allows its rank to every layer.
     """
-    names = {key: value for key, value in pattern.items() if re.fullmatch(r"\^?[\w.]+\$?", key)}
-    for key, value in names.items():
-        name = key.strip("^$")
-        if module == name or (module.endswith(f".{name}") and not key.startswith("^")):
-            return [value]
-    return [rank, *(value for key, value in pattern.items() if key not in names)]
+    pattern = config.get("rank_pattern") or {}
+    if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
+        return
+    names = {key.strip("^$"): (key, value) for key, value in pattern.items() if re.fullmatch(r"\^?[\w.]+\$?", key)}
+    named = {key for key, _ in names.values()}
+    default = sorted({config.get("r", 0), *(value for key, value in pattern.items() if key not in named)}, key=repr)
+    for module, pair in pairs.items():
+        found = (names.get(suffix) for suffix in _suffixes(module))
+        values = [value for key, value in filter(None, found) if not key.startswith("^") or key.strip("^$") == module]
+        expected = values[:1] or default
+        if pair.rank not in expected:
+            yield f"{module} has rank {pair.rank}; the config says {' or '.join(map(_short, expected[:5]))}"
+
+
+def _suffixes(module: str) -> Iterator[str]:
+    """`a.b.c`, `b.c`, `c`."""
+    parts = module.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _is_positive(value: Any) -> bool:
@@ -493,7 +505,7 @@ def _check_orthogonality(
     checks = _check_strength(folder)
     results: list[LayerResult] = []
     if published is not None and folder.basis is not None:
-        checks += _check_basis(folder.basis, folder.manifest["basis"]["digest"], layers)
+        checks += _check_basis(folder, folder.basis, layers)
         checks += _check_coverage(folder, layers, published, "the concept basis")
         results, leaks = _check_leakage(layers, published, "leakage", None)
         checks += [*leaks, *_check_claims(folder, results)]
@@ -521,8 +533,9 @@ def _check_strength(folder: AdapterFolder) -> list[Check]:
     return [Check("strength", "orthogonality", exact, detail)]
 
 
-def _check_basis(basis: BasisFile, digest: str | None, layers: Mapping[str, LoraLayers]) -> list[Check]:
+def _check_basis(folder: AdapterFolder, basis: BasisFile, layers: Mapping[str, LoraLayers]) -> list[Check]:
     failures = []
+    claimed = folder.manifest["basis"]
     for module, spaces in basis.layers.items():
         for space, matrix in spaces.items():
             fault = _basis_fault(space, matrix)
@@ -530,8 +543,13 @@ def _check_basis(basis: BasisFile, digest: str | None, layers: Mapping[str, Lora
                 fault = fault or (None if pair is None else _width_fault(space, matrix, pair))
             if fault is not None:
                 failures.append(Check("basis", "orthogonality", False, f"the {space} basis {fault}", layer=module))
-    if not failures and digest != _digest(basis):
-        failures = [Check("basis", "orthogonality", False, "is another than the one whose digest the manifest has")]
+    if not failures and claimed["digest"] != _digest(basis):
+        failures.append(Check("basis", "orthogonality", False, "is another than the one whose digest the manifest has"))
+    if basis.metadata.get("concept", "") != folder.manifest["concept"]:
+        detail = (
+            f"is for {_short(basis.metadata.get('concept'))}; the manifest says {_short(folder.manifest['concept'])}"
+        )
+        failures.append(Check("basis", "orthogonality", False, detail))
     count = sum(len(spaces) for spaces in basis.layers.values())
     return _gathered("basis", "orthogonality", failures, f"{count} bases are orthonormal, of the right widths")
 

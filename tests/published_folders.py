@@ -517,7 +517,12 @@ NOT_VERIFIED = [
     Tampering("weights that nobody listed", lambda f: (f / DIFFUSERS_WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()),
               ("files",), "added afterwards"),
     Tampering("a pickle beside the weights", lambda f: (f / "adapter_model.bin").write_bytes(pickle.dumps(Evil())),
-              ("files",), "pickle"),
+              ("files",), "adapter_model.bin for the adapter"),
+    Tampering("a file that diffusers may prefer",
+              lambda f: (f / "a_pytorch_lora_weights.safetensors").write_bytes(b"x"), ("files",), "a loader may take"),
+    Tampering("a basis with another label", lambda f: [
+        save_file(load_file(f / BASIS), f / BASIS, {"format_version": "1", "concept": "sun"}), reseal(f)],
+        ("basis",), "is for 'sun'; the manifest says 'logo'"),
     Tampering("other weights in the other layout", lambda f: [
         save_file(honest_tensors(random_basis(seed=9), style="unet"), f / DIFFUSERS_WEIGHTS), reseal(f)],
         ("leakage", "claims"), "expected at most"),
