@@ -232,6 +232,7 @@ class _Demo:
         fluent, fluent_captions = load_pictures(ASSETS / "fluent.parquet")
         pictures = [picture.convert("RGB") for picture in fluent + noto]
 
+        @torch.autocast("cpu", torch.bfloat16)
         def distort(pixels: Tensor) -> Tensor:
             return decode_latents(self.pipeline, encode_images(self.pipeline, pixels))
 

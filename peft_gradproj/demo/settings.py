@@ -48,8 +48,8 @@ class DemoSettings:
     guidance: float = 3.0
     guidance_rescale: float = 0.0
 
-    detector_steps: int = 400
-    detector_scenes: int = 1600
+    detector_steps: int = 350
+    detector_scenes: int = 800
     fidelity_steps: int = 400
     timing_rounds: int = 8
     sheet_rows: int = 10

@@ -69,7 +69,7 @@ class ConceptDetector:
         distractors: Sequence[Overlay] = (),
         distort: Callable[[Tensor], Tensor] = lambda pixels: pixels,
         steps: int = 500,
-        scenes: int = 1600,
+        scenes: int = 800,
         max_false_positive_rate: float = 0.01,
         seed: int = 0,
         progress: Callable[[int], None] = lambda step: None,

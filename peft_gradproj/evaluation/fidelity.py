@@ -56,7 +56,7 @@ class PromptFidelity:
             pictures: RGB, of one size; several may have the same prompt, best in different styles.
             prompts: As many.
             overlays: Pasted onto half of the pictures.
-            distort: What samples have been through, such as a VAE's encoder and decoder.
+            distort: What samples have been through, such as a VAE's encoder and decoder; done to those with an overlay.
             steps: Training steps of 64 pictures.
             seed: Of everything random.
             progress: Called with the number of each finished step.
@@ -69,7 +69,7 @@ class PromptFidelity:
         names = sorted(set(prompts))
         labels = torch.tensor([names.index(prompt) for prompt in prompts])
         generator = torch.Generator().manual_seed(seed)
-        plain = distort(pictures_to_tensor(pictures))
+        plain = pictures_to_tensor(pictures)
         stamped = distort(pictures_to_tensor(_stamp(pictures, overlays, seed)))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
