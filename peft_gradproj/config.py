@@ -169,12 +169,13 @@ class GradProjConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and beside the adapter's weights the concept basis and the manifest.
 
-        PEFT calls it after it has written the weights, which the manifest's digests and leakage are taken from.
+        PEFT calls it after it has written the weights, which the manifest's digests and leakage are taken from. Where
+        there are no weights yet, as in transformers, only the config is written; see `saving.complete_sidecars`.
         """
-        from .saving import write_config_sidecars
+        from .saving import write_sidecars_of_weights
 
         super().save_pretrained(save_directory, **kwargs)
-        write_config_sidecars(self, save_directory)
+        write_sidecars_of_weights(self, save_directory)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ space binds A and B together and is handled by :class:`GradientConstraint`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +43,7 @@ __all__ = [
     "ProjectedWeight",
     "check_supported",
     "constrain_adapter",
+    "is_sharded",
     "projected_weights",
 ]
 
@@ -107,6 +109,7 @@ class ProjectedWeight(nn.Module):
         matrix = weight.flatten(1)
         for side, basis in self.constraints():
             start = getattr(self, f"start_{side}") if side in self.keeps else None
+            start = None if start is None else start.to(matrix.device)
             matrix = remove_component(matrix, basis.to(matrix.device), side=side, target=start)
         return matrix.reshape(weight.shape)
 
@@ -119,30 +122,30 @@ class ProjectedWeight(nn.Module):
         """
         if self.weight.is_meta:
             return
+        matrix = _whole(self.weight).flatten(1)
         if initial or self.strength == 1.0:
-            matrix = self.weight.flatten(1)
             for side, basis in self.constraints():
                 if side not in self.keeps:
                     matrix = remove_component(matrix, basis, side=side, strength=self.strength)
             self._write(matrix)
         for side, basis in self.constraints():
             if side in self.keeps:
-                setattr(self, f"start_{side}", coordinates(self.weight.flatten(1), basis, side=side))
+                setattr(self, f"start_{side}", coordinates(matrix, basis, side=side))
 
     @torch.no_grad()
     def remember(self) -> None:
         """Note the coordinates before a step, which the soft constraint is relative to."""
         if self.strength < 1.0:
-            matrix = self.weight.flatten(1)
+            matrix = _whole(self.weight).flatten(1)
             self._before_step = {side: coordinates(matrix, basis, side=side) for side, basis in self.constraints()}
 
     @torch.no_grad()
     def retract(self) -> None:
         """Put the raw weight back on the constraint; at strength below 1, take back that share of the last step."""
         if self.strength == 1.0:
-            self._write(self.project(self.weight))
+            self._write(self.project(_whole(self.weight)))
             return
-        matrix = self.weight.flatten(1)
+        matrix = _whole(self.weight).flatten(1)
         for side, basis in self.constraints():
             if side in self._before_step:
                 target = self._before_step[side]
@@ -152,7 +155,7 @@ class ProjectedWeight(nn.Module):
 
     def _write(self, matrix: Tensor) -> None:
         # copy_ and not an in-place projection on a reshaped view: of a channels_last weight `reshape` is a copy.
-        self.weight.copy_(matrix.reshape(self.weight.shape))
+        _overwrite(self.weight, matrix.reshape(self.weight.shape))
 
     def _apply(self, fn: Any, recurse: bool = True) -> ProjectedWeight:
         # `.half()` or `.to(bfloat16)` must not round the basis: it would no longer be orthonormal. Only the device
@@ -209,7 +212,7 @@ class GradientConstraint:
         self.restart()
 
     def _flat(self) -> Tensor:
-        return torch.cat([m.weight.detach().float().flatten() for m in (self.a, self.b)]).unsqueeze(1)
+        return torch.cat([_whole(m.weight).float().flatten() for m in (self.a, self.b)]).unsqueeze(1)
 
     def _on_device(self) -> Tensor:
         if self.basis.device != self.a.weight.device:
@@ -233,8 +236,8 @@ class GradientConstraint:
             self._flat(), self._on_device(), side="left", strength=self.strength, target=self._start
         ).squeeze(1)
         split = self.a.weight.numel()
-        self.a.weight.copy_(flat[:split].reshape(self.a.weight.shape))
-        self.b.weight.copy_(flat[split:].reshape(self.b.weight.shape))
+        _overwrite(self.a.weight, flat[:split].reshape(self.a.weight.shape))
+        _overwrite(self.b.weight, flat[split:].reshape(self.b.weight.shape))
 
 
 class _Retraction:
@@ -259,6 +262,32 @@ class _Retraction:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         for constraint in _constraints_of(self._stepped_by(optimizer)):
             constraint.retract()
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is spread over processes (FSDP2, tensor parallelism)."""
+    tensor_module = sys.modules.get("torch.distributed.tensor")
+    return tensor_module is not None and isinstance(weight, tensor_module.DTensor)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The values of a weight; of a sharded one they are gathered, for which all processes must ask together.
+
+    The constrained axis may be the one that is sharded, and A and B are small.
+    """
+    weight = weight.detach()
+    return weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+
+
+def _overwrite(weight: Tensor, values: Tensor) -> None:
+    """Write `values`, which all processes have alike, into a weight that may be sharded."""
+    if is_sharded(weight):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        sharded: Any = weight
+        whole = DTensor.from_local(values, sharded.device_mesh, [Replicate()] * sharded.device_mesh.ndim)
+        values = whole.redistribute(placements=sharded.placements)
+    weight.copy_(values)
 
 
 def _constraints_of(modules: list[ProjectedWeight]) -> list[GradientConstraint | ProjectedWeight]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .basis import ConceptBasis, LayerBasis
 from .config import GradProjConfig
 from .errors import ConceptBasisError, GradProjConfigError
-from .layers import check_supported, constrain_adapter, projected_weights
+from .layers import check_supported, constrain_adapter, is_sharded, projected_weights
 from .online import attach_online_projection
 
 __all__ = ["GradProjModel", "refresh_concept_basis"]
@@ -106,8 +106,9 @@ class GradProjModel(LoraModel):
         with torch.no_grad():
             for name, module in projected_weights(model, adapter_name):
                 key = f"{name}.weight"
-                if key in selected:
-                    selected[key] = module.project(selected[key])
+                # Shards are on the constraint since their last step; to gather them, all processes would have to save.
+                if key in selected and not selected[key].is_meta and not is_sharded(selected[key]):
+                    selected[key] = module.project(_precise(selected[key])).to(selected[key])
         return selected
 
     def add_weighted_adapter(
@@ -140,6 +141,11 @@ class GradProjModel(LoraModel):
             self.peft_config.update(configs)
         for _, module in projected_weights(self.model, adapter_name):
             module.restart(initial=False)
+
+
+def _precise(weight: Tensor) -> Tensor:
+    """`weight` in float64 on the CPU: GPUs may round float32 products to TF32, and after saving nothing corrects it."""
+    return weight.to("cpu", torch.float64)
 
 
 def refresh_concept_basis(model: nn.Module, basis: ConceptBasis, adapter_name: str = "default") -> None:

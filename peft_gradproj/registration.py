@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from functools import wraps
+from typing import Any
+
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -36,4 +40,36 @@ def register() -> PeftType:
 
         # The prefix is LoRA's, since the adapter's parameters are LoRA's: stock PEFT loads what is saved.
         register_peft_method(name="gradproj", config_cls=GradProjConfig, model_cls=GradProjModel, prefix="lora_")
+        _complete_saves_of_transformers()
     return peft_type
+
+
+def _complete_saves_of_transformers() -> None:
+    """Let `PreTrainedModel.save_pretrained` write the sidecars of an adapter that was added with `add_adapter`.
+
+    It saves the adapter's config before the weights, which the manifest is about, and calls nothing of ours afterwards.
+    """
+    from transformers import PreTrainedModel
+
+    from .saving import complete_sidecars
+
+    original: Any = PreTrainedModel.save_pretrained
+
+    @wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            return original(self, save_directory, is_main_process, *args, **kwargs)
+        # Pushed from a folder that has the sidecars, and not from within the original, which would leave them out.
+        push = kwargs.pop("push_to_hub", False)
+        hub = {
+            name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "create_pr") if name in kwargs
+        }
+        result = original(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            complete_sidecars(self, save_directory)
+            if push:
+                hub.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
+                self.push_to_hub(**hub, token=kwargs.get("token"))
+        return result
+
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]

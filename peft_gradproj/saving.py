@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .adapter_folder import read_settings, write_sidecars
+from .adapter_folder import has_adapter_weights, read_settings, write_sidecars
 from .basis import ConceptBasis
 from .errors import AdapterFolderError
 
 if TYPE_CHECKING:
     from .config import GradProjConfig
 
-__all__ = ["load_settings", "save_sidecars", "write_config_sidecars"]
+__all__ = [
+    "complete_sidecars",
+    "load_settings",
+    "save_sidecars",
+    "write_config_sidecars",
+    "write_sidecars_of_weights",
+]
 
 
 def save_sidecars(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Write the concept basis and the manifest beside LoRA weights that are already in `folder`.
 
-    `PeftModel.save_pretrained` does it by itself. Call it after diffusers' `save_lora_weights` or
-    `save_lora_adapter`, and after transformers' `save_pretrained` of a model that an adapter was added to.
+    `save_pretrained` of PEFT and of transformers does it by itself. Call it after diffusers' `save_lora_weights` or
+    `save_lora_adapter`.
 
     Args:
         model: The model with the adapter.
@@ -54,6 +62,32 @@ def write_config_sidecars(config: GradProjConfig, folder: str | os.PathLike[str]
         revision=config.revision or (basis.revision if basis is not None else None),
         uncovered=config.uncovered_parts,
     )
+
+
+def write_sidecars_of_weights(config: GradProjConfig, folder: str | os.PathLike[str]) -> None:
+    """Write the sidecars of `config` if there are weights in `folder` to bind them to."""
+    if has_adapter_weights(folder):
+        write_config_sidecars(config, folder)
+    elif Path(folder, "adapter_model.bin").is_file():
+        warnings.warn(
+            f"'{os.fspath(folder)}' holds the adapter as a pickle, which cannot be verified, so no gradproj.json was "
+            "written. Save it with safe_serialization=True.",
+            stacklevel=2,
+        )
+
+
+def complete_sidecars(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the sidecars beside what transformers' `save_pretrained` has just saved, if that was a GradProj adapter.
+
+    It saves the active adapter, and the config before the weights.
+    """
+    from .config import GradProjConfig
+
+    configs = getattr(model, "peft_config", {})
+    active = model.active_adapters() if configs else []  # type: ignore[operator]
+    config = configs.get(active[0]) if active else None
+    if isinstance(config, GradProjConfig):
+        write_sidecars_of_weights(config, folder)
 
 
 def load_settings(path_or_repo_id: str, *, subfolder: str | None = None, **kwargs: Any) -> dict[str, Any]:
