@@ -444,11 +444,11 @@ def _rank_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> It
     take for ever: a key that is more than a name allows its rank to every layer.
     """
     pattern = config.get("rank_pattern") or {}
-    if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
+    if not isinstance(pattern, dict) or not all(map(_is_positive, [config.get("r"), *pattern.values()])):
         return
     names = {key.strip("^$"): (key, value) for key, value in pattern.items() if re.fullmatch(r"\^?[\w.]+\$?", key)}
     named = {key for key, _ in names.values()}
-    default = sorted({config.get("r", 0), *(value for key, value in pattern.items() if key not in named)}, key=repr)
+    default = sorted({config["r"], *(value for key, value in pattern.items() if key not in named)}, key=repr)
     for module, pair in pairs.items():
         found = (names.get(suffix) for suffix in _suffixes(module))
         values = [value for key, value in filter(None, found) if not key.startswith("^") or key.strip("^$") == module]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import subprocess
+import sys
+import threading
 import time
+import types
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given, settings
@@ -417,6 +426,45 @@ def test_random_damage_gives_a_report_or_our_error(tmp_path_factory, honest, dam
     assert not report.ok or sealed or name == MANIFEST or data == honest[name]
 
 
+numbers = st.integers(-(10**60), 10**60) | st.floats(allow_nan=False, allow_infinity=False)
+any_json = st.recursive(
+    st.none() | st.booleans() | numbers | st.text() | st.sampled_from(["LORA", 0, 1, "unet.r"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(data=st.data())
+def test_any_value_in_any_place_gives_a_report_or_our_error(tmp_path_factory, honest, data):
+    folder = _written(tmp_path_factory, honest)
+    name = data.draw(st.sampled_from([CONFIG, MANIFEST]))
+    known = st.sampled_from(sorted({*json.loads(honest[name]), "modules_to_save", "loftq_config", "alpha_pattern"}))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place, value = data.draw(known), data.draw(any_json)
+        inner = data.draw(st.sampled_from([None, "id", "published", "strength", "down.conv", "to_q"]))
+
+        def change(content, place=place, value=value, inner=inner):
+            at_inner = inner is not None and isinstance(content.get(place), dict)
+            content[place] = {**content[place], inner: value} if at_inner else value
+
+        edit_json(folder, name, change)
+    if name == CONFIG:
+        reseal(folder)
+    try:
+        report = verify_adapter(folder)
+    except AdapterFolderError:
+        return
+    json.loads(report.to_json())
+    assert report.render()
+
+
+@given(option=st.dictionaries(st.sampled_from(["unet.r", "unet.lora_alpha", "unet.rank_pattern", "r", ""]), any_json))
+def test_any_config_in_a_header_gives_a_report_or_our_error(tmp_path_factory, option):
+    folder = tmp_path_factory.getbasetemp() / "header"
+    honest_folder(folder, style="unet", metadata={"lora_adapter_metadata": json.dumps(option)})
+    assert verify_adapter(folder).render()
+
+
 def _written(tmp_path_factory, files: dict[str, bytes]) -> Path:
     folder = tmp_path_factory.getbasetemp() / "damaged"
     folder.mkdir(exist_ok=True)
@@ -428,3 +476,110 @@ def _written(tmp_path_factory, files: dict[str, bytes]) -> Path:
 def test_the_lists_know_the_published_names():
     assert {WEIGHTS, DIFFUSERS_WEIGHTS, CONFIG, BASIS} == set(BOUND_FILES)
     assert "gradient" not in CHECKABLE_SPACES
+
+
+# From the Hub
+
+COMMIT = "c0ffee" * 6 + "c0ff"
+
+
+class OneRepository(BaseHTTPRequestHandler):
+    """As much of the Hub as a download needs, for one repository at one commit; others break off the connection."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.asked.append(path)
+        if "/someone/logo" not in path:
+            self.connection.close()
+        elif path.startswith("/api/models/someone/logo/tree/"):
+            self._json([{"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in self.files.items()])
+        elif path.startswith("/api/models/someone/logo"):
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
+            self._json({"id": "someone/logo", "sha": COMMIT, "siblings": siblings})
+        else:
+            self._file(path.rpartition("/")[2])
+
+    do_HEAD = do_GET
+
+    def _json(self, value: Any) -> None:
+        self._send(json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, name: str) -> None:
+        digest = hashlib.sha1(self.files[name]).hexdigest()
+        self._send(self.files[name], {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
+
+    def _send(self, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, type[OneRepository]]]:
+    handler = type("Repository", (OneRepository,), {"files": {}, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_from_the_hub_only_published_files_are_fetched_and_the_commit_is_named(tmp_path, hub):
+    address, repository = hub
+    honest_folder(tmp_path / "adapter")
+    repository.files.update(contents(tmp_path / "adapter"))
+    repository.files.update({"optimizer.bin": b"pickle", "training.log": b"hello"})
+    # The address is read when huggingface_hub is imported: a process of its own.
+    script = f"""
+import json, sys
+from peft_gradproj import verify_adapter
+from peft_gradproj.errors import AdapterFolderError
+answers = []
+for name in ("someone/logo", "someone/broken"):
+    try:
+        answers.append(verify_adapter(name, revision="main").to_dict())
+    except AdapterFolderError as error:
+        answers.append(str(error))
+json.dump(answers, open({str(tmp_path / "answers")!r}, "w"))
+"""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        **{"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"},
+        **{"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "*"},
+    }
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+    report, refusal = json.loads((tmp_path / "answers").read_text())
+    assert (report["ok"], report["commit"]) == (True, COMMIT), report
+    assert "someone/broken is neither a folder" in refusal
+    fetched = {path.rpartition("/")[2] for path in repository.asked if "/resolve/" in path}
+    assert fetched == {WEIGHTS, CONFIG, BASIS, MANIFEST}
+    assert all(f"/resolve/{COMMIT}/" in path for path in repository.asked if "/resolve/" in path)
+
+
+@pytest.mark.parametrize(
+    ("siblings", "message"),
+    [
+        ({MANIFEST: 9 * 2**20}, "at most 8,388,608 are read"),
+        ({WEIGHTS: 3 * 2**30}, "at most 2,147,483,648 are read"),
+        ({"adapter_model.bin": 10}, "a loader may take"),
+        ({"a/pytorch_lora_weights.safetensors": 10}, "a loader may take"),
+        ({MANIFEST: None}, "was not published with"),
+    ],
+)
+def test_a_repository_is_refused_before_anything_is_fetched(monkeypatch, siblings, message):
+    sizes = {MANIFEST: 10, WEIGHTS: 10, "checkpoint-5/pytorch_lora_weights.safetensors": 10, **siblings}
+    found = [types.SimpleNamespace(rfilename=n, size=s) for n, s in sizes.items() if siblings.get(n, 1) is not None]
+    info = types.SimpleNamespace(sha=COMMIT, siblings=found)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: pytest.fail("something was fetched"))
+    with pytest.raises(AdapterFolderError, match=message):
+        verify_adapter("someone/logo")
