@@ -95,7 +95,8 @@ def orthonormality_error(basis: Tensor) -> float:
     if basis.shape[1] == 0:
         return 0.0
     basis = basis.to(_compute_dtype(basis))
-    gram = basis.mT @ basis
+    with torch.autocast(basis.device.type, enabled=False):
+        gram = basis.mT @ basis
     return float((gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).abs().max())
 
 
@@ -121,7 +122,8 @@ def principal_cosines(u: Tensor, v: Tensor) -> Tensor:
     dtype = _compute_dtype(u, v)
     if min(u.shape[1], v.shape[1]) == 0:
         return torch.zeros(0, dtype=dtype, device=u.device)
-    return torch.linalg.svdvals(u.to(dtype).mT @ v.to(dtype)).clamp(0.0, 1.0)
+    with torch.autocast(u.device.type, enabled=False):
+        return torch.linalg.svdvals(u.to(dtype).mT @ v.to(dtype)).clamp(0.0, 1.0)
 
 
 def contrast_basis(concept: Tensor, reference: Tensor, *, epsilon: float = 1e-3) -> tuple[Tensor, Tensor]:
