@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .concepts import ConceptSet
     from .config import GradProjConfig
     from .fitting import fit_concept_basis
+    from .hub import PublishResult, push_adapter_to_hub
     from .model import GradProjModel, refresh_concept_basis
     from .online import online_projections
     from .probes import ConceptProbes, collect_concept_probes
@@ -29,10 +30,12 @@ _MODULES = {
     "GradProjConfig": "config",
     "GradProjModel": "model",
     "LayerBasis": "basis",
+    "PublishResult": "hub",
     "VerificationReport": "verification",
     "collect_concept_probes": "probes",
     "fit_concept_basis": "fitting",
     "online_projections": "online",
+    "push_adapter_to_hub": "hub",
     "refresh_concept_basis": "model",
     "save_sidecars": "saving",
     "verify_adapter": "verification",
@@ -45,11 +48,13 @@ __all__ = [
     "GradProjConfig",
     "GradProjModel",
     "LayerBasis",
+    "PublishResult",
     "VerificationReport",
     "__version__",
     "collect_concept_probes",
     "fit_concept_basis",
     "online_projections",
+    "push_adapter_to_hub",
     "refresh_concept_basis",
     "save_sidecars",
     "verify_adapter",

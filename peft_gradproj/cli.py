@@ -82,6 +82,40 @@ def inspect(
 
 
 @app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub, user/name; made if it does not exist.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Who may see the repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to, made if it does not exist.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do all but publish; list what would go up.")] = False,
+    basis: Annotated[str, typer.Option(help="full, or digest to withhold the concept basis.")] = "full",
+    license: Annotated[str | None, typer.Option(help="Identifier of the licence, for the model card.")] = None,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Publish although a check failed; the model card says so.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify an adapter, write its model card, and publish both on the Hub in one commit."""
+    from .hub import push_adapter_to_hub
+
+    result = push_adapter_to_hub(
+        folder,
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+        dry_run=dry_run,
+        basis=basis,  # type: ignore[arg-type]  # checked there
+        license=license,
+        allow_unverified=allow_unverified,
+    )
+    _print_json(result.to_dict()) if as_json else _print(result)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the page, the pictures and the adapters.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
@@ -92,8 +126,8 @@ def demo(
     """Fine-tune a small diffusion model on stamped pictures with and without projection, and compare."""
     from .demo import run_demo
 
-    given = {"steps": steps, "logo": logo}
-    run_demo(output, seed=seed, quick=quick, **{key: value for key, value in given.items() if value is not None})
+    named: dict[str, Any] = {} if logo is None else {"logo": logo}
+    run_demo(output, seed=seed, steps=steps, quick=quick, **named)
 
 
 def _print_json(value: Any) -> None:
@@ -111,6 +145,7 @@ def main() -> None:
     try:
         app()
     except GradProjError as error:
+        # Paths and names of strangers may hold what a terminal obeys.
         message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
         print(f"gradproj: {message}", file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,7 @@ __all__ = [
     "ConceptDataError",
     "GradProjConfigError",
     "GradProjError",
+    "HubError",
     "OnlineProjectionError",
 ]
 
@@ -36,3 +37,7 @@ class OnlineProjectionError(GradProjError, RuntimeError):
 
 class AdapterFolderError(GradProjError, ValueError):
     """A published adapter folder is missing something, is malformed, or is refused as unsafe to read."""
+
+
+class HubError(GradProjError, OSError):
+    """The Hub cannot be reached, refuses what was asked of it, or gave a broken answer."""

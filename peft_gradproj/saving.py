@@ -110,7 +110,7 @@ def load_settings(path_or_repo_id: str, *, subfolder: str | None = None, **kwarg
 
 def _download(repo_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> str:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 
     options = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
     try:
@@ -118,7 +118,7 @@ def _download(repo_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> st
         # Withheld by its publisher, or an adapter with probes only.
         with contextlib.suppress(EntryNotFoundError):
             hf_hub_download(repo_id, "concept_basis.safetensors", subfolder=subfolder, **options)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise AdapterFolderError(
             f"no GradProj adapter at '{repo_id}': {error}. Expected a folder or a Hub id with a gradproj.json."
         ) from error
