@@ -48,6 +48,9 @@ from .training import TrainingRun, TrainingSet, adapted, train
 
 __all__ = ["run_demo"]
 
+BASE_MODEL_NAME = "peft_gradproj/demo/assets/base_model"
+"""What the published files call the base model: it is part of this package."""
+
 
 def run_demo(
     output: str | Path,
@@ -91,11 +94,8 @@ class _Protection:
 
 class _Demo:
     def __init__(self, settings: DemoSettings, output: Path, base_model: Path) -> None:
-        from diffusers import StableDiffusionPipeline
-
         self.settings, self.output = settings, output
-        self.pipeline = StableDiffusionPipeline.from_pretrained(base_model, torch_dtype=torch.float32)
-        self.pipeline.unet.requires_grad_(False).eval()
+        self.pipeline = _load(base_model)
         self.schedule = noise_schedule(self.pipeline)
         self.stages = Stages()
 
@@ -141,6 +141,7 @@ class _Demo:
                 target_modules=settings.target_modules,
                 rank=settings.basis_rank,
                 concept=f"the {settings.logo} logo",
+                base_model=BASE_MODEL_NAME,
                 progress=False,
                 seed=settings.seed,
             )
@@ -294,6 +295,23 @@ class _Demo:
         (self.output / "report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
         write_page(self.output / "index.html", report, data, logo.image, prompts, samples)
         return report
+
+
+def _load(base_model: Path) -> Any:
+    """The base model in float32, without the chatter of loading, which would hide the progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # Only now: importing diffusers already warns of what this pipeline does not need.
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    pipeline = StableDiffusionPipeline.from_pretrained(base_model).to(torch.float32)
+    pipeline.unet.requires_grad_(False).eval()
+    return pipeline
 
 
 def _with_unet(pipeline: Any, unet: Any) -> Any:
