@@ -123,13 +123,12 @@ def render_model_card(
     Raises:
         AdapterFolderError: If the metadata of the existing card cannot be read.
     """
-    card = _parse(existing)
+    card = _parse(existing.replace("\r\n", "\n"))
     _fill_metadata(card.data, folder, license, images)
     section = _render_section(folder, report, repo_id)
-    if "\r\n" in existing:
-        section = section.replace("\n", "\r\n")
     card.text = _place(card.text, section, title=(repo_id or folder.path.resolve().name).split("/")[-1])
-    return str(card)
+    text = str(card)
+    return text.replace("\n", "\r\n") if "\r\n" in existing else text
 
 
 def _parse(existing: str) -> Any:
