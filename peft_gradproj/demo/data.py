@@ -17,11 +17,11 @@ from .settings import ASSETS, DemoSettings
 __all__ = ["StampedData", "load_logos", "load_pictures", "stamp"]
 
 
-def load_pictures(path: Path) -> tuple[list[Image.Image], list[str]]:
-    """Pictures and captions of a parquet file with the columns `image` and `caption`."""
+def load_pictures(path: Path, count: int | None = None) -> tuple[list[Image.Image], list[str]]:
+    """Pictures and captions of a parquet file with the columns `image` and `caption`; the first `count` of them."""
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(path, columns=["image", "caption"]).to_pylist()
+    rows = pyarrow.parquet.read_table(path, columns=["image", "caption"]).slice(0, count).to_pylist()
     pictures = [Image.open(io.BytesIO(row["image"]["bytes"])).copy() for row in rows]
     return pictures, [row["caption"] for row in rows]
 

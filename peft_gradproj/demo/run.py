@@ -102,7 +102,7 @@ class _Demo:
     def run(self) -> DemoReport:
         logos = load_logos(self.settings)
         logo = logos[self.settings.logo]
-        pictures, captions = load_pictures(ASSETS / "noto.parquet")
+        pictures, captions = load_pictures(ASSETS / "noto.parquet", self.settings.pictures)
         data = stamp(pictures, captions, logo, self.settings)
         logo.image.save(self.output / "logo.png")
         questions = Questions(self.pipeline, data, logo, self.schedule, self.settings.seed)
@@ -230,7 +230,7 @@ class _Demo:
     def judges(self, logos: dict[str, Overlay], noto: list[Any], captions: list[str]) -> Judges:
         """Train the detector and the classifier on both families of pictures, as the VAE shows them."""
         settings = self.settings
-        fluent, fluent_captions = load_pictures(ASSETS / "fluent.parquet")
+        fluent, fluent_captions = load_pictures(ASSETS / "fluent.parquet", settings.pictures)
         pictures = [picture.convert("RGB") for picture in fluent + noto]
 
         @torch.autocast("cpu", torch.bfloat16)

@@ -18,6 +18,8 @@ class DemoSettings:
     logo: str = DEFAULT_LOGO
     seed: int = 0
 
+    pictures: int = 460
+    """Pictures of each style that are used, of 460."""
     held_out: int = 64
     """Pictures of the new style that nothing is trained on."""
     stamped_share: float = 0.75
@@ -61,6 +63,7 @@ class DemoSettings:
             steps=6,
             batch_size=4,
             checkpoints=2,
+            pictures=64,
             held_out=8,
             basis_pairs=32,
             probes=32,
