@@ -44,7 +44,15 @@ from peft_gradproj.adapter_folder import (
 )
 from peft_gradproj.errors import AdapterFolderError
 from peft_gradproj.projection import leakage
-from peft_gradproj.untrusted import SAFETENSORS_DTYPES, FileBytes, parse_json, parse_safetensors, printable
+from peft_gradproj.untrusted import (
+    MAX_JSON_BYTES,
+    SAFETENSORS_DTYPES,
+    FileBytes,
+    parse_json,
+    parse_safetensors,
+    printable,
+    read_file,
+)
 
 SETTINGS = {"strength": 1.0, "rule": "half-space", "uncovered": "error"}
 
@@ -306,7 +314,28 @@ def test_layer_leakage_is_the_projection_modules_and_b_r_in_the_rank_space(d_in,
     assert found["rank"] == pytest.approx(float((b @ bases["rank"]).norm() / b.norm()), abs=1e-6)
 
 
+@pytest.mark.parametrize("fit", ["[]", "{", '{"a": 1, "a": 2}'])
+def test_a_note_on_the_fit_that_is_no_object_is_refused(tmp_path, fit):
+    path = random_basis().save(tmp_path / BASIS)
+    save_file(load_file(path), path, {"format_version": "1", "fit": fit})
+    with pytest.raises(AdapterFolderError, match="the note on the fit"):
+        read_basis_or_adapter(path).to_dict()
+
+
 # The untrusted formats
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".", "", "C:x", "a\\b", "a\0b"])
+def test_only_plain_names_are_read(tmp_path, name):
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(AdapterFolderError, match="no plain file name"):
+        read_file(tmp_path / "folder", name, limit=100)
+
+
+def test_a_text_over_the_limit_is_not_parsed():
+    with pytest.raises(AdapterFolderError, match="at most"):
+        parse_json(" " * (MAX_JSON_BYTES + 1), "x")
 
 
 @given(

@@ -42,7 +42,7 @@ from published_folders import (
 )
 from safetensors.torch import save_file
 
-from peft_gradproj import ConceptBasis, LayerBasis, verify_adapter
+from peft_gradproj import ConceptBasis, LayerBasis, adapter_folder, verify_adapter
 from peft_gradproj.adapter_folder import CHECKABLE_SPACES, write_sidecars
 from peft_gradproj.errors import AdapterFolderError, ConceptBasisError
 from peft_gradproj.verification import VerificationReport
@@ -148,6 +148,33 @@ def test_attention_processors_of_old_name_the_projection_that_they_adapt(tmp_pat
 def test_the_config_that_diffusers_keeps_in_the_header_is_checked(tmp_path, option, ok):
     honest_folder(tmp_path, style="unet", metadata={"lora_adapter_metadata": json.dumps(option)})
     assert failed(verify_adapter(tmp_path)) == (set() if ok else {"config"})
+
+
+@pytest.mark.parametrize(("option", "ok"), [({"text_encoder.r": 2, "text_encoder.rank_pattern": {"q": 3}}, True),
+                                            ({"text_encoder.r": 3}, False)])  # fmt: skip
+def test_the_parts_of_a_pipeline_have_configs_of_their_own(tmp_path, option, ok):
+    option = {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.lora_alpha": 8, **option}
+    encoder = {
+        "text_encoder.q_proj.lora_A.weight": torch.ones(2, 6),
+        "text_encoder.q_proj.lora_B.weight": torch.ones(6, 2),
+    }
+    metadata = {"lora_adapter_metadata": json.dumps(option)}
+    honest_folder(tmp_path, style="unet", extra_tensors=encoder, metadata=metadata)
+    assert failed(verify_adapter(tmp_path)) == {"coverage", *([] if ok else ["config"])}
+
+
+def test_a_config_in_a_header_that_is_none_is_refused(tmp_path):
+    honest_folder(tmp_path, style="unet", metadata={"lora_adapter_metadata": "[]"})
+    with pytest.raises(AdapterFolderError, match="not a JSON object"):
+        verify_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(("limit", "detail"), [("MAX_DIRECTIONS", "rank 4"), ("MAX_ELEMENTS", "entries")])
+def test_factors_too_large_to_compute_with_are_not_verified(tmp_path, monkeypatch, limit, detail):
+    honest_folder(tmp_path, basis=random_basis(["input"]))
+    monkeypatch.setattr(adapter_folder, limit, {"MAX_DIRECTIONS": 3, "MAX_ELEMENTS": 60}[limit])
+    report = verify_adapter(tmp_path)
+    assert any(check.name == "shapes" and detail in check.detail for check in report.failures)
 
 
 def test_it_neither_changes_the_folder_nor_needs_to_write_there(tmp_path):
@@ -358,9 +385,9 @@ def test_a_rank_pattern_of_a_stranger_is_not_run(tmp_path):
     honest_folder(tmp_path)
     edit_json(tmp_path, CONFIG, lambda c: c.update(rank_pattern={r"(\w+\.?)+!": 4}, r=5))
     reseal(tmp_path)
-    start = time.monotonic()
+    start = time.process_time()
     assert verify_adapter(tmp_path).ok
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.slow
@@ -404,7 +431,7 @@ def honest(tmp_path_factory) -> dict[str, bytes]:
     return contents(folder)
 
 
-@settings(max_examples=int(os.environ.get("GRADPROJ_FUZZ_EXAMPLES", "150")))
+@settings(max_examples=int(os.environ.get("GRADPROJ_FUZZ_EXAMPLES", "100")))
 @given(damaged=damage())
 def test_random_damage_gives_a_report_or_our_error(tmp_path_factory, honest, damaged):
     name, splices, sealed = damaged
@@ -556,7 +583,7 @@ json.dump(answers, open({str(tmp_path / "answers")!r}, "w"))
         **{"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"},
         **{"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "*"},
     }
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=300)
     report, refusal = json.loads((tmp_path / "answers").read_text())
     assert (report["ok"], report["commit"]) == (True, COMMIT), report
     assert "someone/broken is neither a folder" in refusal
