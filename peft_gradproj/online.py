@@ -241,6 +241,8 @@ class OnlineProjection:
     def detach(self) -> None:
         """Correct no further step."""
         self._attached = False
+        self._first_count = self.step
+        self._forget_counts()
         self._pending = self._stepping = None
         if self._hook is not None:
             self._hook.remove()
@@ -267,7 +269,7 @@ class OnlineProjection:
             raise OnlineProjectionError(
                 f"the state of an online projection lacks {sorted(missing)}; was it saved by one?"
             )
-        self._counts.clear()
+        self._forget_counts()
         self._first_count = int(state["step"])
         self._estimate.load_state_dict(state["estimate"])
         self._history = deque((_HalfSpace(**h) for h in state["history"]), maxlen=self.probe_history - 1)
@@ -287,7 +289,7 @@ class OnlineProjection:
         model = self._model()
         if not self._attached or model is None:
             return
-        due = self._counts.get(optimizer, self._first_count) % self.probe_every == 0
+        due = self._count(optimizer) % self.probe_every == 0
         parameters = self._parameters_of(optimizer, model, refresh=due)
         if not parameters:
             self._notice_foreign_step()
@@ -309,11 +311,24 @@ class OnlineProjection:
         if self._stepping != id(optimizer):
             return
         pending, self._pending, self._stepping = self._pending, None, None
-        step = self._counts.get(optimizer, self._first_count)
-        self._counts[optimizer] = step + 1
+        step = self._count(optimizer)
+        self._counts[optimizer] = optimizer.param_groups[0][self._count_key] = step + 1
         if pending is not None:
             with torch.no_grad():
                 self._correct(optimizer, pending, step)
+
+    @property
+    def _count_key(self) -> str:
+        return f"gradproj_step.{self.adapter_name}"
+
+    def _count(self, optimizer: torch.optim.Optimizer) -> int:
+        # In a group of the optimizer, which every training loop saves and restores: a resumed run goes on with it.
+        return int(optimizer.param_groups[0].get(self._count_key, self._first_count))
+
+    def _forget_counts(self) -> None:
+        for optimizer in self._counts:
+            optimizer.param_groups[0].pop(self._count_key, None)
+        self._counts.clear()
 
     def _notice_foreign_step(self) -> None:
         if self._foreign_steps is None:
@@ -377,7 +392,7 @@ class OnlineProjection:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     ) -> tuple[float, float, dict[str, Tensor]]:
         """Drift less floor, floor, and the drift's gradient in the parameters' shapes, over all processes."""
-        step = self._counts.get(optimizer, self._first_count)
+        step = self._count(optimizer)
         indices = _shard(self._draw(step // self.probe_every))
         device = next(iter(parameters.values())).device
         terms = torch.zeros(3, dtype=torch.float64, device=device)
@@ -575,7 +590,7 @@ class OnlineProjection:
             total, layers = _removed_shares(removed, gradients, identity)
             for gradient, new in zip(gradients.values(), projected, strict=True):
                 gradient.copy_(new)
-        step = self._counts.get(optimizer, self._first_count)
+        step = self._count(optimizer)
         self._publish(OnlineReport(step, loss, 0.0, total, layers, time.perf_counter() - started))
 
 
