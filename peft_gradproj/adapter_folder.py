@@ -64,6 +64,7 @@ __all__ = [
     "layer_leakage",
     "locate_adapter_folder",
     "parse_lora_layers",
+    "publishes_basis",
     "read_adapter_folder",
     "read_basis",
     "read_basis_or_adapter",
@@ -393,6 +394,7 @@ def write_sidecars(
     settings: Mapping[str, Any],
     base_model: str | None,
     revision: str | None = None,
+    concept: str = "",
     uncovered: Sequence[str] = (),
     publish_basis: Literal["full", "digest"] = "full",
     recipe: Mapping[str, Any] | None = None,
@@ -407,6 +409,7 @@ def write_sidecars(
         settings: The GradProj fields of the config, JSON-able; `strength` among them.
         base_model: Identifier of the base model; that of the basis if `None`.
         revision: Its revision; that of the basis if `None`.
+        concept: What must not be learned, in words, where there is no basis that says it.
         uncovered: What the projection did not cover, by name.
         publish_basis: `digest` withholds the basis: publishing what was removed can help an attacker. A verifier
             then brings his own.
@@ -435,7 +438,7 @@ def write_sidecars(
         if basis is not None and publish:
             basis.save(staged_basis)
             sources[BASIS_NAME] = FileBytes(BASIS_NAME, bytearray(staged_basis.read_bytes()))
-        manifest = _manifest(sources, basis, publish, settings, base_model, revision, uncovered, recipe)
+        manifest = _manifest(sources, basis, publish, settings, base_model, revision, concept, uncovered, recipe)
         _write_json(staged_manifest, manifest)
         if publish:
             os.replace(staged_basis, folder / BASIS_NAME)
@@ -451,6 +454,7 @@ def _manifest(
     settings: Mapping[str, Any],
     base_model: str | None,
     revision: str | None,
+    concept: str,
     uncovered: Sequence[str],
     recipe: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -459,7 +463,7 @@ def _manifest(
         revision = basis.revision
     return {
         "format_version": FORMAT_VERSION,
-        "concept": basis.concept if basis is not None else "",
+        "concept": basis.concept if basis is not None else concept,
         "base_model": {"id": base_model, "revision": revision},
         "settings": dict(settings),
         "files": {name: {"size": s.size, "sha256": s.sha256} for name, s in sorted(sources.items())},
@@ -541,6 +545,15 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not os.path.lexists(folder / MANIFEST_NAME):
         return None
     return _read_manifest(folder)["settings"]
+
+
+def publishes_basis(folder: str | os.PathLike[str]) -> bool:
+    """Whether the manifest in `folder` says that the concept basis lies beside it.
+
+    Raises:
+        AdapterFolderError: If there is no manifest, or it is malformed.
+    """
+    return _read_manifest(Path(folder))["basis"]["published"] == "full"
 
 
 def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .adapter_folder import has_adapter_weights, read_settings, write_sidecars
+from .adapter_folder import has_adapter_weights, publishes_basis, read_settings, write_sidecars
 from .basis import ConceptBasis
 from .errors import AdapterFolderError
 
 if TYPE_CHECKING:
     from .config import GradProjConfig
+    from .probes import ConceptProbes
 
 __all__ = [
     "complete_sidecars",
@@ -54,12 +54,14 @@ def save_sidecars(model: nn.Module, folder: str | os.PathLike[str], adapter_name
 def write_config_sidecars(config: GradProjConfig, folder: str | os.PathLike[str]) -> None:
     """Write the sidecars of `config` beside the LoRA weights in `folder`."""
     basis: ConceptBasis | None = config.concept_basis  # type: ignore[attr-defined]
+    probes: ConceptProbes | None = config.concept_probes  # type: ignore[attr-defined]
     write_sidecars(
         folder,
         basis,
         settings=config.settings(),
         base_model=config.base_model_name_or_path or (basis.base_model if basis is not None else None),
         revision=config.revision or (basis.revision if basis is not None else None),
+        concept=probes.concept if probes is not None else "",
         uncovered=config.uncovered_parts,
     )
 
@@ -102,24 +104,26 @@ def load_settings(path_or_repo_id: str, *, subfolder: str | None = None, **kwarg
             "peft.LoraConfig.from_pretrained."
         )
     settings = dict(settings)
-    basis_file = os.path.join(folder, "concept_basis.safetensors")
-    if os.path.isfile(basis_file):
-        settings["concept_basis"] = ConceptBasis.load(basis_file)
+    if "concept_basis" not in kwargs and publishes_basis(folder):
+        settings["concept_basis"] = ConceptBasis.load(os.path.join(folder, "concept_basis.safetensors"))
     return settings
 
 
 def _download(repo_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> str:
+    """The folder in the Hub's cache with the manifest, and the basis if there is one and none is given."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 
     options = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
     try:
-        manifest = hf_hub_download(repo_id, "gradproj.json", subfolder=subfolder, **options)
-        # Withheld by its publisher, or an adapter with probes only.
-        with contextlib.suppress(EntryNotFoundError):
+        manifest = Path(hf_hub_download(repo_id, "gradproj.json", subfolder=subfolder, **options))
+        # Not told by whether a download fails: then a fault of the network would switch projection off.
+        if "concept_basis" not in kwargs and publishes_basis(manifest.parent):
+            # Of the commit that the manifest is of; someone may publish meanwhile.
+            options["revision"] = manifest.parents[len(PurePosixPath(subfolder or "").parts)].name
             hf_hub_download(repo_id, "concept_basis.safetensors", subfolder=subfolder, **options)
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
         raise AdapterFolderError(
             f"no GradProj adapter at '{repo_id}': {error}. Expected a folder or a Hub id with a gradproj.json."
         ) from error
-    return os.path.dirname(manifest)
+    return str(manifest.parent)

@@ -15,7 +15,7 @@ from helpers import LAYERS, saved_leakage, small_net_basis, train, trainable
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_gradproj import GradProjConfig, save_sidecars, verify_adapter
+from peft_gradproj import ConceptProbes, GradProjConfig, save_sidecars, verify_adapter
 from peft_gradproj.errors import AdapterFolderError
 
 STOCK_LOAD = """
@@ -148,3 +148,11 @@ def test_sidecars_of_a_model_without_a_gradproj_adapter_are_refused(tmp_path):
     plain = get_peft_model(SmallNet(), LoraConfig(r=4, target_modules=["query"]))
     with pytest.raises(AdapterFolderError, match="GradProjConfig"):
         save_sidecars(plain, tmp_path)
+
+
+def test_an_adapter_with_probes_only_names_its_concept_and_is_not_called_verified(tmp_path):
+    probes = ConceptProbes({"sample": torch.randn(4, 3, 8, 8)}, concept="a planted pattern")
+    model, _ = trained(GradProjConfig(r=4, target_modules=["query"], concept_probes=probes))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "gradproj.json").read_text())["concept"] == "a planted pattern"
+    assert verify_adapter(tmp_path).status == "could not be checked"
