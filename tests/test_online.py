@@ -48,7 +48,7 @@ OPTIMIZERS: dict[str, Optimizers] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-    "adam amsgrad": lambda p: torch.optim.Adam(p, lr=1e-3, amsgrad=True),
+    "adam amsgrad": lambda p: torch.optim.Adam(p, lr=3e-2, betas=(0.9, 0.3), amsgrad=True),
     "nadam": lambda p: torch.optim.NAdam(p, lr=1e-3),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
     "rmsprop centered momentum": lambda p: torch.optim.RMSprop(p, lr=1e-4, centered=True, momentum=0.9),
@@ -187,8 +187,8 @@ def test_steps_with_a_closure_fulfil_the_constraint(monkeypatch: pytest.MonkeyPa
     assert projection.last.removed_share > 0.0
 
 
-def _adam(state: dict[str, Tensor], key: str = "exp_avg_sq") -> Tensor:
-    return (state[key] / (1 - 0.999 ** float(state["step"]))).sqrt() + 1e-8
+def _adam(state: dict[str, Tensor], key: str = "exp_avg_sq", beta: float = 0.999) -> Tensor:
+    return (state[key] / (1 - beta ** float(state["step"]))).sqrt() + 1e-8
 
 
 METRICS: dict[str, Callable[[dict[str, Tensor], list[Tensor], bool], Tensor]] = {
@@ -196,7 +196,7 @@ METRICS: dict[str, Callable[[dict[str, Tensor], list[Tensor], bool], Tensor]] = 
     "sgd nesterov": lambda state, gradients, is_b: torch.ones(()),
     "adamw": lambda state, gradients, is_b: _adam(state),
     "adamw fused": lambda state, gradients, is_b: _adam(state),
-    "adam amsgrad": lambda state, gradients, is_b: _adam(state, "max_exp_avg_sq"),
+    "adam amsgrad": lambda state, gradients, is_b: _adam(state, "max_exp_avg_sq", 0.3),
     "adamw, lora+": lambda state, gradients, is_b: _adam(state) / (4.0 if is_b else 1.0),
     "rmsprop": lambda state, gradients, is_b: state["square_avg"].sqrt() + 1e-8,
     "adagrad": lambda state, gradients, is_b: state["sum"].sqrt() + 1e-10,
@@ -621,6 +621,8 @@ def test_an_adapter_that_is_inactive_or_frozen_is_left_alone() -> None:
     optimizer = torch.optim.SGD([*parameters, *task.parameters("other")], lr=0.1, weight_decay=0.1)
     for layer in (task.net[0], task.net[3]):
         layer.set_adapter("other")
+    for p in parameters:
+        p.requires_grad_(True)
     take_steps(task, optimizer)
     assert projection.step == 0
 
@@ -963,6 +965,13 @@ def _train_with(rank: int, world: int, folder: str) -> None:
         store = torch.distributed.FileStore(f"{folder}/store", world)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
         model = nn.parallel.DistributedDataParallel(task.net)
+    run = []
+
+    def run_model(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        run.append(len(inputs["input"]))
+        return model(**inputs)
+
+    task.probes.run_model = run_model
     projection = attach_online_projection(task.net, "default", task.probes, probe_every=2, probe_batch_size=5)
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
     inputs, targets = torch.cat([task.x, task.concept]), torch.cat([task.wanted, task.unwanted])
@@ -970,7 +979,7 @@ def _train_with(rank: int, world: int, folder: str) -> None:
         optimizer.zero_grad()
         (model(inputs[rank::world]) - targets[rank::world]).square().mean().backward()
         optimizer.step()
-    torch.save((copies(task.parameters()), projection.last.drift), f"{folder}/{world}-{rank}.pt")
+    torch.save((copies(task.parameters()), projection.last.drift, max(run)), f"{folder}/{world}-{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -980,8 +989,9 @@ def test_two_processes_are_corrected_as_one(tmp_path: Path) -> None:
     # A fork spares the two imports of everything, which would take longer than all other tests together.
     torch.multiprocessing.start_processes(_train_with, (2, str(tmp_path)), nprocs=2, start_method="fork")
 
-    (one, drift), *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    for parameters, drift_too in two:
+    (one, drift, most), *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert [most, two[0][2], two[1][2]] == [5, 3, 2], "each runs its share of the batch"
+    for parameters, drift_too, _ in two:
         assert drift_too == pytest.approx(drift, rel=1e-4)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, parameters, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(two[0][0], two[1][0], strict=True))
