@@ -58,11 +58,13 @@ class _Fault:
 
 
 def _root(error: Exception) -> Exception:
-    """The answer behind the client's complaint that a file is not in its cache either."""
+    """What is behind the client's complaint that an upload failed, or that a file is not in its cache either."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cause = error.__cause__
-    return cause if isinstance(error, LocalEntryNotFoundError) and isinstance(cause, Exception) else error
+    return (
+        cause if isinstance(error, LocalEntryNotFoundError | RuntimeError) and isinstance(cause, Exception) else error
+    )
 
 
 def _fault(error: Exception) -> _Fault:

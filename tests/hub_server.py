@@ -149,7 +149,7 @@ class LoopbackHub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
     """A Hub without repositories, which huggingface_hub talks to with the token `WRITER` while the test runs."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     with LoopbackHub() as server:
         cache = tmp_path_factory.mktemp("hub_cache")
@@ -162,6 +162,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
             "HF_HUB_CACHE": str(cache),
         }.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.upper(), raising=False)
