@@ -25,6 +25,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from ._version import __version__
 from .basis import SPACES, ConceptBasis, LayerBasis
 from .errors import ConceptBasisError, ConceptDataError
 from .observation import (
+    Choice,
     Features,
     LayerGradients,
     TargetLayer,
@@ -122,7 +124,7 @@ def fit_concept_basis(
     unfit: Literal["refuse", "skip"] = "refuse",
     loss_fn: LossFn | None = None,
     adapter_name: str | None = None,
-    max_positions: int = 1024,
+    max_positions: int = 512,
     concept: str = "",
     base_model: str | None = None,
     revision: str | None = None,
@@ -375,7 +377,7 @@ class _Contrasted:
     @classmethod
     def of_width(cls, width: int, options: _Options, *, centred: bool = True) -> _Contrasted:
         """Without any vectors yet."""
-        rows = max(128, 4 * (options.rank or 32))
+        rows = max(64, 4 * (options.rank or 32))
         fit, held_out, reference = (SecondMoment(width, sketch_rows=rows) for _ in range(3))
         return cls(fit, held_out, reference, centred)
 
@@ -459,7 +461,7 @@ class _Statistics:
             if self.options.wants("gradient"):
                 statistic = self._statistic("gradient", name, layer.flat.numel())
                 pairs = [(layer.flat[None], None if partner is None else partner.flat[None])]
-                self._add(role, statistic, "gradient", name, pairs, lambda flat: flat)
+                self._add(role, statistic, "gradient", name, pairs, lambda flat, _: flat)
 
     def _add_rank(self, role: Role, name: str, layer: LayerGradients) -> None:
         to_vectors = self._layers[name].output_vectors
@@ -481,35 +483,34 @@ class _Statistics:
         space: str,
         name: str,
         pairs: Iterable[tuple[Tensor, Tensor | None]],
-        to_vectors: Callable[[Tensor], Tensor],
+        to_vectors: Callable[[Tensor, Choice], Tensor],
     ) -> None:
         for tensor, partner in pairs:
-            vectors = to_vectors(tensor)
-            chosen = self._chosen(vectors)
-            vectors = vectors[chosen]
+            # The same positions of both halves.
+            choose = cache(self._chosen)
+            vectors = to_vectors(tensor, choose)
             if partner is not None:
-                others = to_vectors(partner)[chosen]
+                others = to_vectors(partner, choose)
                 self._add_finite("reference", statistic, space, name, others)
-                # In float32, but the floor is that of the dtype in which the halves were rounded.
+                # The difference is in float32, but the floor is that of the dtype in which the halves were rounded.
                 statistic.floor = max(statistic.floor, torch.finfo(others.dtype).eps ** 2)
                 vectors = vectors.float() - others.float()
             self._add_finite(role, statistic, space, name, vectors)
 
     def _add_finite(self, role: Role, statistic: _Contrasted, space: str, name: str, vectors: Tensor) -> None:
-        if not torch.isfinite(vectors).all():
+        # A sum is finite only if all are, and cheaper than a mask; a sum that overflows by itself is looked at again.
+        if not torch.isfinite(vectors.sum()) and not torch.isfinite(vectors).all():
             raise ConceptDataError(
                 f"the {space} vectors of {name} are not all finite on a {role.replace('_', '-')} batch; check the "
                 "batch, and the precision of the model."
             )
         statistic.add(role, vectors)
 
-    def _chosen(self, vectors: Tensor) -> slice | Tensor:
-        """Which positions enter: all, or a random choice of `max_positions`."""
-        count = vectors.shape[0]
+    def _chosen(self, count: int) -> Tensor | None:
+        """Which of `count` positions enter: all, `None`, or a random choice of `max_positions`."""
         if count <= self.options.max_positions:
-            return slice(None)
-        order = torch.randperm(count, generator=self._choice)
-        return order[: self.options.max_positions].to(vectors.device)
+            return None
+        return torch.randperm(count, generator=self._choice)[: self.options.max_positions]
 
 
 def _calls(

@@ -30,6 +30,8 @@ __all__ = [
     "undisturbed",
 ]
 
+Choice = Callable[[int], Tensor | None]
+
 _PERTURBATION = 1e-3
 """Scale of the random B that stands in for a B that is zero, small against a trained one."""
 
@@ -70,22 +72,33 @@ class TargetLayer:
         conv = self.base
         return (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
 
-    def input_vectors(self, x: Tensor) -> Tensor:
-        """One vector per position, shape `(n, d_in)`: tokens of a linear layer, patches of a convolution."""
+    def input_vectors(self, x: Tensor, choose: Choice | None = None) -> Tensor:
+        """One vector per position, shape `(n, d_in)`: tokens of a linear layer, patches of a convolution.
+
+        Args:
+            x: The layer's input.
+            choose: Given the number of positions, the indices of those that are wanted; `None` for all.
+        """
         if isinstance(self.base, nn.Linear):
-            return x.reshape(-1, x.shape[-1])
+            return _rows(x, choose)
         conv = self.base
         # Padding first, in the layer's own mode, since unfold knows zeros alone, and the same on either side.
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         x = F.pad(x if x.ndim == 4 else x[None], conv._reversed_padding_repeated_twice, mode=mode)
-        patches = F.unfold(x, conv.kernel_size, conv.dilation, stride=conv.stride)
-        return patches.mT.reshape(-1, patches.shape[1])
+        return _rows(F.unfold(x, conv.kernel_size, conv.dilation, stride=conv.stride).mT, choose)
 
-    def output_vectors(self, y: Tensor) -> Tensor:
+    def output_vectors(self, y: Tensor, choose: Choice | None = None) -> Tensor:
         """One vector per position, shape `(n, c)`; also for what has the layout of outputs, as `A x` has."""
-        if isinstance(self.base, nn.Conv2d):
-            y = y.movedim(-3, -1)
-        return y.reshape(-1, y.shape[-1])
+        return _rows(y.movedim(-3, -1) if isinstance(self.base, nn.Conv2d) else y, choose)
+
+
+def _rows(vectors: Tensor, choose: Choice | None) -> Tensor:
+    """The chosen vectors of a tensor of shape `(*, d)`, shape `(n, d)`; others are not copied."""
+    positions = vectors.shape[:-1]
+    chosen = None if choose is None else choose(positions.numel())
+    if chosen is None:
+        return vectors.reshape(-1, vectors.shape[-1])
+    return vectors[torch.unravel_index(chosen.to(vectors.device), positions)]
 
 
 def find_layers(model: nn.Module, target_modules: str | Sequence[str]) -> list[TargetLayer]:

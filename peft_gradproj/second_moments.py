@@ -29,7 +29,7 @@ class SecondMoment:
         max_exact_width: Widths beyond are sketched.
     """
 
-    def __init__(self, width: int, *, sketch_rows: int = 128, max_exact_width: int = MAX_EXACT_WIDTH) -> None:
+    def __init__(self, width: int, *, sketch_rows: int = 64, max_exact_width: int = MAX_EXACT_WIDTH) -> None:
         self.width = width
         """The width :math:`d`."""
 
@@ -68,13 +68,12 @@ class SecondMoment:
         """At most `l` rows whose second moments are those of `rows`, less the same amount in each direction."""
         if rows.shape[0] <= self._rows:
             return rows
-        # By the small Gram matrix, in float64: an SVD of the wide matrix costs several times as much.
-        rows = rows.double()
-        squares, left = torch.linalg.eigh(rows @ rows.mT)
+        # By the small Gram matrix: an SVD of the wide matrix costs several times as much.
+        squares, left = torch.linalg.eigh((rows @ rows.mT).cpu().double())
         squares, left = squares.flip(0).clamp_min(0.0), left.flip(1)
         kept = (squares - squares[self._rows]).clamp_min(0.0)[: self._rows]
         scale = (kept / squares[: self._rows].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-        return (scale[:, None] * (left[:, : self._rows].mT @ rows)).float()
+        return (scale[:, None] * left[:, : self._rows].mT).to(rows) @ rows
 
     @property
     def trace(self) -> float:
