@@ -423,6 +423,20 @@ def test_the_published_adapter_loads_and_resumes_by_its_id(hub, tmp_path):
         torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-5)
 
 
+def test_a_pinned_commit_is_what_is_loaded(hub, tmp_path):
+    model, base = small_adapter(tmp_path)
+    pinned = push_adapter_to_hub(tmp_path, NAME).commit
+    small_adapter(tmp_path)
+    assert push_adapter_to_hub(tmp_path, NAME).commit != pinned
+    config = GradProjConfig.from_pretrained(NAME, revision=pinned)
+    assert config.revision is None, "the revision of a config is that of the base model"
+    loaded = PeftModel.from_pretrained(base, NAME, config=config, revision=pinned)
+    found, expected = (get_peft_model_state_dict(m) for m in (loaded, model))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-5)
+    assert {revision for revision, name in resolved(hub) if name != "README.md"} == {pinned}
+
+
 def test_a_config_of_a_withheld_basis_has_none(hub, tmp_path):
     small_adapter(tmp_path)
     push_adapter_to_hub(tmp_path, NAME, basis="digest")
