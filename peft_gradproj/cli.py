@@ -115,6 +115,41 @@ def publish(
     _print_json(result.to_dict()) if as_json else _print(result)
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def launch(
+    script: Annotated[str, typer.Argument(help="The training script; what follows it is its own command line.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")] = None,
+    concept_basis: Annotated[str | None, typer.Option(help="File, folder or Hub id of a concept basis.")] = None,
+    concept_probes: Annotated[str | None, typer.Option(help="File, folder or Hub id of concept probes.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Share of the concept component that is removed.")] = None,
+    rule: Annotated[str | None, typer.Option(help="'half-space', or 'orthogonal' for the literal rule.")] = None,
+    probe_every: Annotated[int | None, typer.Option(help="A step is corrected every so many.")] = None,
+    probe_batch_size: Annotated[int | None, typer.Option(help="Concept probes per correction.")] = None,
+    restore: Annotated[float | None, typer.Option(help="Share of the drift that a corrected step takes back.")] = None,
+    probe_history: Annotated[int | None, typer.Option(help="Recent half-spaces that a correction satisfies.")] = None,
+    probe_seed: Annotated[int | None, typer.Option(help="Seed of the choice of probes.")] = None,
+    uncovered: Annotated[str | None, typer.Option(help="'error', 'warn' or 'ignore' what is not covered.")] = None,
+    module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is the name of a module.")] = False,
+) -> None:
+    """Run an unmodified training script with every LoRA that it trains projected; options come before SCRIPT."""
+    from .launch import launch
+
+    given = {
+        "concept_basis": concept_basis,
+        "concept_probes": concept_probes,
+        "strength": strength,
+        "rule": rule,
+        "probe_every": probe_every,
+        "probe_batch_size": probe_batch_size,
+        "restore": restore,
+        "probe_history": probe_history,
+        "probe_seed": probe_seed,
+        "uncovered": uncovered,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    launch(script, arguments or [], module=module, **options)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the page, the pictures and the adapters.")] = Path("demo"),
