@@ -15,7 +15,7 @@ from peft_gradproj.errors import ConceptBasisError, ConceptDataError
 from peft_gradproj.fitting import fit_concept_basis
 from peft_gradproj.projection import orthonormal_basis, orthonormality_error, principal_cosines
 
-few = settings(deadline=None, max_examples=10)
+few = settings(deadline=None, max_examples=6)
 TARGETS = ["to_q", "to_k", "to_v"]
 Batch = dict[str, Tensor]
 

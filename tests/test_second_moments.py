@@ -61,6 +61,15 @@ def test_a_sketch_keeps_the_trace_and_the_bound_of_frequent_directions(n, d, row
     assert moment.trace == pytest.approx(total / n, rel=1e-5)
 
 
+def test_a_sketch_notices_a_direction_that_grows_large_in_small_steps():
+    # Where the least direction is merely dropped, each step is, and all of them in the end.
+    moment = SecondMoment(9, sketch_rows=2, max_exact_width=2)
+    moment.update(3 * torch.eye(9)[:2])
+    for _ in range(100):
+        moment.update(torch.eye(9)[2:3])
+    assert moment.factor()[2].norm() ** 2 > 100 - (9 + 9 + 100) / 2
+
+
 def test_a_sketch_of_few_directions_is_exact():
     x = torch.randn(200, 3) @ torch.randn(3, 40)
     sketch, exact = SecondMoment(40, sketch_rows=8, max_exact_width=8), SecondMoment(40)
