@@ -28,7 +28,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -50,6 +50,7 @@ from .projection import drift_terms, inner, metric_norm, project_half_space, pro
 from .step_hooks import ORDER_CORRECTION, observe_steps
 
 __all__ = [
+    "FLOOR_PROBES",
     "RESTORE_LIMIT",
     "OnlineProjection",
     "OnlineReport",
@@ -66,6 +67,9 @@ r"""How long the restoring part of a correction may be, in multiples of `probe_e
 
 Below 1 a correction could not take back steps that all went along the concept: in a trial on a small network under
 AdamW, one :math:`\|\Delta\|_M` every fourth step left the drift at .90 of the plain adapter's .95, four left .03."""
+
+FLOOR_PROBES = 32
+"""So many probes are also run without the adapter, whose mean is the floor of later batches."""
 
 _STEPS_BEFORE_WARNING = 20
 _FORKED_DEVICES = ("cuda", "xpu")
@@ -131,11 +135,21 @@ class _Autocast:
 
 
 @dataclass
-class _Floors:
-    """Numerators of the drift without adapter, by probe, for one way to compute."""
+class _Floor:
+    """What the base model drifts from the stored outputs, for one way to compute: the terms of the probes so far."""
 
     key: Any = None
-    numerators: dict[int, float] = field(default_factory=dict)
+    numerator: float | Tensor = 0.0
+    denominator: float | Tensor = 0.0
+    probes: int = 0
+
+    def add(self, numerator: Tensor, denominator: Tensor, probes: int) -> None:
+        self.numerator = self.numerator + numerator
+        self.denominator = self.denominator + denominator
+        self.probes += probes
+
+    def of(self, denominator: Tensor) -> Tensor:
+        return denominator * (self.numerator / torch.as_tensor(self.denominator).clamp_min(1e-300))
 
 
 class OnlineProjection:
@@ -205,7 +219,7 @@ class OnlineProjection:
         self._hook: Any = None
         self._probing = False
         self._autocast = _Autocast()
-        self._floors = _Floors()
+        self._floor = _Floor()
         self._estimate = RunningSecondMoment()
         self._history: deque[_HalfSpace] = deque(maxlen=probe_history - 1)
         self._counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
@@ -400,12 +414,12 @@ class OnlineProjection:
         if len(indices):
             with self._probe_context(model, device):
                 batch = self._batch(model, indices)
-                floor = self._floor(model, batch, indices)
                 targets = self._compared_with(model, batch)
                 numerator, denominator = self._terms(self._output(model, batch), targets, batch.weights)
                 # The gradient of the sum, not of the mean, whose elements would vanish in float16.
                 _add_gradients(gradients, numerator, parameters)
-                terms += torch.stack([numerator.detach().double(), denominator.double(), terms.new_tensor(floor)])
+                floor = self._floor_term(model, batch, denominator, len(indices))
+                terms += torch.stack([x.detach().double() for x in (numerator, denominator, floor)])
         _reduce(terms, gradients)
         gradients = {name: (g / terms[1].clamp_min(1e-300)).to(g.dtype) for name, g in gradients.items()}
         return *self._checked(terms, gradients, step), gradients
@@ -446,18 +460,18 @@ class OnlineProjection:
             with (
                 torch.random.fork_rng([device] if device.type == forked else [], device_type=forked),
                 evaluation_mode(model),
-                # Without the cache, whose entries made under no_grad would cut the gradient.
+                # Without the cache, whose entries may stem from a training forward or from under no_grad.
                 torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False),
                 torch.enable_grad(),
             ):
-                self._expire_floors((enabled, dtype, placement(model)))
+                self._expire_floor((enabled, dtype, placement(model)))
                 yield
         finally:
             self._probing = False
 
-    def _expire_floors(self, key: Any) -> None:
-        if self._floors.key != key:
-            self._floors = _Floors(key)
+    def _expire_floor(self, key: Any) -> None:
+        if self._floor.key != key:
+            self._floor = _Floor(key)
 
     def _batch(self, model: nn.Module, indices: Tensor) -> ProbeBatch:
         return self.probes.batch(indices, *placement(model))
@@ -489,21 +503,15 @@ class OnlineProjection:
             )
         return drift_terms(output, targets, None if weights is None else broadcast_weights(weights, output))
 
-    def _floor(self, model: nn.Module, batch: ProbeBatch, indices: Tensor) -> float:
-        """Numerator of the drift that the batch has without the adapter; each probe is run only once for it."""
+    def _floor_term(self, model: nn.Module, batch: ProbeBatch, denominator: Tensor, count: int) -> Tensor:
+        """Numerator of the drift that the batch has without the adapter: measured at first, then by the mean."""
         if self.rule == "orthogonal" or batch.targets is None:
-            return 0.0
-        known = self._floors.numerators
-        missing = sorted({int(i) for i in indices} - set(known))
-        if missing:
-            new = self._batch(model, torch.tensor(missing))
-            output, targets, weights = self._base_output(model, new), new.targets, new.weights
-            assert targets is not None
-            shared = weights is None or weights.shape[0] == 1
-            for k, index in enumerate(missing):
-                weight = weights if shared or weights is None else weights[k : k + 1]
-                known[index] = float(self._terms(output[k : k + 1], targets[k : k + 1], weight)[0])
-        return sum(known[int(i)] for i in indices)
+            return torch.zeros_like(denominator)
+        if self._floor.probes >= FLOOR_PROBES:
+            return self._floor.of(denominator)
+        numerator, _ = self._terms(self._base_output(model, batch), batch.targets, batch.weights)
+        self._floor.add(numerator.double(), denominator.double(), count)
+        return numerator
 
     # Correcting
 

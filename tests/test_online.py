@@ -433,7 +433,7 @@ def test_a_vanishing_gradient_does_not_blow_up_the_step(monkeypatch: pytest.Monk
     shares = []
     for limit in (online.RESTORE_LIMIT, 1e30):
         monkeypatch.setattr(online, "RESTORE_LIMIT", limit)
-        monkeypatch.setattr(OnlineProjection, "_floor", lambda *args: 0.0)
+        monkeypatch.setattr(OnlineProjection, "_floor_term", lambda *args: torch.zeros(()))
         task = _saturated()
         projection = attach_online_projection(task.net, "default", task.probes, probe_every=3)
         take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-3))
@@ -454,19 +454,31 @@ def test_a_drift_that_the_base_model_has_too_is_a_floor() -> None:
     assert projection.last.drift == pytest.approx(0.0, abs=1e-6)
 
 
-def test_each_probe_is_run_only_once_for_its_floor() -> None:
-    task, seen = make_task(), []
+def test_the_floor_costs_a_few_forwards_and_then_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online, "FLOOR_PROBES", 10)
+    task, run = make_task(), []
+    offsets = torch.arange(1.0, PROBES + 1)[:, None] / 10
+    weights = torch.arange(1.0, PROBES + 1)
 
     def run_model(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        if not torch.is_grad_enabled():
-            seen.extend(inputs["input"][:, 0].tolist())
+        run.append(torch.is_grad_enabled())
         return model(**inputs)
 
-    task.probes.run_model = run_model
-    attach_online_projection(task.net, "default", task.probes, probe_every=1, probe_batch_size=5)
-    take_steps(task, torch.optim.SGD(task.parameters(), lr=1e-3), 8)
+    task.probes = ConceptProbes({"input": task.concept}, task.probes.targets + offsets, weights, run_model=run_model)
+    reports: list[online.OnlineReport] = []
+    projection = attach_online_projection(
+        task.net, "default", task.probes, probe_every=1, probe_batch_size=5, on_report=reports.append
+    )
+    take_steps(task, torch.optim.SGD(task.parameters(), lr=1e-3), 4)
 
-    assert sorted(seen) == sorted(task.concept[:, 0].tolist())
+    assert run.count(True) == 4
+    assert run.count(False) == 2
+    drawn = [projection._draw(i) for i in range(2)]
+    numerators = [(weights[i] * offsets[i, 0].square()).sum() for i in drawn]
+    denominators = [weights[i].sum() for i in drawn]
+    exact = [float(n / d) for n, d in zip(numerators, denominators, strict=True)]
+    mean = float(sum(numerators) / sum(denominators))
+    assert [report.floor for report in reports] == pytest.approx([*exact, mean, mean], rel=1e-4)
 
 
 def test_under_autocast_the_rounding_of_the_base_is_no_drift() -> None:
@@ -489,7 +501,7 @@ def test_under_autocast_the_rounding_of_the_base_is_no_drift() -> None:
         loss.backward()
         optimizer.step()
 
-    assert [mode[0] for mode in modes] == [True, True, True, False, False]
+    assert [mode[0] for mode in modes] == [True, True, True, True, False, False]
     assert modes[0][1] == torch.bfloat16
     assert reports[0].floor > 1e-8, "bfloat16 rounds"
     assert reports[0].drift < 1e-12
