@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write the sheet."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(args.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     prompts = args.prompt or draw_captions(args.data, args.count, args.seed)
     pictures = sample(pipeline, prompts, args)

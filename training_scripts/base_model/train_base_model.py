@@ -349,6 +349,7 @@ def export(args: argparse.Namespace) -> None:
     _, captions = load_pictures(args.data)
     model = TextToLatent(captions)
     state = torch.load(args.checkpoints / "unet.pt", weights_only=True)
+    state["vae_steps"] = torch.load(args.checkpoints / "vae.pt", weights_only=True)["step"]
     ema = EMAModel(model.parameters())
     ema.load_state_dict(state["ema"])
     ema.copy_to(model.parameters())
@@ -375,8 +376,11 @@ def write_pipeline(pipeline: StableDiffusionPipeline, folder: Path, state: dict)
     pipeline.to(torch.float16).save_pretrained(partial, safe_serialization=True)
     load_in_fp32(partial / "text_encoder" / "config.json")
     card = Template((Path(__file__).parent / "model_card.md").read_text(encoding="utf-8"))
-    text = card.substitute(counts, step=f"{state['step']:,}", loss=f"{state['loss']:.4f}")
-    (partial / "README.md").write_text(text, encoding="utf-8")
+    figures = {"step": f"{state['step']:,}", "loss": f"{state['loss']:.3f}"}
+    figures["vae_steps"] = f"{state['vae_steps']:,}"
+    (partial / "README.md").write_text(card.substitute(counts, **figures), encoding="utf-8")
+    for path in partial.rglob("*.safetensors"):
+        path.chmod(0o644)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
