@@ -19,6 +19,9 @@ __all__ = ["GradProjConfig"]
 
 _Path = str | os.PathLike[str]
 
+_SHOWN_PARTS = 8
+"""So many uncovered parts are named in a message; a model may have hundreds of layers."""
+
 
 @dataclass
 class GradProjConfig(LoraConfig):
@@ -144,7 +147,8 @@ class GradProjConfig(LoraConfig):
         parts = [part for part in parts if part not in self.uncovered_parts]
         if not parts:
             return
-        message = f"the projection does not cover: {', '.join(parts)}. The concept could be learned there."
+        shown = parts[:_SHOWN_PARTS] + ([f"{len(parts) - _SHOWN_PARTS} more"] if len(parts) > _SHOWN_PARTS else [])
+        message = f"the projection does not cover: {', '.join(shown)}. The concept could be learned there."
         if self.uncovered == "error":
             raise GradProjConfigError(
                 f"{message} Leave it out of the config, or extend the concept basis to it; with uncovered='warn' it "

@@ -32,7 +32,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from .adapter_folder import has_adapter_weights, write_sidecars
+from .adapter_folder import write_sidecars
 from .basis import ConceptBasis
 from .config import GradProjConfig
 from .errors import AdapterFolderError, ConceptDataError, GradProjConfigError
@@ -181,7 +181,7 @@ class LaunchedRun:
 
     def write_sidecars(self, folder: Any) -> None:
         """Write basis and manifest beside the weights that the script has just saved in `folder`."""
-        if not self.configs or not has_adapter_weights(folder):
+        if not self.configs:
             return
         uncovered = [part for config in self.configs for part in config.uncovered_parts] + self.uncovered
         basis, probes = self.basis, self.probes

@@ -34,12 +34,12 @@ class GradProjModel(LoraModel):
             check_supported(model.get_submodule(name), name)
         basis = peft_config.concept_basis
         if basis is not None:
-            peft_config.report_uncovered([f"layer '{name}'" for name in targeted if name not in basis])
             if targeted and not any(name in basis for name in targeted):
                 raise ConceptBasisError(
                     f"the concept basis covers none of the adapted layers ({targeted[0]}, ...); it is for "
                     f"{next(iter(basis))}, ... . Was it fitted on another model? Fit it on this one."
                 )
+            peft_config.report_uncovered([f"layer '{name}'" for name in targeted if name not in basis])
 
     def _targeted_names(self, peft_config: GradProjConfig, model: nn.Module) -> list[str]:
         config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
