@@ -20,6 +20,9 @@ from .data import StampedData
 
 __all__ = ["Figures", "Judges", "Questions", "compare"]
 
+TRAINING_PICTURES = 128
+"""So many of the training pictures are asked about."""
+
 
 @dataclass(frozen=True)
 class Judges:
@@ -34,7 +37,8 @@ class Questions:
 
     Args:
         pipeline: Encodes the pictures.
-        data: The demo's pictures; all questions are about its held-out pictures.
+        data: The demo's pictures. What was learned of the style is asked on training pictures as they were before the
+            stamp, and on held-out ones; what was learned of the logo on held-out ones that it is pasted onto.
         logo: Pasted onto them where the logo is asked about.
         schedule: From `noise_schedule`.
         seed: Of noise, timesteps and places.
@@ -42,29 +46,41 @@ class Questions:
 
     def __init__(self, pipeline: Any, data: StampedData, logo: Overlay, schedule: Any, seed: int) -> None:
         self.schedule = schedule
-        latents = encode_images(pipeline, data.held_out)
         embeddings = encode_prompts(pipeline, data.held_out_captions)
-        self.style = DenoisingQuestions.draw(latents, embeddings, schedule, repeats=6, seed=seed + 100)
+        seen = data.clean[:TRAINING_PICTURES]
+        self.seen = DenoisingQuestions.draw(
+            encode_images(pipeline, seen),
+            encode_prompts(pipeline, data.captions[: len(seen)]),
+            schedule,
+            repeats=3,
+            seed=seed + 99,
+        )
+        self.new = DenoisingQuestions.draw(
+            encode_images(pipeline, data.held_out), embeddings, schedule, repeats=4, seed=seed + 100
+        )
         stamped = ConceptSet.from_overlay(logo, data.held_out, data.held_out_captions, seed=seed + 101)
         self.pairs: LatentPairs = encode_concept_set(pipeline, stamped)
         self.logo = DenoisingQuestions.draw(
-            self.pairs.with_concept, embeddings, schedule, weights=self.pairs.weights, repeats=6, seed=seed + 102
+            self.pairs.with_concept,
+            self.pairs.embeddings,
+            schedule,
+            weights=self.pairs.weights,
+            repeats=4,
+            seed=seed + 102,
         )
         self.seed = seed + 103
 
-    def style_losses(self, unet: Any) -> Tensor:
-        """On the new style without the logo, one loss for each question."""
-        return denoising_losses(unet, self.style, self.schedule)
-
-    def logo_losses(self, unet: Any) -> Tensor:
-        """Where the logo is, on pictures that it is pasted onto."""
-        return denoising_losses(unet, self.logo, self.schedule)
+    def losses(self, unet: Any) -> dict[str, Tensor]:
+        """One loss for each question: of `seen` and `new` objects without the logo, and where the `logo` is."""
+        asked = {"seen": self.seen, "new": self.new, "logo": self.logo}
+        return {name: denoising_losses(unet, questions, self.schedule) for name, questions in asked.items()}
 
     def brief(self, unet: Any) -> dict[str, float]:
-        """Both means, for curves; on a third of the questions."""
+        """Means on a third of the questions, for curves."""
+        asked = {"style": self.seen, "logo": self.logo}
         return {
-            "style": float(denoising_losses(unet, _first_third(self.style), self.schedule).mean()),
-            "logo": float(denoising_losses(unet, _first_third(self.logo), self.schedule).mean()),
+            name: float(denoising_losses(unet, _first_third(questions), self.schedule).mean())
+            for name, questions in asked.items()
         }
 
     @torch.no_grad()
@@ -99,6 +115,9 @@ class Figures:
     top1: Share
     top5: Share
     kept: Estimate | None
+    """On the training pictures as they were before the stamp."""
+    kept_new: Estimate | None
+    """On pictures of objects that were not trained on."""
     learned: Estimate | None
     drift: float
 
@@ -111,8 +130,13 @@ def compare(
     judges: Judges,
 ) -> dict[str, Figures]:
     """Figures of each model; `unets` has the keys `base`, `plain`, `oracle` and others, `samples` the same."""
-    style = {name: questions.style_losses(unet) for name, unet in unets.items()}
-    logo = {name: questions.logo_losses(unet) for name, unet in unets.items()}
+    losses = {name: questions.losses(unet) for name, unet in unets.items()}
+
+    def drop(name: str, kind: str, yardstick: str) -> Estimate | None:
+        if name == "base":
+            return None
+        return share_of_drop(losses["base"][kind], losses[name][kind], losses[yardstick][kind])
+
     figures = {}
     for name, unet in unets.items():
         found = judges.detector.detect(samples[name]).tolist()
@@ -122,8 +146,9 @@ def compare(
             found=found,
             top1=judges.fidelity.top(1, ranks),
             top5=judges.fidelity.top(5, ranks),
-            kept=None if name == "base" else share_of_drop(style["base"], style[name], style["oracle"]),
-            learned=None if name == "base" else share_of_drop(logo["base"], logo[name], logo["plain"]),
+            kept=drop(name, "seen", "oracle"),
+            kept_new=drop(name, "new", "oracle"),
+            learned=drop(name, "logo", "plain"),
             drift=questions.drift(unet, unets["base"]),
         )
     return figures

@@ -23,8 +23,8 @@ class DemoSettings:
     held_out: int = 64
     """Pictures of the new style that nothing is trained on."""
     stamped_share: float = 0.75
-    logo_scale: tuple[float, float] = (0.27, 0.38)
-    """Longer side of the logo, as a share of the picture's side: 17 to 24 pixels of 64."""
+    logo_scale: tuple[float, float] = (0.3, 0.4)
+    """Longer side of the logo, as a share of the picture's side: 19 to 26 pixels of 64."""
     logo_angle: tuple[float, float] = (-8.0, 8.0)
 
     rank: int = 16
@@ -38,7 +38,7 @@ class DemoSettings:
     """How often during training the denoising losses are measured, for the curves."""
 
     basis_rank: int = 8
-    basis_pairs: int = 256
+    basis_pairs: int = 96
     probes: int = 768
     probe_every: int = 4
     probe_batch_size: int = 8

@@ -99,8 +99,7 @@ def _network(classes: int) -> nn.Module:
     return nn.Sequential(
         conv_block(3, 32, stride=2),
         conv_block(32, 64, stride=2),
-        conv_block(64, 96),
-        conv_block(96, 128, stride=2),
+        conv_block(64, 128, stride=2),
         conv_block(128, 192, stride=2),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
