@@ -13,7 +13,6 @@ import copy
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,27 +22,22 @@ import torch
 from torch import Tensor
 
 from .errors import ConceptBasisError
+from .files import locate_file, read_tensor_file, write_atomically
 from .projection import orthonormal_basis, orthonormality_error, principal_cosines
 
 __all__ = [
     "BASIS_FILE_NAME",
     "FORMAT_VERSION",
-    "MAX_HEADER_BYTES",
     "SPACES",
     "ConceptBasis",
     "LayerBasis",
     "SpaceOverlap",
-    "read_basis_file",
 ]
 
 SPACES = ("input", "rank", "output", "gradient")
 BASIS_FILE_NAME = "concept_basis.safetensors"
 FORMAT_VERSION = "1"
 
-MAX_HEADER_BYTES = 16 * 2**20
-"""A header beyond this is refused before it is read; that of a basis of 1,000 layers takes less than a megabyte."""
-
-_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -333,7 +327,7 @@ class ConceptBasis(Mapping[str, LayerBasis]):
         metadata.update({key: value for key, value in optional.items() if value is not None})
         if self._fit is not None:
             metadata["fit"] = json.dumps(self._fit, sort_keys=True)
-        _write_atomically(path, save(self._tensors(), metadata=metadata))
+        write_atomically(path, save(self._tensors(), metadata=metadata))
         return path
 
     @classmethod
@@ -347,8 +341,9 @@ class ConceptBasis(Mapping[str, LayerBasis]):
         Raises:
             ConceptBasisError: If there is no such basis, or the file is not one.
         """
-        path = _located(path_or_repo_id, revision)
-        tensors, metadata = read_basis_file(path)
+        path = locate_file(path_or_repo_id, BASIS_FILE_NAME, revision=revision, error=ConceptBasisError)
+        tensors = read_tensor_file(path, ConceptBasisError)
+        metadata = tensors.metadata
         version = metadata.get("format_version")
         if version != FORMAT_VERSION:
             raise ConceptBasisError(
@@ -415,107 +410,6 @@ def _common(what: str, values: list[str | None]) -> str | None:
 
 
 # Files
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _located(path_or_repo_id: str | os.PathLike[str], revision: str | None) -> Path:
-    """The file of a basis, downloaded if it has to be."""
-    path = Path(path_or_repo_id)
-    if path.is_dir():
-        path = path / BASIS_FILE_NAME
-        if not path.is_file():
-            raise ConceptBasisError(f"the folder {path.parent} holds no {BASIS_FILE_NAME}.")
-    if path.is_file():
-        return path
-    if not isinstance(path_or_repo_id, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_repo_id):
-        raise ConceptBasisError(
-            f"{path_or_repo_id} does not exist; expected a file, a folder, or a Hub id (user/name)."
-        )
-    return _downloaded(path_or_repo_id, revision)
-
-
-def _downloaded(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(repo_id, BASIS_FILE_NAME, revision=revision))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        raise ConceptBasisError(
-            f"{repo_id} is neither a path, nor a repository with a {BASIS_FILE_NAME} that can be reached "
-            f"({type(error).__name__}). Check the name, the revision, your login and the connection."
-        ) from error
-
-
-def read_basis_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header metadata of a safetensors file, nothing taken on trust.
-
-    Sizes, dtypes and shapes are checked in the header, before any tensor is allocated.
-
-    Returns:
-        `(tensors, metadata)`.
-
-    Raises:
-        ConceptBasisError: If the file is not safetensors, or holds anything else than floating-point matrices.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    header = _read_header(path)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ConceptBasisError(f"{path}: the header's metadata are not strings; the file is damaged.")
-    for key, entry in header.items():
-        _check_entry(path, key, entry)
-    try:
-        return load_file(path), metadata
-    except (SafetensorError, OSError) as error:
-        raise ConceptBasisError(f"{path} is damaged: {error}. Download or save it again.") from error
-
-
-def _read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The header of a safetensors file: 8 bytes of length, little-endian, and so many bytes of JSON."""
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise ConceptBasisError(
-                    f"{path} is not a safetensors file, or is cut short: it announces a header of {length} bytes, "
-                    f"has {size} bytes, and at most {MAX_HEADER_BYTES} are read."
-                )
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise ConceptBasisError(f"{path} cannot be read: {error}.") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ConceptBasisError):
-            raise
-        raise ConceptBasisError(f"{path} is not a safetensors file: its header is not JSON.") from error
-    if not isinstance(header, dict):
-        raise ConceptBasisError(f"{path} is not a safetensors file: its header is not a JSON object.")
-    return header
-
-
-def _check_entry(path: str | os.PathLike[str], key: str, entry: Any) -> None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
-        raise ConceptBasisError(f"{path}: the header's entry for {key} is malformed.")
-    if entry.get("dtype") not in _FLOAT_DTYPES:
-        raise ConceptBasisError(f"{path}: {key} has dtype {entry.get('dtype')}; expected one of {_FLOAT_DTYPES}.")
-    if len(entry["shape"]) != 2:
-        raise ConceptBasisError(f"{path}: {key} has shape {entry['shape']}; expected two dimensions, (d, k).")
 
 
 def _layers_of(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, LayerBasis]:

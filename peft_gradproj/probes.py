@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConceptDataError
+from .files import locate_file, read_tensor_file, write_atomically
 
 __all__ = [
     "FORMAT_VERSION",
@@ -266,7 +266,7 @@ class ConceptProbes:
         optional = {"base_model": self.base_model, "revision": self.revision}
         header.update({key: value for key, value in optional.items() if value is not None})
         tensors = {name: _narrowed(name, x, getattr(torch, dtype)) for name, x in self._tensors().items()}
-        _write_atomically(path, save(tensors, metadata=header))
+        write_atomically(path, save(tensors, metadata=header))
         return path
 
     @classmethod
@@ -287,8 +287,9 @@ class ConceptProbes:
         Raises:
             ConceptDataError: If there are no such probes, or the file is malformed.
         """
-        path = _located(path_or_repo_id, revision)
-        tensors, header = _read(path)
+        path = locate_file(path_or_repo_id, PROBES_FILE_NAME, revision=revision, error=ConceptDataError)
+        file = read_tensor_file(path, ConceptDataError)
+        tensors, header = dict(file), file.metadata
         if header.get("format_version") != FORMAT_VERSION:
             raise ConceptDataError(
                 f"{path} has format version {header.get('format_version')!r}; this release reads {FORMAT_VERSION!r}. "
@@ -387,58 +388,6 @@ def _weights_of_each_probe(parts: Sequence[ConceptProbes]) -> list[Tensor | None
         torch.ones(len(p), *shape) if p.weights is None else p.weights.expand(len(p), *shape).contiguous()
         for p in parts
     ]
-
-
-# Files
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _located(path_or_repo_id: str | os.PathLike[str], revision: str | None) -> Path:
-    path = Path(path_or_repo_id)
-    if path.is_dir():
-        path = path / PROBES_FILE_NAME
-    if path.is_file():
-        return path
-    name = str(path_or_repo_id)
-    if path.is_absolute() or path.suffix == ".safetensors" or name.count("/") != 1:
-        raise ConceptDataError(f"there are no concept probes at {path}; check the path.")
-    return _downloaded(name, revision)
-
-
-def _downloaded(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(repo_id, PROBES_FILE_NAME, revision=revision))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        raise ConceptDataError(
-            f"{repo_id} is neither a path, nor a repository with a {PROBES_FILE_NAME} that can be reached "
-            f"({type(error).__name__}). Check the name, the revision, your login and the connection."
-        ) from error
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ConceptDataError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 # Running the model

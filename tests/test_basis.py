@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -13,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_gradproj import basis as basis_module
-from peft_gradproj.basis import BASIS_FILE_NAME, SPACES, ConceptBasis, LayerBasis, read_basis_file
+from peft_gradproj.basis import BASIS_FILE_NAME, SPACES, ConceptBasis, LayerBasis
 from peft_gradproj.errors import ConceptBasisError, GradProjError
 from peft_gradproj.projection import orthonormal_basis, orthonormality_error
 
@@ -273,7 +274,8 @@ def test_saved_and_loaded_it_is_bit_identical(tmp_path_factory, shapes, space, c
 
 
 def test_the_file_has_the_documented_keys_and_header(tmp_path):
-    tensors, metadata = read_basis_file(two_layers(base_model="base").save(tmp_path / "b.safetensors"))
+    with safe_open(two_layers(base_model="base").save(tmp_path / "b.safetensors"), "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     assert set(tensors) == {"block.0.to_q.input", "block.0.to_q.output", "block.1.conv.input", "block.1.conv.rank"}
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert metadata == {"format_version": "1", "concept": "acme logo", "base_model": "base"}
@@ -291,7 +293,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(basis_module.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         two_layers(seed=1).save(path)
     assert ConceptBasis.load(path) == two_layers()
@@ -348,21 +350,21 @@ def entry(**changes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a safetensors file"),
-        (b"\x80\x02]q", "not a safetensors file"),
-        (b"\xff" * 64, "not a safetensors file"),
+        (b"", "empty"),
+        (b"\x80\x02]q", "a pickle"),
+        (b"\xff" * 64, "no safetensors file"),
         (struct.pack("<Q", 100) + b"{}", "cut short"),
-        (raw(b"not json"), "header is not JSON"),
-        (raw(b"\xff\xfe"), "header is not JSON"),
-        (raw(b"[" * 100_000), "header is not JSON"),
-        (raw(b"[1]"), "not a JSON object"),
+        (raw(b"{not json"), "JSON"),
+        (raw(b"\xff\xfe"), "no safetensors file"),
+        (raw(b"[" * 100_000), "no safetensors file"),
+        (raw(b"[1]"), "no safetensors file"),
         (raw(b'{"a.input": 3}'), "malformed"),
-        (raw(b'{"__metadata__": {"concept": 3}}'), "metadata are not strings"),
-        (raw(b'{"__metadata__": []}'), "metadata are not strings"),
-        (raw(entry(dtype="I64", data_offsets=[0, 8]), b"\0" * 8), "dtype I64"),
-        (raw(entry(shape=[1]), b"\0" * 4), r"shape \[1\]"),
-        (raw(entry(), b""), "damaged"),
-        (raw(entry(shape=[1, 2]), b"\0" * 4), "damaged"),
+        (raw(b'{"__metadata__": {"concept": 3}}'), "metadata .*are not strings"),
+        (raw(b'{"__metadata__": []}'), "metadata .*are not strings"),
+        (raw(entry(dtype="I64", data_offsets=[0, 8]), b"\0" * 8), r"torch\.int64"),
+        (raw(entry(shape=[1]), b"\0" * 4), r"shape \(1,\)"),
+        (raw(entry(), b""), "cut short"),
+        (raw(entry(shape=[1, 2]), b"\0" * 4), "4 bytes to shape"),
     ],
 )
 def test_a_file_that_is_no_safetensors_file_of_matrices_is_refused(tmp_path, content, message):
@@ -370,13 +372,6 @@ def test_a_file_that_is_no_safetensors_file_of_matrices_is_refused(tmp_path, con
     path.write_bytes(content)
     with pytest.raises(ConceptBasisError, match=message):
         ConceptBasis.load(path)
-
-
-def test_a_huge_header_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    path = two_layers().save(tmp_path / "b.safetensors")
-    monkeypatch.setattr(basis_module, "MAX_HEADER_BYTES", 64)
-    with pytest.raises(ConceptBasisError, match="at most 64 are read"):
-        read_basis_file(path)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +387,7 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path, monkeypatch):
         ({}, HEADER, "no layers"),
         ({"a.input": 2 * U}, HEADER, "layer a: .*not orthonormal"),
         ({"a.input": torch.full((4, 2), float("inf"))}, HEADER, "layer a: .*not finite"),
-        ({"a.input": torch.zeros(4, 0)}, HEADER, "layer a: .*0 directions"),
+        ({"a.input": torch.zeros(4, 0)}, HEADER, "without values"),
     ],
 )
 def test_a_safetensors_file_that_is_no_basis_is_refused(tmp_path, tensors, metadata, message):

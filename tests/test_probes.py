@@ -239,12 +239,12 @@ def test_files_that_hold_no_probes_are_refused(tmp_path: Path) -> None:
     save_file({"targets": one}, tmp_path / "empty.safetensors", version)
 
     expected = {
-        "junk": "not a readable",
+        "junk": "a pickle",
         "none": "None",
         "newer": "'2'",
         "unknown": r"\['weight'\]",
         "empty": "without inputs",
-        "missing": "there are no concept probes",
+        "missing": "does not exist",
     }
     for name, message in expected.items():
         with pytest.raises(ConceptDataError, match=message):

@@ -1,0 +1,74 @@
+"""Files of tensors: written whole, found by path or Hub id, read without trust."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from pathlib import Path
+
+from .errors import AdapterFolderError, GradProjError
+from .untrusted import MAX_FILE_BYTES, TensorFile, parse_safetensors, read_file
+
+__all__ = ["locate_file", "read_tensor_file", "write_atomically"]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file such that its name never names a part of it: beside it first, then renamed into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{secrets.token_hex(6)}.{path.name}")
+    try:
+        with open(staged, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def locate_file(
+    path_or_repo_id: str | os.PathLike[str], name: str, *, revision: str | None, error: type[GradProjError]
+) -> Path:
+    """The file at a path, the file `name` in a folder, or that file of a repository of the Hub, downloaded.
+
+    Args:
+        path_or_repo_id: What exists on disk is taken from there; else it is taken as a Hub id.
+        name: Name of the file in a folder or repository.
+        revision: Branch, tag or commit of the repository; without meaning for a path.
+        error: What is raised if there is no such file.
+    """
+    path = Path(path_or_repo_id)
+    if path.is_dir():
+        path = path / name
+        if not path.is_file():
+            raise error(f"the folder {path.parent} holds no {name}; give the file, or a folder that holds it.")
+    if path.is_file():
+        return path
+    repo_id = str(path_or_repo_id)
+    if path.suffix == ".safetensors" or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise error(f"{repo_id} does not exist; expected a file, a folder, or a Hub id (user/name).")
+    return _downloaded(repo_id, name, revision, error)
+
+
+def _downloaded(repo_id: str, name: str, revision: str | None, error: type[GradProjError]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repo_id, name, revision=revision))
+    except (OSError, EntryNotFoundError, HFValidationError) as cause:
+        raise error(
+            f"{repo_id} is neither a path, nor a repository with a {name} that can be reached "
+            f"({type(cause).__name__}). Check the name, the revision, your login and the connection."
+        ) from cause
+
+
+def read_tensor_file(path: Path, error: type[GradProjError]) -> TensorFile:
+    """The tensors of a safetensors file, as `untrusted` reads them; what it refuses is raised as `error`."""
+    # A link of the user's own, or into the Hub's cache, is followed: he named the file himself.
+    real = path.resolve()
+    try:
+        return parse_safetensors(read_file(real.parent, real.name, limit=MAX_FILE_BYTES), str(path))
+    except AdapterFolderError as cause:
+        raise error(str(cause)) from cause
