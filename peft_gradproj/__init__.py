@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .online import online_projections
     from .probes import ConceptProbes, collect_concept_probes
     from .saving import save_sidecars
+    from .signing import sign_adapter
     from .verification import VerificationReport, verify_adapter
 
 _MODULES = {
@@ -38,6 +39,7 @@ _MODULES = {
     "push_adapter_to_hub": "hub",
     "refresh_concept_basis": "model",
     "save_sidecars": "saving",
+    "sign_adapter": "signing",
     "verify_adapter": "verification",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "push_adapter_to_hub",
     "refresh_concept_basis",
     "save_sidecars",
+    "sign_adapter",
     "verify_adapter",
 ]
 

@@ -52,6 +52,7 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "PUBLISHED_FILES",
+    "SIGNATURE_NAME",
     "SPACES",
     "WEIGHT_NAMES",
     "AdapterFolder",
@@ -70,6 +71,7 @@ __all__ = [
     "read_basis_or_adapter",
     "read_settings",
     "rival_weights",
+    "staged_file",
     "write_sidecars",
 ]
 
@@ -77,6 +79,7 @@ FORMAT_VERSION = 1
 BASIS_FORMAT_VERSION = "1"
 
 MANIFEST_NAME = "gradproj.json"
+SIGNATURE_NAME = "model.sig"
 BASIS_NAME = "concept_basis.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -84,7 +87,7 @@ WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 BOUND_FILES = (*WEIGHT_NAMES, ADAPTER_CONFIG_NAME, BASIS_NAME)
 """The files whose digests the manifest holds."""
 
-PUBLISHED_FILES = (*BOUND_FILES, MANIFEST_NAME, "README.md", "model.sig")
+PUBLISHED_FILES = (*BOUND_FILES, MANIFEST_NAME, "README.md", SIGNATURE_NAME)
 """Everything that may be published; whatever else lies in the folder stays at home."""
 
 MAX_DIRECTIONS = 4096
@@ -210,6 +213,9 @@ class AdapterFolder:
 
     files: dict[str, PublishedFile]
     """Size and digest of the bound files, as they are."""
+
+    manifest_file: PublishedFile
+    """Size and digest of the manifest itself."""
 
     @property
     def claimed_files(self) -> dict[str, PublishedFile]:
@@ -434,7 +440,7 @@ def write_sidecars(
     sources = _read_bound(folder, (*WEIGHT_NAMES, ADAPTER_CONFIG_NAME))
     if not any(name in sources for name in WEIGHT_NAMES):
         raise AdapterFolderError(f"{folder} holds no {' or '.join(WEIGHT_NAMES)}; save the adapter there first.")
-    with _staged(folder, BASIS_NAME) as staged_basis, _staged(folder, MANIFEST_NAME) as staged_manifest:
+    with staged_file(folder, BASIS_NAME) as staged_basis, staged_file(folder, MANIFEST_NAME) as staged_manifest:
         if basis is not None and publish:
             basis.save(staged_basis)
             sources[BASIS_NAME] = FileBytes(BASIS_NAME, bytearray(staged_basis.read_bytes()))
@@ -499,7 +505,7 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _staged(folder: Path, name: str) -> Iterator[Path]:
+def staged_file(folder: Path, name: str) -> Iterator[Path]:
     """A name in `folder` to prepare a file under; what is left there is removed."""
     path = folder / f".{secrets.token_hex(6)}.{name}"
     try:
@@ -544,7 +550,7 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     folder = Path(folder)
     if not os.path.lexists(folder / MANIFEST_NAME):
         return None
-    return _read_manifest(folder)["settings"]
+    return _read_manifest(folder)[0]["settings"]
 
 
 def publishes_basis(folder: str | os.PathLike[str]) -> bool:
@@ -553,7 +559,7 @@ def publishes_basis(folder: str | os.PathLike[str]) -> bool:
     Raises:
         AdapterFolderError: If there is no manifest, or it is malformed.
     """
-    return _read_manifest(Path(folder))["basis"]["published"] == "full"
+    return _read_manifest(Path(folder))[0]["basis"]["published"] == "full"
 
 
 def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
@@ -566,7 +572,7 @@ def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
     if not folder.is_dir():
         raise AdapterFolderError(f"{folder} is not a folder; expected the folder of a published adapter.")
     _refuse_confusable(folder)
-    manifest = _read_manifest(folder)
+    manifest, manifest_source = _read_manifest(folder)
     absent = [name for name in manifest["files"] if not os.path.lexists(folder / name)]
     if absent:
         raise AdapterFolderError(f"{folder} lacks {', '.join(absent)}, which its manifest lists; publish it again.")
@@ -583,6 +589,7 @@ def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
         config=None if config is None else _object(config, folder / ADAPTER_CONFIG_NAME),
         basis=None if basis is None else _parse_basis(basis, folder / BASIS_NAME),
         files={name: PublishedFile(source.size, source.sha256) for name, source in sources.items()},
+        manifest_file=PublishedFile(manifest_source.size, manifest_source.sha256),
     )
 
 
@@ -748,11 +755,12 @@ def _parse_basis(source: FileBytes, where: Path) -> BasisFile:
 # The manifest
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], FileBytes]:
     where = folder / MANIFEST_NAME
     if not os.path.lexists(where):
         raise AdapterFolderError(f"{folder} holds no {MANIFEST_NAME}; it was not published with peft-gradproj.")
-    manifest = _object(read_file(folder, MANIFEST_NAME, limit=MAX_JSON_BYTES), where)
+    source = read_file(folder, MANIFEST_NAME, limit=MAX_JSON_BYTES)
+    manifest = _object(source, where)
     found = manifest.get("format_version")
     if type(found) is not int or found != FORMAT_VERSION:
         raise AdapterFolderError(
@@ -761,7 +769,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     for key, (valid, expected) in _MANIFEST_FIELDS.items():
         if key not in manifest or not valid(manifest[key]):
             raise AdapterFolderError(f"{where}: {key!r} is missing or malformed; expected {expected}.")
-    return manifest
+    return manifest, source
 
 
 def _is_text(value: Any) -> bool:

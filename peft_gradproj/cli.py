@@ -51,14 +51,43 @@ def verify(
     basis_tolerance: Annotated[
         float | None, typer.Option(help="Largest leakage against your own basis; rounding error by default.")
     ] = None,
+    behaviour: Annotated[
+        bool, typer.Option("--behaviour", help="Measure what the adapter does; takes --base-model and --probes.")
+    ] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the diffusers pipeline or transformers model.")
+    ] = None,
+    probes: Annotated[str | None, typer.Option(help="File of concept probes.")] = None,
+    reference: Annotated[str | None, typer.Option(help="File of probes that are free of the concept.")] = None,
+    drift_tolerance: Annotated[
+        float, typer.Option(help="Largest drift on the probes, as a share of that on the reference set.")
+    ] = 0.5,
+    public_key: Annotated[
+        Path | None, typer.Option(help="PEM file of the key that must have signed the adapter.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check integrity and orthogonality of a published adapter. Exit status: 0 verified, 1 not, 2 not checkable."""
+    """Check integrity, orthogonality and, if asked to, behaviour of a published adapter.
+
+    Exit status: 0 verified, 1 not verified, 2 could not be checked.
+    """
     from .verification import verify_adapter
 
+    if behaviour and None in (base_model, probes):
+        raise typer.BadParameter("--behaviour takes --base-model and --probes.")
     try:
-        report = verify_adapter(path_or_repo, basis=basis, basis_tolerance=basis_tolerance, revision=revision)
+        report = verify_adapter(
+            path_or_repo,
+            basis=basis,
+            basis_tolerance=basis_tolerance,
+            base_model=base_model,
+            probes=probes,
+            reference=reference,
+            drift_tolerance=drift_tolerance,
+            public_key=public_key,
+            revision=revision,
+        )
     except GradProjError as error:
         if as_json:
             _print_json({"status": "could not be checked", "ok": False, "source": path_or_repo, "error": str(error)})
@@ -82,6 +111,20 @@ def inspect(
 
 
 @app.command()
+def sign(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")],
+    private_key: Annotated[Path, typer.Option(help="PEM file of an elliptic-curve key, best P-256.")],
+    password: Annotated[
+        str | None, typer.Option(envvar="GRADPROJ_KEY_PASSWORD", help="The key's password; best by its variable.")
+    ] = None,
+) -> None:
+    """Sign the manifest of an adapter and the files that it binds, in the format of OpenSSF model-signing."""
+    from .signing import sign_adapter
+
+    typer.echo(sign_adapter(folder, private_key, password=password))
+
+
+@app.command()
 def publish(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")],
     repo: Annotated[str, typer.Argument(help="Repository on the Hub, user/name; made if it does not exist.")],
@@ -95,6 +138,9 @@ def publish(
     allow_unverified: Annotated[
         bool, typer.Option("--allow-unverified", help="Publish although a check failed; the model card says so.")
     ] = False,
+    private_key: Annotated[
+        Path | None, typer.Option("--sign", help="PEM file of the key to sign with what is published.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Verify an adapter, write its model card, and publish both on the Hub in one commit."""
@@ -111,6 +157,7 @@ def publish(
         basis=basis,  # type: ignore[arg-type]  # checked there
         license=license,
         allow_unverified=allow_unverified,
+        private_key=private_key,
     )
     _print_json(result.to_dict()) if as_json else _print(result)
 

@@ -6,12 +6,14 @@ built-in exception that callers of PEFT and diffusers already catch for the same
 
 __all__ = [
     "AdapterFolderError",
+    "BehaviourError",
     "ConceptBasisError",
     "ConceptDataError",
     "GradProjConfigError",
     "GradProjError",
     "HubError",
     "OnlineProjectionError",
+    "SignatureError",
 ]
 
 
@@ -41,3 +43,11 @@ class AdapterFolderError(GradProjError, ValueError):
 
 class HubError(GradProjError, OSError):
     """The Hub cannot be reached, refuses what was asked of it, or gave a broken answer."""
+
+
+class SignatureError(GradProjError, ValueError):
+    """A signature cannot be made or checked: a key is unusable, or the `signing` extra is not installed."""
+
+
+class BehaviourError(GradProjError, ValueError):
+    """An adapter's behaviour cannot be measured: the base model, the adapter and the probes do not fit."""

@@ -18,10 +18,18 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._version import __version__
-from .adapter_folder import BASIS_NAME, MANIFEST_NAME, PUBLISHED_FILES, read_adapter_folder, rival_weights
+from .adapter_folder import (
+    BASIS_NAME,
+    MANIFEST_NAME,
+    PUBLISHED_FILES,
+    SIGNATURE_NAME,
+    read_adapter_folder,
+    rival_weights,
+)
 from .errors import AdapterFolderError, HubError
 from .hub_errors import hub_errors
 from .model_card import CARD_NAME, is_unfilled, read_model_card, write_model_card
+from .signing import sign_adapter
 from .untrusted import MAX_FILE_BYTES, printable, read_file
 from .verification import VerificationReport, verify_adapter
 
@@ -31,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["PublishResult", "push_adapter_to_hub"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-SIGNATURE_NAME = "model.sig"
 DEFAULT_MESSAGE = "Upload a LoRA adapter with peft-gradproj"
 
 _NOTHING_DONE = "Nothing was published."
@@ -100,6 +107,7 @@ def push_adapter_to_hub(
     license: str | None = None,
     images: Sequence[tuple[str, str | os.PathLike[str]]] = (),
     allow_unverified: bool = False,
+    private_key: str | os.PathLike[str] | None = None,
 ) -> PublishResult:
     """Publish a saved adapter: verify it, write its model card, and commit exactly the published files.
 
@@ -123,6 +131,7 @@ def push_adapter_to_hub(
         license: Identifier of the licence for the card.
         images: Pairs of a prompt and the file of a picture that was sampled with it, to be published with the card.
         allow_unverified: Publish although a check failed; the card says so.
+        private_key: PEM file of the key to sign with what is published; one without password.
 
     Returns:
         The files, the report, and the commit unless it was a dry run.
@@ -130,6 +139,7 @@ def push_adapter_to_hub(
     Raises:
         AdapterFolderError: If the folder is no published adapter, or a check fails.
         HubError: If the Hub refuses, or cannot be reached.
+        SignatureError: If the key cannot be used.
     """
     if basis not in ("full", "digest"):
         raise AdapterFolderError(f"basis is {basis!r}; expected 'full' or 'digest'.")
@@ -137,7 +147,10 @@ def push_adapter_to_hub(
         raise HubError(f"{repo_id!r} is no name of a repository; expected 'user/name'.")
     with TemporaryDirectory(prefix="gradproj-") as temporary:
         stage = Path(temporary)
-        report = _stage(Path(folder), stage, withhold=basis == "digest", allow_unverified=allow_unverified)
+        names = [name for name in PUBLISHED_FILES if private_key is None or name != SIGNATURE_NAME]
+        report = _stage(Path(folder), stage, names, withhold=basis == "digest", allow_unverified=allow_unverified)
+        if private_key is not None:
+            sign_adapter(stage, private_key)
         own_card = read_model_card(stage)
         details: dict[str, Any] = {"repo_id": repo_id, "license": license, "images": _stage_images(images, stage)}
         if card:
@@ -154,11 +167,13 @@ def push_adapter_to_hub(
 # The stage: a copy of what is published
 
 
-def _stage(folder: Path, stage: Path, *, withhold: bool, allow_unverified: bool) -> VerificationReport:
-    """Copy the published files, verify the copy, and withhold the basis if so asked."""
+def _stage(
+    folder: Path, stage: Path, names: Sequence[str], *, withhold: bool, allow_unverified: bool
+) -> VerificationReport:
+    """Copy the files `names`, verify the copy, and withhold the basis if so asked."""
     if not folder.is_dir():
         raise AdapterFolderError(f"{folder} is not a folder; expected the folder of a saved adapter.")
-    for name in PUBLISHED_FILES:
+    for name in names:
         if os.path.lexists(folder / name):
             (stage / name).write_bytes(read_file(folder, name, limit=MAX_FILE_BYTES).data)
     try:
@@ -189,7 +204,7 @@ def _withhold_basis(folder: Path, stage: Path) -> None:
     if (stage / SIGNATURE_NAME).exists():
         raise AdapterFolderError(
             f"{folder} is signed with its concept basis, and withholding it would break the signature. Remove "
-            f"{SIGNATURE_NAME} and publish, or sign a copy without the basis."
+            f"{SIGNATURE_NAME} and publish, or give the private key to sign anew."
         )
     (stage / BASIS_NAME).unlink()
     manifest["files"].pop(BASIS_NAME)

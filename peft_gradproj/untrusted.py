@@ -259,6 +259,11 @@ class TensorFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.infos)
 
+    @property
+    def source(self) -> bytearray:
+        """The bytes of the whole file."""
+        return self._data
+
     def __repr__(self) -> str:
         return f"TensorFile({self.name!r}, {len(self)} tensors)"
 

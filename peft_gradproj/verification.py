@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapter_folder import (
     ADAPTER_CONFIG_NAME,
     BASIS_NAME,
     CHECKABLE_SPACES,
+    SIGNATURE_NAME,
     WEIGHT_NAMES,
     AdapterFolder,
     BasisFile,
@@ -38,12 +39,14 @@ from .adapter_folder import (
     read_basis,
     rival_weights,
 )
-from .errors import AdapterFolderError, ConceptBasisError
+from .errors import AdapterFolderError, BehaviourError, ConceptBasisError
 from .projection import orthonormality_error, principal_cosines
 from .untrusted import parse_json, printable
 
 if TYPE_CHECKING:
     from .basis import ConceptBasis
+    from .behaviour import BehaviourResult
+    from .probes import ConceptProbes
 
 __all__ = ["TOLERANCES", "Check", "LayerResult", "VerificationReport", "verify_adapter"]
 
@@ -76,7 +79,7 @@ class Check:
 
     name: str
     group: str
-    """`integrity` or `orthogonality`."""
+    """`integrity`, `orthogonality`, `behaviour` or `signature`."""
 
     passed: bool | None
     """`None` if it could not be checked."""
@@ -114,6 +117,9 @@ class VerificationReport:
     notes: tuple[str, ...] = field(default=())
     """What these checks cannot tell about this adapter."""
 
+    behaviour: BehaviourResult | None = None
+    """The figures of the drift, where it was measured."""
+
     @property
     def status(self) -> str:
         """`verified`, `not verified`, or `could not be checked` where nothing failed but something was out of reach."""
@@ -147,6 +153,7 @@ class VerificationReport:
             "checks": [_finite(asdict(check)) for check in self.checks],
             "layers": [{**asdict(layer), "leakage": _finite(layer.leakage)} for layer in self.layers],
             "notes": list(self.notes),
+            "behaviour": None if self.behaviour is None else _finite(asdict(self.behaviour)),
         }
 
     def to_json(self) -> str:
@@ -202,9 +209,18 @@ def verify_adapter(
     *,
     basis: ConceptBasis | str | os.PathLike[str] | None = None,
     basis_tolerance: float | None = None,
+    base_model: nn.Module | str | os.PathLike[str] | None = None,
+    probes: ConceptProbes | str | os.PathLike[str] | None = None,
+    reference: ConceptProbes | str | os.PathLike[str] | None = None,
+    drift_tolerance: float = 0.5,
+    batch_size: int = 8,
+    public_key: str | os.PathLike[str] | None = None,
     revision: str | None = None,
 ) -> VerificationReport:
-    """Check integrity and orthogonality of a published adapter, from its files alone.
+    """Check integrity and orthogonality of a published adapter, from its files alone, and behaviour if asked to.
+
+    Behaviour takes a base model and concept probes: the drift on them is compared with the drift on a reference set,
+    which says how much was learned at all. Without a reference set the drift is told and not judged.
 
     An adapter that was trained with concept probes only, or whose basis was withheld, leaves orthogonality out of
     reach: integrity is reported and the status is `could not be checked`, unless the verifier brings a basis.
@@ -214,6 +230,14 @@ def verify_adapter(
         basis: The verifier's own concept basis, or its file. The adapter has to be orthogonal to it as well.
         basis_tolerance: Largest leakage against the verifier's own basis, rounding error by default. Two honest fits
             of one concept differ, so that a basis which is not the published one needs a larger value.
+        base_model: The base model without adapters, or the folder or Hub id of a diffusers pipeline or transformers
+            model, of which no code is run.
+        probes: Concept probes for that model, or their file.
+        reference: Probes that are free of the concept, and show what was to be learned.
+        drift_tolerance: Largest drift on the probes, as a share of that on the reference set; see
+            :data:`peft_gradproj.behaviour.DRIFT_TOLERANCE`.
+        batch_size: Probes at a time, which bounds the memory.
+        public_key: PEM file of the key that must have signed the adapter.
         revision: Branch, tag or commit of the repository.
 
     Returns:
@@ -222,16 +246,35 @@ def verify_adapter(
     Raises:
         AdapterFolderError: If there is no such adapter, it is malformed, or it is refused as unsafe to read.
         ConceptBasisError: If the verifier's own basis is none.
+        SignatureError: If the public key cannot be used, or the `signing` extra is not installed.
+        BehaviourError: If the base model cannot be loaded, or it, the adapter and the probes do not fit.
+        ConceptDataError: If there are no such probes.
     """
+    if (base_model is None) != (probes is None) or (reference is not None and probes is None):
+        raise BehaviourError("behaviour needs a base model and concept probes; give both, or neither.")
     own = None if basis is None else _own_basis(basis)
     path, commit = locate_adapter_folder(path_or_repo, revision=revision)
     folder = read_adapter_folder(path)
     layers = folder.layers()
     integrity = [*_check_files(folder), *_check_config(folder, layers), *_check_base(folder), *_check_tensors(layers)]
     orthogonality, results = _check_orthogonality(folder, layers, own, basis_tolerance)
-    return VerificationReport(
-        str(path_or_repo), commit, (*integrity, *orthogonality), tuple(results), tuple(_notes(folder, own))
-    )
+    signature = [] if public_key is None else [_check_signature(folder, public_key)]
+    behaviour, figures = [], None
+    if base_model is not None:
+        sound = all(check.passed for check in integrity)
+        behaviour, figures = _check_behaviour(
+            folder, layers, sound, base_model, probes, reference, drift_tolerance, batch_size
+        )
+    checks = (*integrity, *orthogonality, *behaviour, *signature)
+    notes = tuple(_notes(folder, own, public_key is not None))
+    return VerificationReport(str(path_or_repo), commit, checks, tuple(results), notes, figures)
+
+
+def _check_signature(folder: AdapterFolder, public_key: str | os.PathLike[str]) -> Check:
+    from .signing import check_signature
+
+    name, passed, detail = check_signature(folder, public_key)
+    return Check(name, "signature", passed, detail)
 
 
 def _own_basis(basis: ConceptBasis | str | os.PathLike[str]) -> ConceptBasis:
@@ -244,7 +287,9 @@ def _own_basis(basis: ConceptBasis | str | os.PathLike[str]) -> ConceptBasis:
     return ConceptBasis.load(basis)
 
 
-def _notes(folder: AdapterFolder, own: ConceptBasis | None) -> Iterator[str]:
+def _notes(folder: AdapterFolder, own: ConceptBasis | None, key_given: bool) -> Iterator[str]:
+    if not key_given and os.path.lexists(folder.path / SIGNATURE_NAME):
+        yield f"there is a {SIGNATURE_NAME}, but nothing says whose; give the public key that you expect."
     spaces = {space for layer in (folder.basis.layers if folder.basis else {}).values() for space in layer}
     if "gradient" in spaces:
         yield "the gradient space constrains training steps; it cannot be checked from the weights."
@@ -263,6 +308,52 @@ def _notes(folder: AdapterFolder, own: ConceptBasis | None) -> Iterator[str]:
 def _gathered(name: str, group: str, failures: Iterable[Check], summary: str, **figures: Any) -> list[Check]:
     """The failed checks under one name, or one passed check."""
     return list(failures) or [Check(name, group, True, summary, **figures)]
+
+
+# Behaviour
+
+
+def _check_behaviour(
+    folder: AdapterFolder,
+    layers: Mapping[str, LoraLayers],
+    sound: bool,
+    base_model: nn.Module | str | os.PathLike[str],
+    probes: Any,
+    reference: Any,
+    tolerance: float,
+    batch_size: int,
+) -> tuple[list[Check], BehaviourResult | None]:
+    from .behaviour import load_base_model, load_probes, measure_behaviour
+
+    if not sound:
+        # Loaders of others would have to read what we refuse to.
+        return [Check("drift", "behaviour", None, "not measured, since integrity failed")], None
+    given = load_probes(probes), None if reference is None else load_probes(reference)
+    if not isinstance(base_model, nn.Module):
+        named = folder.manifest["base_model"]
+        revision = named["revision"] if named["id"] == str(base_model) else None
+        base_model = load_base_model(str(base_model), revision=revision)
+    name = next(iter(layers))
+    pairs = _pairs_of("", layers[name])
+    figures, faults = measure_behaviour(folder, pairs, base_model, *given, batch_size=batch_size)
+    wrong = [Check("loaded", "behaviour", False, fault) for fault in faults]
+    summary = f"the base model gets {len(pairs)} layers from {name}, and no other"
+    return [*_gathered("loaded", "behaviour", wrong, summary), _judged_drift(figures, tolerance)], figures
+
+
+def _judged_drift(figures: BehaviourResult, tolerance: float) -> Check:
+    drift, energy, ratio = figures.drift, figures.energy, figures.ratio
+    detail = f"on {figures.probes} probes the outputs move by {drift:.3g} in mean squares of {energy:.3g}"
+    if not figures.same_base:
+        far = figures.stored_mismatch
+        return Check("drift", "behaviour", None, f"the probes were collected on another base model: off by {far:.2g}")
+    if ratio is None:
+        detail += "; give a reference set to judge that by how much was learned at all"
+        return Check("drift", "behaviour", None, detail, value=drift)
+    detail += f"; on {figures.reference_probes} of the reference set by {figures.reference_drift:.3g}"
+    detail += f"; the ratio is {ratio:.3g}, expected at most {tolerance:g}"
+    # Written so that NaN fails.
+    return Check("drift", "behaviour", bool(ratio <= tolerance), detail, value=ratio, tolerance=tolerance)
 
 
 # Integrity
