@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -214,15 +215,8 @@ def _place(text: str, section: str, title: str) -> str:
 
 
 def _render_section(folder: AdapterFolder, report: VerificationReport, repo_id: str | None) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("peft_gradproj"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(plain=_plain, code=_code)
     strength = folder.manifest["settings"].get("strength")
-    return environment.get_template("model_card.md.jinja").render(
+    return _template().render(
         begin=_BEGIN,
         end=_END,
         version=__version__,
@@ -239,6 +233,18 @@ def _render_section(folder: AdapterFolder, report: VerificationReport, repo_id: 
         weights=next(iter(folder.weights)),
         is_peft=WEIGHT_NAMES[0] in folder.weights,
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("peft_gradproj"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(plain=_plain, code=_code)
+    return environment.get_template("model_card.md.jinja")
 
 
 def _rows(folder: AdapterFolder, report: VerificationReport) -> Iterator[tuple[str, str, str]]:
