@@ -697,11 +697,14 @@ def _published_on_hub(repo_id: str, revision: str | None) -> tuple[str | None, l
 def rival_weights(names: Iterable[str]) -> list[str]:
     """Files that PEFT or diffusers may load instead of the published weights.
 
-    Both fall back to pickles, and diffusers takes any file whose name ends like that of its weights, except under
-    names with `checkpoint`, `optimizer` or `scheduler`.
+    Both fall back to pickles. diffusers takes any file whose name ends like that of its weights, and where there is
+    none, the first safetensors file that it finds; except under names with `checkpoint`, `optimizer` or `scheduler`.
     """
+    names = list(names)
     endings = (*WEIGHT_NAMES, *(name.replace(".safetensors", ".bin") for name in WEIGHT_NAMES))
-    others = (name for name in names if name not in WEIGHT_NAMES and name.endswith(endings))
+    if WEIGHT_NAMES[1] not in names:
+        endings = (*endings, ".safetensors")
+    others = (name for name in names if name not in PUBLISHED_FILES and name.endswith(endings))
     return [name for name in others if not any(word in name for word in ("checkpoint", "optimizer", "scheduler"))]
 
 

@@ -168,6 +168,9 @@ class GradProjConfig(LoraConfig):
         One key more, and stock PEFT warns and diffusers refuses to load the adapter.
         """
         plain = {name: value for name, value in super().to_dict().items() if name not in _own_fields()}
+        if plain.get("init_lora_weights") is False:
+            # Whoever loads it would get random weights in layers that are targeted and were not saved.
+            plain["init_lora_weights"] = True
         return {**plain, "peft_type": PeftType.LORA}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -396,7 +396,8 @@ def _check_tensors(layers: Mapping[str, LoraLayers]) -> list[Check]:
         for module, fault in parsed.malformed.items():
             shapes.append(Check("shapes", "integrity", False, fault, layer=module))
         for module, pair in parsed.pairs.items():
-            if not pair.is_float:
+            if not pair.is_float or torch.float64 in (pair.a.dtype, pair.b.dtype):
+                # Loaders round float64, which undoes cancellations that only it can hold.
                 detail = f"is stored as {pair.a.dtype} and {pair.b.dtype}; expected float32, float16 or bfloat16"
                 dtypes.append(Check("dtypes", "integrity", False, detail, layer=module))
             else:
@@ -439,6 +440,7 @@ _ESCAPES = {
     "monteclora_config": "A is sampled",
     "kasa_config": "the base weights are truncated",
     "megatron_config": "layers are parallel ones of Megatron",
+    "ensure_weight_tying": "layers that the files do not name may share an adapter",
 }
 _HARMLESS = frozenset(
     {
@@ -446,7 +448,7 @@ _HARMLESS = frozenset(
         *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias"),
         *("fan_in_fan_out", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern"),
         *("rank_pattern", "alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config"),
-        *("lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+        *("lora_ga_config", "qalora_group_size", "runtime_config"),
     }
 )
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -478,7 +480,6 @@ def _configs(folder: AdapterFolder, name: str) -> Iterator[tuple[str, str, dict[
     """The LoRA configs that loaders take for the weights in file `name`: where each is, for which part, and it."""
     if name == WEIGHT_NAMES[0]:
         yield ADAPTER_CONFIG_NAME, "", folder.config if folder.config is not None else {}
-        return
     text = folder.weights[name].metadata.get("lora_adapter_metadata")
     if text is None:
         return
@@ -508,6 +509,8 @@ def _config_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> 
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         yield f"init_lora_weights is {init!r}, which changes the base model"
+    if init is False:
+        yield "init_lora_weights is false: layers that are targeted and not in the files get random weights"
     yield from _scale_faults(config)
     yield from _rank_faults(config, pairs)
 
@@ -578,8 +581,9 @@ def _check_base(folder: AdapterFolder) -> list[Check]:
         if len(set(map(repr, values.values()))) > 1:
             listed = ", ".join(f"{_short(value)} in {where}" for where, value in values.items())
             failures.append(Check("base model", "integrity", False, f"the {what} differs: {listed}"))
-    revision = f" at {claimed['revision']}" if claimed["revision"] else ""
-    summary = f"{claimed['id']}{revision}" if claimed["id"] else "no base model is named"
+    identifier, revision = (next((v[i] for v in named.values() if v[i]), None) for i in range(2))
+    at = f" at {_short(revision)}" if revision else ""
+    summary = f"{_short(identifier)}{at}" if identifier else "no base model is named"
     return _gathered("base model", "integrity", failures, summary)
 
 
@@ -603,6 +607,7 @@ def _check_orthogonality(
     if brought is not None:
         own_results, leaks = _check_leakage(layers, brought, "leakage against your basis", own_tolerance)
         checks += _check_coverage(folder, layers, brought, "your basis")
+        checks += _misfits(layers, brought)
         checks += [*leaks, *([] if published is None else _compare_bases(published, brought, layers))]
         results = results or own_results
     return checks, results
@@ -663,6 +668,16 @@ def _width_fault(space: str, matrix: Tensor, pair: LoraPair) -> str | None:
     d_in, d_out, rank = pair.a.shape[1], pair.b.shape[0], pair.rank
     width = {"input": d_in, "output": d_out, "rank": rank, "gradient": rank * (d_in + d_out)}[space]
     return None if matrix.shape[0] == width else f"has width {matrix.shape[0]}; the layer's is {width}"
+
+
+def _misfits(layers: Mapping[str, LoraLayers], own: Bases) -> Iterator[Check]:
+    """Layers whose width is not that of the verifier's basis: nothing could be measured there."""
+    for parsed in layers.values():
+        for module, pair in parsed.pairs.items():
+            for space, matrix in own.get(module, {}).items():
+                fault = _width_fault(space, matrix, pair)
+                if fault is not None:
+                    yield Check("your basis", "orthogonality", False, f"the {space} basis {fault}", layer=module)
 
 
 def _digest(basis: BasisFile) -> str | None:

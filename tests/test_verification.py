@@ -336,6 +336,19 @@ def test_own_basis_must_cover_every_layer(tmp_path):
     assert [(c.name, c.layer) for c in report.failures] == [("coverage", "down.attn.to_out.0")]
 
 
+def test_own_basis_of_another_width_measures_nothing_and_passes_nothing(tmp_path):
+    basis = honest_folder(tmp_path, publish_basis="digest")
+    narrow = ConceptBasis({**basis, "down.conv": LayerBasis(input=torch.eye(9, 2), output=torch.eye(9, 2))})
+    report = verify_adapter(tmp_path, basis=narrow)
+    assert {(c.name, c.layer) for c in report.failures} == {("your basis", "down.conv")}, report.render()
+
+
+def test_the_base_model_that_only_the_config_names_is_reported(tmp_path):
+    honest_folder(tmp_path, basis=random_basis(base_model=None, revision=None), base_model=None, revision=None)
+    check = next(check for check in verify_adapter(tmp_path).checks if check.name == "base model")
+    assert "someone/model" in check.detail
+
+
 def test_an_own_basis_that_is_none_is_an_error_of_the_verifier(tmp_path):
     honest_folder(tmp_path / "a")
     other = tmp_path / "b"
