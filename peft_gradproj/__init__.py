@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .model import GradProjModel, refresh_concept_basis
     from .online import online_projections
     from .probes import ConceptProbes, collect_concept_probes
-    from .saving import save_sidecars
+    from .saving import save_adapter, save_sidecars
     from .signing import sign_adapter
     from .verification import VerificationReport, verify_adapter
 
@@ -38,6 +38,7 @@ _MODULES = {
     "online_projections": "online",
     "push_adapter_to_hub": "hub",
     "refresh_concept_basis": "model",
+    "save_adapter": "saving",
     "save_sidecars": "saving",
     "sign_adapter": "signing",
     "verify_adapter": "verification",
@@ -58,6 +59,7 @@ __all__ = [
     "online_projections",
     "push_adapter_to_hub",
     "refresh_concept_basis",
+    "save_adapter",
     "save_sidecars",
     "sign_adapter",
     "verify_adapter",

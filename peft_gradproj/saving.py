@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .adapter_folder import has_adapter_weights, publishes_basis, read_settings, write_sidecars
+from .adapter_folder import PUBLISHED_FILES, has_adapter_weights, publishes_basis, read_settings, write_sidecars
 from .basis import ConceptBasis
 from .errors import AdapterFolderError
+from .folder_swap import replaced_folder
 
 if TYPE_CHECKING:
     from .config import GradProjConfig
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "complete_sidecars",
     "load_settings",
+    "save_adapter",
     "save_sidecars",
     "write_config_sidecars",
     "write_sidecars_of_weights",
@@ -49,6 +53,68 @@ def save_sidecars(model: nn.Module, folder: str | os.PathLike[str], adapter_name
             f"the weights in '{os.fspath(folder)}'."
         )
     write_config_sidecars(config, folder)
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    save: Callable[[Path], Any] | None = None,
+) -> Path:
+    """Save an adapter so that a kill at any point leaves the former state of the folder or the new one.
+
+    The stock means save into a sibling, which then takes the folder's place in one step. `save_pretrained` alone writes
+    the weights in place: a kill then leaves a torn folder, which does not verify. Saves at the same time do not mix;
+    the last one stays. Call it in one process of a distributed run.
+
+    Args:
+        model: The model with the adapter: a `PeftModel`, or one of transformers or diffusers.
+        folder: Replaced as a whole, so it may hold nothing but a published adapter. Its model card and `images` are
+            kept, a signature is not, since it is over other files.
+        adapter_name: Which adapter.
+        save: Saves the weights into the folder that it is given, where the model's own means do not do, such as
+            `lambda stage: StableDiffusionPipeline.save_lora_weights(stage, unet_lora_layers=...)`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterFolderError: If the folder holds other things, or no such adapter was saved.
+    """
+    folder = Path(folder)
+    strange = sorted(entry for entry in _entries(folder) if entry not in (*PUBLISHED_FILES, "images"))
+    if strange:
+        raise AdapterFolderError(
+            f"{folder} also holds {', '.join(strange[:5])}; it would be replaced as a whole. Give a folder of its own."
+        )
+    with replaced_folder(folder) as stage:
+        kept = [entry for entry in ("README.md", "images") if entry in _entries(folder)]
+        for entry in kept:
+            copy = shutil.copytree if (folder / entry).is_dir() else shutil.copy2
+            copy(folder / entry, stage / entry)
+        (save or (lambda path: _save_by_stock_means(model, path, adapter_name)))(stage)
+        save_sidecars(model, stage, adapter_name)
+    return folder
+
+
+def _entries(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _save_by_stock_means(model: nn.Module, stage: Path, adapter_name: str) -> None:
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel) and hasattr(model, "save_lora_adapter"):
+        model.save_lora_adapter(str(stage), adapter_name=adapter_name)
+        return
+    options = {"selected_adapters": [adapter_name]} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(str(stage), **options)  # type: ignore[operator]
+    if isinstance(model, PeftModel) and adapter_name != "default":
+        # PEFT gives every other adapter a folder of its own.
+        for path in (stage / adapter_name).iterdir():
+            path.replace(stage / path.name)
+        (stage / adapter_name).rmdir()
 
 
 def write_config_sidecars(config: GradProjConfig, folder: str | os.PathLike[str]) -> None:

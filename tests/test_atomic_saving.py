@@ -1,0 +1,215 @@
+"""Whatever happens while an adapter is saved, whoever looks finds the former state or the new one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SmallNet
+from helpers import LAYERS, small_net_basis, train, trainable
+from peft import get_peft_model
+
+from peft_gradproj import GradProjConfig, save_adapter, verify_adapter
+from peft_gradproj import folder_swap as swap
+from peft_gradproj.errors import AdapterFolderError, GradProjError
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
+
+KILLS = int(os.environ.get("GRADPROJ_KILLS", "20"))
+WEIGHTS = "adapter_model.safetensors"
+
+
+def trained(seed: int, name: str = "default"):
+    basis = small_net_basis(seed=seed)
+    config = GradProjConfig(r=4, target_modules=list(LAYERS), concept_basis=basis)
+    model = get_peft_model(SmallNet(), config, adapter_name=name)
+    train(model, torch.optim.AdamW(trainable(model), lr=1e-2), 3, seed=seed)
+    return model
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory):
+    """Two models, and the digests of their weights as files."""
+    models = [trained(seed) for seed in range(2)]
+    folders = [save_adapter(model, tmp_path_factory.mktemp("state") / "out") for model in models]
+    assert digest(folders[0]) != digest(folders[1])
+    return models, {digest(folder) for folder in folders}
+
+
+def killed(work: Callable[[], object], after: float) -> None:
+    """Run `work` again and again in a process of its own, and kill that."""
+    process = os.fork()
+    if process == 0:
+        try:
+            while True:
+                work()
+        finally:
+            os._exit(1)
+    time.sleep(after)
+    os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status), "the process ended by itself"
+
+
+def alternating(models, save: Callable[[object, Path], object], folder: Path) -> Callable[[], object]:
+    turn = iter(range(1, 10**9))
+    return lambda: save(models[next(turn) % 2], folder)
+
+
+def seconds(save: Callable[[], object]) -> float:
+    """How long a save takes here and now."""
+    start = time.monotonic()
+    save()
+    return time.monotonic() - start
+
+
+def test_a_kill_at_any_point_leaves_the_former_state_or_the_new_one(states, tmp_path):
+    models, digests = states
+    folder = tmp_path / "out"
+    longest = 2 * seconds(lambda: save_adapter(models[0], folder))
+    delays = random.Random(0)
+    seen = set()
+    for _ in range(KILLS):
+        killed(alternating(models, save_adapter, folder), delays.uniform(0, longest))
+        assert verify_adapter(folder).ok
+        assert digest(folder) in digests
+        seen.add(digest(folder))
+    assert seen == digests, "no save was completed; the kills prove nothing"
+
+
+def test_a_kill_of_pefts_own_save_never_leaves_a_torn_folder_that_verifies(states, tmp_path):
+    models, digests = states
+    folder = save_adapter(models[0], tmp_path / "out")
+
+    def in_place(model, path: Path) -> None:
+        model.save_pretrained(path)
+
+    longest = 2 * seconds(lambda: in_place(models[0], folder))
+    delays = random.Random(1)
+    for _ in range(max(KILLS // 4, 5)):
+        killed(alternating(models, in_place, folder), delays.uniform(0, longest))
+        try:
+            report = verify_adapter(folder)
+        except GradProjError:
+            continue
+        assert not report.ok or digest(folder) in digests
+
+
+def test_saves_at_the_same_time_do_not_mix(states, tmp_path):
+    models, digests = states
+    folder = save_adapter(models[0], tmp_path / "out")
+    processes = []
+    for model in models:
+        process = os.fork()
+        if process == 0:
+            for _ in range(10):
+                save_adapter(model, folder)
+            os._exit(0)
+        processes.append(process)
+    looks = 0
+    while any(os.waitpid(process, os.WNOHANG) == (0, 0) for process in processes[:1]):
+        # A folder that is replaced while it is read may be refused, but is never taken for another.
+        try:
+            report = verify_adapter(folder)
+            looks += report.ok
+        except AdapterFolderError:
+            continue
+    assert looks
+    assert os.waitpid(processes[1], 0)[1] == 0
+    assert verify_adapter(folder).ok
+    assert digest(folder) in digests
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "something was left over"
+
+
+def test_an_error_leaves_the_former_state_and_nothing_else(states, tmp_path):
+    models, _ = states
+    folder = save_adapter(models[0], tmp_path / "out")
+    before = digest(folder)
+
+    def fails(stage: Path) -> None:
+        models[1].save_pretrained(stage)
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        save_adapter(models[1], folder, save=fails)
+    assert digest(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_card_is_kept_and_a_signature_is_not(states, tmp_path):
+    models, _ = states
+    folder = save_adapter(models[0], tmp_path / "out")
+    (folder / "README.md").write_text("# My adapter\n\nWhat I wrote.\n")
+    (folder / "model.sig").write_text("{}")
+    (folder / "images").mkdir()
+    (folder / "images" / "cat.png").write_bytes(b"x")
+    save_adapter(models[1], folder)
+    assert "What I wrote." in (folder / "README.md").read_text()
+    assert not (folder / "model.sig").exists()
+    assert (folder / "images" / "cat.png").read_bytes() == b"x"
+
+
+def test_a_folder_with_other_things_is_not_replaced(states, tmp_path):
+    models, _ = states
+    (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(AdapterFolderError, match="checkpoint-5; it would be replaced as a whole"):
+        save_adapter(models[0], tmp_path / "out")
+
+
+def test_an_adapter_of_another_name_and_a_model_of_diffusers(tmp_path):
+    save_adapter(trained(0, name="logo"), tmp_path / "named", "logo")
+    assert verify_adapter(tmp_path / "named").ok
+    from tiny_models import UNET_TARGETS, basis_for, tiny_unet
+
+    unet = tiny_unet()
+    unet.add_adapter(GradProjConfig(r=2, target_modules=UNET_TARGETS, concept_basis=basis_for(unet, UNET_TARGETS, 2)))
+    save_adapter(unet, tmp_path / "unet")
+    assert verify_adapter(tmp_path / "unet").ok
+    assert (tmp_path / "unet" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_where_nothing_can_be_exchanged_two_renames_do(states, tmp_path, monkeypatch):
+    models, digests = states
+    monkeypatch.setattr(swap, "exchange", lambda one, other: False)
+    folder = save_adapter(models[0], tmp_path / "out")
+    former = digest(folder)
+    save_adapter(models[1], folder)
+    assert {former, digest(folder)} == digests
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # A kill between the two renames: nothing under the name, the former state beside it, and the next save mends it.
+    monkeypatch.setattr(swap, "_moved_away", lambda path: os.rename(path, tmp_path / ".out.0.gradproj-swap") or exit())
+    with pytest.raises(SystemExit):
+        save_adapter(models[0], folder)
+    assert not folder.exists()
+    assert verify_adapter(tmp_path / ".out.0.gradproj-swap").ok
+    monkeypatch.undo()
+    save_adapter(models[0], folder)
+    assert verify_adapter(folder).ok
+
+
+def test_what_killed_saves_left_is_removed_when_it_is_old(states, tmp_path):
+    models, _ = states
+    for name in (".out.1.gradproj-swap", ".out.2.gradproj-swap", ".other.1.gradproj-swap"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 0) if "2" not in name else None)
+    folder = save_adapter(models[0], tmp_path / "out")
+    save_adapter(models[0], folder)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out", ".out.2.gradproj-swap", ".other.1.gradproj-swap"}
+
+
+def test_exchanging_what_is_not_there(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(FileNotFoundError):
+        swap.exchange(tmp_path / "a", tmp_path / "b")
