@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/gradproj demo --output demo-output
@@ -18,6 +18,10 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py --output benchmarks/results/overhead.json
+
+fuzz: $(INSTALLED)
+	GRADPROJ_FUZZ_EXAMPLES=20000 GRADPROJ_KILLS=200 $(BIN)/python -m pytest -k 'damage or any_ or kill' \
+		tests/test_verification.py tests/test_adapter_folder.py tests/test_atomic_saving.py
 
 # torch first and by its exact version: a bare requirement would bring a build with CUDA, several gigabytes large.
 $(INSTALLED): pyproject.toml constraints.txt
