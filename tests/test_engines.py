@@ -31,7 +31,7 @@ from tiny_models import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_gradproj import GradProjConfig, save_sidecars, verify_adapter
+from peft_gradproj import ConceptProbes, GradProjConfig, collect_concept_probes, save_sidecars, verify_adapter
 from peft_gradproj.layers import projected_weights
 
 TESTS = Path(__file__).parent
@@ -80,6 +80,11 @@ def adapted_unet(**options):
     config = {"r": 4, "lora_alpha": 4, "init_lora_weights": "gaussian", "target_modules": UNET_TARGETS}
     unet.add_adapter(GradProjConfig(**{**config, "concept_basis": basis, **options}))
     return unet, basis
+
+
+def unet_probes():
+    inputs = unet_inputs(4, seed=7)
+    return ConceptProbes(inputs, targets=torch.zeros_like(inputs["sample"]))
 
 
 def adapted_llama():
@@ -282,7 +287,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     ends = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        unet, basis = adapted_unet()
+        unet, basis = adapted_unet(concept_probes=unet_probes(), probe_every=2, probe_batch_size=2)
         if checkpointing:
             unet.enable_gradient_checkpointing()
             assert any(getattr(m, "gradient_checkpointing", False) for m in unet.modules())
@@ -300,7 +305,12 @@ def test_a_compiled_model_trains_as_an_eager_one():
     for compiled in (False, True):
         torch.manual_seed(0)
         basis = small_net_basis(("input", "output", "rank"), layers=("conv", "query"))
-        model = get_peft_model(SmallNet(), GradProjConfig(r=4, target_modules=list(basis), concept_basis=basis))
+        base = SmallNet()
+        probes = collect_concept_probes(base, [({"sample": torch.randn(4, 3, 8, 8)}, None)])
+        config = GradProjConfig(
+            r=4, target_modules=list(basis), concept_basis=basis, concept_probes=probes, **PROBE_OPTIONS
+        )
+        model = get_peft_model(base, config)
         # `aot_eager` traces forward and backward as `inductor` does, without a C++ compiler.
         called = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         losses = train(called, torch.optim.AdamW(trainable(model), lr=1e-2), 10)
@@ -315,7 +325,7 @@ def test_an_exponential_average_of_the_weights_keeps_the_constraint(tmp_path):
     from diffusers.training_utils import EMAModel
 
     basis = small_net_basis()
-    model = get_peft_model(SmallNet(), GradProjConfig(r=4, target_modules=list(LAYERS), concept_basis=basis))
+    model = adapted_net(concept_probes=small_probes(), **PROBE_OPTIONS)
     average = EMAModel(trainable(model), decay=0.8)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     for seed in range(10):

@@ -19,7 +19,7 @@ from tiny_models import FLOORS, LLAMA_TARGETS, basis_for, folder_leakage, tensor
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from peft_gradproj import GradProjConfig, online_projections, verify_adapter
+from peft_gradproj import GradProjConfig, collect_concept_probes, online_projections, verify_adapter
 
 TOKENS = torch.randint(3, 32, (16, 10), generator=torch.Generator().manual_seed(0))
 
@@ -30,9 +30,25 @@ TOKENS = torch.randint(3, 32, (16, 10), generator=torch.Generator().manual_seed(
 def llama_for_training():
     torch.manual_seed(0)
     base = tiny_llama()
-    basis = basis_for(base, LLAMA_TARGETS)
-    config = GradProjConfig(r=4, lora_alpha=8, target_modules=LLAMA_TARGETS, concept_basis=basis, task_type="CAUSAL_LM")
-    return get_peft_model(base, config), basis
+    config = llama_config(base)
+    return get_peft_model(base, config), config.concept_basis
+
+
+def llama_config(base) -> GradProjConfig:
+    return GradProjConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=LLAMA_TARGETS,
+        concept_basis=basis_for(base, LLAMA_TARGETS),
+        concept_probes=collect_concept_probes(base, [({"input_ids": TOKENS[:4].flip(0)}, None)]),
+        probe_every=3,
+        probe_batch_size=2,
+        task_type="CAUSAL_LM",
+    )
+
+
+def steps_seen(model) -> int:
+    return online_projections(model)["default"].step
 
 
 def trainer_for(model, folder, **options):
@@ -67,6 +83,7 @@ def test_trainer_with_fused_adamw_bf16_accumulation_and_resume(tmp_path):
     trainer.train()
     losses = logged_losses(trainer)
     assert losses[-1] < losses[0]
+    assert steps_seen(model) == 8
     trainer.save_model(str(tmp_path / "saved"))
     for folder in (tmp_path / "saved", tmp_path / "whole" / "checkpoint-4", tmp_path / "whole" / "checkpoint-8"):
         assert folder_leakage(folder, basis) <= FLOORS[torch.float32]
@@ -86,9 +103,10 @@ def test_trainer_keeps_an_adapter_that_was_added_either_way(added, tmp_path):
     model, basis = llama_for_training()
     if added == "add_adapter":
         model = tiny_llama()
-        model.add_adapter(GradProjConfig(r=4, lora_alpha=8, target_modules=LLAMA_TARGETS, concept_basis=basis))
+        model.add_adapter(llama_config(model))
     trainer = trainer_for(model, tmp_path, bf16=False, max_steps=4, gradient_checkpointing=added == "add_adapter")
     trainer.train()
+    assert steps_seen(model) == 4
     assert folder_leakage(tmp_path / "checkpoint-4", basis) <= FLOORS[torch.float32]
     assert verify_adapter(tmp_path / "checkpoint-4").ok
 
@@ -135,13 +153,12 @@ def test_sft_trainer_takes_our_config_as_its_peft_config(tmp_path):
         ),
         train_dataset=Dataset.from_dict({"text": texts}),
         processing_class=words_tokenizer(tmp_path),
-        peft_config=GradProjConfig(
-            r=4, lora_alpha=8, target_modules=LLAMA_TARGETS, concept_basis=basis, task_type="CAUSAL_LM"
-        ),
+        peft_config=llama_config(base),
     )
     trainer.train()
     losses = logged_losses(trainer)
     assert losses[-1] < losses[0]
+    assert steps_seen(trainer.model) == 6
     assert folder_leakage(tmp_path / "checkpoint-6", basis) <= FLOORS[torch.float32]
     assert verify_adapter(tmp_path / "checkpoint-6").ok
 
@@ -247,7 +264,12 @@ def test_an_adapter_upcast_after_it_was_added_trains_and_is_saved_in_half_precis
     from diffusers.training_utils import cast_training_params
 
     basis = small_net_basis()
-    model = get_peft_model(SmallNet().half(), GradProjConfig(r=4, target_modules=list(LAYERS), concept_basis=basis))
+    base = SmallNet().half()
+    probes = collect_concept_probes(base, [({"sample": PICTURES[:4]}, None)])
+    config = GradProjConfig(
+        r=4, target_modules=list(LAYERS), concept_basis=basis, concept_probes=probes, **PROBE_OPTIONS
+    )
+    model = get_peft_model(base, config)
     cast_training_params(model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     for _ in range(8):
@@ -256,6 +278,7 @@ def test_an_adapter_upcast_after_it_was_added_trains_and_is_saved_in_half_precis
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    assert steps_seen(model) == 8
     model.half()
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors")["base_model.model.query.lora_A.weight"].dtype == torch.half
