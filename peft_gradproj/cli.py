@@ -66,6 +66,7 @@ def verify(
         Path | None, typer.Option(help="PEM file of the key that must have signed the adapter.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    sarif: Annotated[Path | None, typer.Option(help="File to write what did not pass to, as SARIF.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check integrity, orthogonality and, if asked to, behaviour of a published adapter.
@@ -92,6 +93,8 @@ def verify(
         if as_json:
             _print_json({"status": "could not be checked", "ok": False, "source": path_or_repo, "error": str(error)})
         raise
+    if sarif is not None:
+        sarif.write_text(json.dumps(report.to_sarif(), indent=2), encoding="utf-8")
     _print_json(report.to_dict()) if as_json else _print(report)
     raise typer.Exit(report.exit_status)
 

@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._version import __version__
 from .adapter_folder import (
     ADAPTER_CONFIG_NAME,
     BASIS_NAME,
     CHECKABLE_SPACES,
+    MANIFEST_NAME,
     SIGNATURE_NAME,
     WEIGHT_NAMES,
     AdapterFolder,
@@ -64,6 +66,8 @@ MAX_SCALE = 1e4
 
 MAX_ROWS = 20
 """How many findings of one check a person is shown."""
+
+_SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 VERIFIED, NOT_VERIFIED, UNCHECKED = "verified", "not verified", "could not be checked"
 
@@ -159,6 +163,28 @@ class VerificationReport:
     def to_json(self) -> str:
         """The report as JSON."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def to_sarif(self) -> dict[str, Any]:
+        """What did not pass, in SARIF 2.1.0, as code scanners show it; JSON-able."""
+        found = [check for check in self.checks if check.passed is not True]
+        results = [
+            {
+                "ruleId": f"{check.group}/{check.name}".replace(" ", "-"),
+                "level": "warning" if check.passed is None else "error",
+                "message": {"text": printable(f"{check.layer}: {check.detail}" if check.layer else check.detail)},
+                "locations": [
+                    {
+                        "physicalLocation": {"artifactLocation": {"uri": MANIFEST_NAME}},
+                        "logicalLocations": [{"fullyQualifiedName": printable(check.layer or self.source)}],
+                    }
+                ],
+            }
+            for check in found
+        ]
+        rules = [{"id": rule} for rule in dict.fromkeys(result["ruleId"] for result in results)]
+        driver = {"name": "gradproj", "version": __version__, "rules": rules}
+        run = {"tool": {"driver": driver}, "results": results}
+        return {"$schema": _SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}
 
     def render(self, width: int = 120) -> str:
         """The report as plain text, as `print` shows it."""

@@ -51,6 +51,19 @@ def test_an_adapter_that_is_not(run, tmp_path):
     assert {c["name"] for c in json.loads(out)["checks"] if c["passed"] is False} == {"digests", "config"}
 
 
+def test_sarif_holds_what_did_not_pass(run, tmp_path):
+    honest_folder(tmp_path / "adapter")
+    verify = ("verify", tmp_path / "adapter", "--sarif", tmp_path / "out.sarif")
+    assert run(*verify)[0] == 0
+    assert json.loads((tmp_path / "out.sarif").read_text())["runs"][0]["results"] == []
+    edit_json(tmp_path / "adapter", MANIFEST, lambda manifest: manifest["leakage"].pop("down.conv"))
+    assert run(*verify)[0] == 1
+    (found,) = json.loads((tmp_path / "out.sarif").read_text())["runs"]
+    assert [rule["id"] for rule in found["tool"]["driver"]["rules"]] == ["orthogonality/claims"]
+    assert {result["level"] for result in found["results"]} == {"error"}
+    assert all("down.conv" in result["message"]["text"] for result in found["results"])
+
+
 def test_an_adapter_that_could_not_be_checked(run, tmp_path):
     honest_folder(tmp_path)
     (tmp_path / MANIFEST).unlink()
