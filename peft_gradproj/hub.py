@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -157,7 +157,7 @@ def push_adapter_to_hub(
             write_model_card(stage, report, **details)
         if dry_run:
             return PublishResult(repo_id, _sizes(stage), report)
-        api, there = _prepare_repository(repo_id, token, private, revision, create_pr)
+        api, there = _prepare_repository(repo_id, token, private, revision, create_pr, _sizes(stage))
         if card and is_unfilled(own_card):
             write_model_card(stage, report, existing=_card_on_hub(api, repo_id, there) or own_card, **details)
         commit = _commit(api, stage, repo_id, there, revision, create_pr, commit_message or DEFAULT_MESSAGE)
@@ -237,7 +237,12 @@ def _sizes(stage: Path) -> dict[str, int]:
 
 
 def _prepare_repository(
-    repo_id: str, token: str | bool | None, private: bool | None, revision: str | None, create_pr: bool
+    repo_id: str,
+    token: str | bool | None,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    staged: Iterable[str],
 ) -> tuple[HfApi, ModelInfo]:
     """Make the repository and the branch where they are missing; what is there now."""
     from huggingface_hub import HfApi
@@ -253,7 +258,7 @@ def _prepare_repository(
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = api.model_info(repo_id, revision=revision)
-    rivals = rival_weights(_names(there))
+    rivals = rival_weights([*staged, *(name for name in _names(there) if name not in PUBLISHED_FILES)])
     if rivals:
         raise HubError(
             f"{repo_id} also holds {', '.join(rivals[:5])}, which a loader may take for the adapter, so that it would "
