@@ -507,7 +507,8 @@ def _versions() -> dict[str, str]:
 @contextmanager
 def staged_file(folder: Path, name: str) -> Iterator[Path]:
     """A name in `folder` to prepare a file under; what is left there is removed."""
-    path = folder / f".{secrets.token_hex(6)}.{name}"
+    # Not as a file of tensors: diffusers might take what a kill leaves for the adapter.
+    path = folder / f".{secrets.token_hex(6)}.{name}.tmp"
     try:
         yield path
     finally:

@@ -205,7 +205,8 @@ def _load(folder: AdapterFolder, name: str, stage: Path, model: nn.Module) -> No
         )
     keys = folder.weights[name]
     prefix = next((p for p in ("unet", "transformer") if any(key.startswith(f"{p}.") for key in keys)), None)
-    model.load_lora_adapter(str(stage), prefix=prefix, adapter_name=_ADAPTER, weight_name=name)  # type: ignore[operator]
+    loader: Any = model
+    loader.load_lora_adapter(str(stage), prefix=prefix, adapter_name=_ADAPTER, weight_name=name)
 
 
 def _harmless_config(config: Mapping[str, Any], folder: AdapterFolder) -> dict[str, Any]:
@@ -214,9 +215,14 @@ def _harmless_config(config: Mapping[str, Any], folder: AdapterFolder) -> dict[s
     if any(not re.fullmatch(r"\^?[\w.]+\$?", key) for key in patterns):
         raise BehaviourError("a rank or alpha pattern of the adapter is a regular expression, which is not run.")
     names = [module for parsed in folder.layers().values() for module in parsed.pairs]
-    choice = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "auto_mapping": None}
+    choice: dict[str, Any] = {
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "auto_mapping": None,
+    }
     if not isinstance(config.get("target_modules"), list):
-        choice["target_modules"] = names  # type: ignore[assignment]
+        choice["target_modules"] = names
     return {**config, **choice}
 
 

@@ -16,7 +16,7 @@ __all__ = ["locate_file", "read_tensor_file", "write_atomically"]
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file such that its name never names a part of it: beside it first, then renamed into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{secrets.token_hex(6)}.{path.name}")
+    staged = path.with_name(f".{secrets.token_hex(6)}.{path.name}.tmp")
     try:
         with open(staged, "xb") as file:
             file.write(data)

@@ -105,11 +105,12 @@ def _entries(folder: Path) -> list[str]:
 def _save_by_stock_means(model: nn.Module, stage: Path, adapter_name: str) -> None:
     from peft import PeftModel
 
+    saver: Any = model
     if not isinstance(model, PeftModel) and hasattr(model, "save_lora_adapter"):
-        model.save_lora_adapter(str(stage), adapter_name=adapter_name)
+        saver.save_lora_adapter(str(stage), adapter_name=adapter_name)
         return
     options = {"selected_adapters": [adapter_name]} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(str(stage), **options)  # type: ignore[operator]
+    saver.save_pretrained(str(stage), **options)
     if isinstance(model, PeftModel) and adapter_name != "default":
         # PEFT gives every other adapter a folder of its own.
         for path in (stage / adapter_name).iterdir():

@@ -285,7 +285,8 @@ def verify_adapter(
     integrity = [*_check_files(folder), *_check_config(folder, layers), *_check_base(folder), *_check_tensors(layers)]
     orthogonality, results = _check_orthogonality(folder, layers, own, basis_tolerance)
     signature = [] if public_key is None else [_check_signature(folder, public_key)]
-    behaviour, figures = [], None
+    behaviour: list[Check] = []
+    figures: BehaviourResult | None = None
     if base_model is not None:
         sound = all(check.passed for check in integrity)
         behaviour, figures = _check_behaviour(

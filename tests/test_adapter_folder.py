@@ -92,6 +92,18 @@ def test_the_manifest_binds_what_is_published(tmp_path):
     assert ConceptBasis.load(tmp_path) == basis
 
 
+def test_what_a_kill_leaves_is_not_taken_for_the_adapter(tmp_path, monkeypatch):
+    basis = weights_only(tmp_path)
+    staged = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: [staged.append(Path(old).name), replace(old, new)])
+    write_sidecars(tmp_path, basis, settings=SETTINGS, base_model=None)
+    assert len(staged) >= 2
+    for name in staged:
+        (tmp_path / name).write_bytes(b"half a file")
+    assert verify_adapter(tmp_path).ok
+
+
 def test_the_leakage_in_the_manifest_is_that_of_the_file(tmp_path):
     basis = weights_only(tmp_path)
     edit_tensors(tmp_path, WEIGHTS, lambda t: [t.update({k: torch.randn_like(v)}) for k, v in list(t.items())])
