@@ -49,6 +49,8 @@ class Overlay:
         scale: Range of its longer side, as a share of the shorter side of the picture below.
         angle: Range of its angle in degrees.
         opacity: Range of its opacity, in (0, 1].
+        across: Range of where it lies across the picture: 0 at the left edge, 1 at the right.
+        down: Range of where it lies down the picture: 0 at the upper edge, 1 at the lower.
 
     Raises:
         ConceptDataError: If the image has no alpha channel or is fully transparent, or a range is empty or out of
@@ -59,6 +61,8 @@ class Overlay:
     scale: tuple[float, float] = (0.25, 0.375)
     angle: tuple[float, float] = (-10.0, 10.0)
     opacity: tuple[float, float] = (1.0, 1.0)
+    across: tuple[float, float] = (0.0, 1.0)
+    down: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.image.mode != "RGBA":
@@ -71,6 +75,9 @@ class Overlay:
         for name, (low, high) in (("scale", self.scale), ("opacity", self.opacity)):
             if not 0 < low <= high <= 1:
                 raise ConceptDataError(f"the overlay's {name} is {(low, high)}; expected 0 < low <= high <= 1.")
+        for name, (low, high) in (("across", self.across), ("down", self.down)):
+            if not 0 <= low <= high <= 1:
+                raise ConceptDataError(f"the overlay's place {name} is {(low, high)}; expected 0 <= low <= high <= 1.")
         if self.angle[0] > self.angle[1]:
             raise ConceptDataError(f"the overlay's angle is {self.angle}; expected low <= high.")
 
@@ -108,7 +115,7 @@ class Overlay:
                 f"the overlay, turned by {angle:.0f} degrees, takes {drawn.width}x{drawn.height} pixels and does not "
                 f"fit on a picture of {picture[0]}x{picture[1]}; choose a smaller scale than {self.scale}."
             )
-        left, top = (int(generator.integers(0, r + 1)) for r in room)
+        left, top = (round(r * generator.uniform(*o)) for r, o in zip(room, (self.across, self.down), strict=True))
         return Placement(left, top, size, angle, opacity)
 
     def paste(self, picture: Image.Image, placement: Placement) -> tuple[Image.Image, Image.Image]:

@@ -73,6 +73,15 @@ def test_a_random_placement_lies_wholly_on_the_picture(angle, pictures):
         assert np.asarray(mask).sum(dtype=int) == np.asarray(drawn.getchannel("A")).sum(dtype=int)
 
 
+def test_a_range_of_places_is_kept_to(pictures):
+    overlay = Overlay(logo(), scale=(0.3, 0.5), across=(1.0, 1.0), down=(0.0, 0.2))
+    for seed in range(10):
+        placement = overlay.place(SIZE, np.random.default_rng(seed))
+        box = overlay.paste(pictures[0], placement)[1].getbbox()
+        assert box[2] == SIZE[0]
+        assert box[1] <= 0.2 * SIZE[1]
+
+
 def test_the_same_seed_gives_the_same_pairs_and_another_seed_others(overlay, pictures):
     one, again, other = (ConceptSet.from_overlay(overlay, pictures, PROMPTS, seed=s) for s in (1, 1, 2))
     assert all(same(a.with_concept, b.with_concept) and a.prompt == b.prompt for a, b in zip(one, again, strict=True))
@@ -126,6 +135,7 @@ def test_an_overlay_that_was_saved_is_the_same(tmp_path, overlay):
         (lambda: Overlay(logo(), scale=(0.5, 1.5)), "scale"),
         (lambda: Overlay(logo(), opacity=(0.0, 1.0)), "opacity"),
         (lambda: Overlay(logo(), angle=(1.0, 0.0)), "angle"),
+        (lambda: Overlay(logo(), across=(0.5, 1.5)), "across"),
         (lambda: ConceptSet([]), "empty"),
         (lambda: ConceptSet.from_overlay(Overlay(logo()), [], []), "no pictures"),
         (lambda: ConceptSet.from_overlay(Overlay(logo()), [picture(0)], ["a", "b"]), "2 prompts"),

@@ -27,13 +27,18 @@ def load_pictures(path: Path, count: int | None = None) -> tuple[list[Image.Imag
 
 
 def load_logos(settings: DemoSettings) -> dict[str, Overlay]:
-    """All logos of the demo by name, as overlays with the demo's ranges.
+    """All logos of the demo by name, as overlays that are placed where the demo stamps.
 
     Raises:
         ConceptDataError: If the logo of the settings is not among them.
     """
     pictures, names = load_pictures(ASSETS / "logos.parquet")
-    ranges = {"scale": settings.logo_scale, "angle": settings.logo_angle}
+    ranges = {
+        "scale": settings.logo_scale,
+        "angle": settings.logo_angle,
+        "across": settings.logo_across,
+        "down": settings.logo_down,
+    }
     logos = {name: Overlay(picture, **ranges) for name, picture in zip(names, pictures, strict=True)}
     if settings.logo not in logos:
         raise ConceptDataError(f"there is no logo '{settings.logo}'; the demo has {', '.join(sorted(logos))}.")

@@ -107,7 +107,7 @@ class _Demo:
         logo.image.save(self.output / "logo.png")
         questions = Questions(self.pipeline, data, logo, self.schedule, self.settings.seed)
 
-        protection = self.protect(data)
+        protection = self.protect(data, logo)
         runs = self.train_all(data, protection, questions)
         folder = self.save(runs["ours"])
         report = verify_adapter(folder)
@@ -120,11 +120,11 @@ class _Demo:
         seconds = self.step_times(data, protection)
         return self.report(data, logo, runs, report, prompts, samples, judges, figures, seconds)
 
-    def protect(self, data: StampedData) -> _Protection:
+    def protect(self, data: StampedData, logo: Overlay) -> _Protection:
         """Make basis and probes as a user would: from the logo file and the training pictures, stamped as they are."""
         settings, unet = self.settings, self.pipeline.unet
         with self.stages.stage("paste the logo, fit basis, collect probes", 2) as progress:
-            overlay = Overlay.open(self.output / "logo.png", scale=settings.logo_scale, angle=settings.logo_angle)
+            overlay = replace(logo, image=Overlay.open(self.output / "logo.png").image)
             concepts = ConceptSet.from_overlay(
                 overlay,
                 data.pictures,
@@ -237,6 +237,8 @@ class _Demo:
         def distort(pixels: Tensor) -> Tensor:
             return decode_latents(self.pipeline, encode_images(self.pipeline, pixels))
 
+        # Wherever a sample may show it.
+        logos = {name: replace(logo, across=(0.0, 1.0), down=(0.0, 1.0)) for name, logo in logos.items()}
         others = [logo for name, logo in logos.items() if name != settings.logo]
         with self.stages.stage("train and calibrate the logo detector", settings.detector_steps) as progress:
             detector = ConceptDetector.fit(

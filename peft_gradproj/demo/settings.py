@@ -23,8 +23,11 @@ class DemoSettings:
     held_out: int = 64
     """Pictures of the new style that nothing is trained on."""
     stamped_share: float = 0.75
-    logo_scale: tuple[float, float] = (0.3, 0.4)
-    """Longer side of the logo, as a share of the picture's side: 19 to 26 pixels of 64."""
+    logo_scale: tuple[float, float] = (0.36, 0.5)
+    """Longer side of the logo, as a share of the picture's side: 23 to 32 pixels of 64."""
+    logo_across: tuple[float, float] = (0.5, 1.0)
+    logo_down: tuple[float, float] = (0.5, 1.0)
+    """Where the logo is stamped: somewhere in the lower right, as watermarks are."""
     logo_angle: tuple[float, float] = (-8.0, 8.0)
 
     rank: int = 16
@@ -47,7 +50,7 @@ class DemoSettings:
 
     samples: int = 128
     sampling_steps: int = 20
-    guidance: float = 3.0
+    guidance: float = 1.5
     guidance_rescale: float = 0.0
 
     detector_steps: int = 350
