@@ -62,10 +62,7 @@ def carry_channels(vae: AutoencoderKL) -> AutoencoderKL:
     start, brightness is learned first and the pictures stay grey for thousands of steps.
     """
     branches = [
-        layer
-        for module in vae.modules()
-        if isinstance(module, ResnetBlock2D)
-        for layer in (module.conv1, module.conv2)
+        layer for module in vae.modules() if isinstance(module, ResnetBlock2D) for layer in (module.conv1, module.conv2)
     ]
     for module in vae.modules():
         if isinstance(module, nn.Conv2d) and all(module is not layer for layer in branches):

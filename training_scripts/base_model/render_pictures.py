@@ -54,9 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder that holds the packages fluent-emoji-flat, noto and logos",
     )
     parser.add_argument("--output", type=Path, default=ASSETS, help="folder for the parquet files")
-    parser.add_argument(
-        "--names", type=Path, default=HERE / "emoji_names.txt", help="names of the emoji to render"
-    )
+    parser.add_argument("--names", type=Path, default=HERE / "emoji_names.txt", help="names of the emoji to render")
     parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels")
     return parser.parse_args(argv)
 
@@ -104,9 +102,7 @@ class IconSet:
         svg, width, height = self.svg(name)
         scale = size / max(width, height)
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
-        png = resvg_py.svg_to_bytes(
-            svg_string=svg, width=target[0] * SUPERSAMPLING, height=target[1] * SUPERSAMPLING
-        )
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=target[0] * SUPERSAMPLING, height=target[1] * SUPERSAMPLING)
         large = PILImage.open(io.BytesIO(bytes(png))).convert("RGBA")
         return large.resize(target, PILImage.Resampling.BOX)
 

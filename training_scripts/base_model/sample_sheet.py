@@ -49,9 +49,7 @@ def draw_captions(data: Path, count: int, seed: int) -> list[str]:
     return [captions[index] for index in sorted(drawn.tolist())]
 
 
-def sample(
-    pipeline: StableDiffusionPipeline, prompts: list[str], args: argparse.Namespace
-) -> list[Image.Image]:
+def sample(pipeline: StableDiffusionPipeline, prompts: list[str], args: argparse.Namespace) -> list[Image.Image]:
     """Paint one picture for each prompt; picture i starts from the noise of seed + i."""
     pictures = []
     for start in range(0, len(prompts), args.batch_size):
@@ -79,9 +77,7 @@ def fit_text(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
     return "\n".join(lines[:2])
 
 
-def compose_sheet(
-    pictures: list[Image.Image], labels: list[str], columns: int, zoom: int
-) -> Image.Image:
+def compose_sheet(pictures: list[Image.Image], labels: list[str], columns: int, zoom: int) -> Image.Image:
     """Set pictures of one size in rows, each with its label below."""
     side = pictures[0].width * zoom
     rows = -(-len(pictures) // columns)

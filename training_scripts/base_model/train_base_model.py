@@ -141,9 +141,7 @@ def train_vae(args: argparse.Namespace, interrupt: Interrupt) -> bool:
     pictures, _ = load_pictures(args.data)
     torch.manual_seed(args.seed)
     vae = build_vae().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=args.vae_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     ema = EMAModel(vae.parameters(), decay=0.995)
     step, seconds = 0, 0.0
     if path.exists():
@@ -245,9 +243,7 @@ class TextToLatent(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Return token ids with shape (N, TOKENS)."""
-        return self.tokenizer(
-            prompts, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
+        return self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
         """Predict the velocity of latents (N, 4, h, w) at timesteps (N,) under ids (N, TOKENS)."""
@@ -258,9 +254,7 @@ class TextToLatent(nn.Module):
 def learning_rate(args: argparse.Namespace, step: int) -> float:
     """Warm-up, then constant, then a half cosine to zero over the last `--decay-steps`."""
     left = min(1.0, (args.steps - step) / max(1, args.decay_steps))
-    return (
-        args.lr * min(1.0, (step + 1) / args.warmup_steps) * (0.5 - 0.5 * math.cos(math.pi * left))
-    )
+    return args.lr * min(1.0, (step + 1) / args.warmup_steps) * (0.5 - 0.5 * math.cos(math.pi * left))
 
 
 def draw_batch(args: argparse.Namespace, latents: dict, ids: Tensor, empty: Tensor, step: int):
@@ -301,9 +295,7 @@ def train_unet(args: argparse.Namespace, interrupt: Interrupt) -> None:
     torch.manual_seed(args.seed)
     model = TextToLatent(captions)
     model.unet.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)
     scheduler = build_scheduler()
     ids, empty = model.tokenize(captions), model.tokenize([""])
@@ -372,10 +364,7 @@ def write_pipeline(pipeline: StableDiffusionPipeline, folder: Path, state: dict)
     )
     for stale in (partial, old):
         shutil.rmtree(stale, ignore_errors=True)
-    counts = {
-        name: f"{count_parameters(getattr(pipeline, name)):,}"
-        for name in ("vae", "unet", "text_encoder")
-    }
+    counts = {name: f"{count_parameters(getattr(pipeline, name)):,}" for name in ("vae", "unet", "text_encoder")}
     pipeline.to(torch.float16).save_pretrained(partial, safe_serialization=True)
     load_in_fp32(partial / "text_encoder" / "config.json")
     card = Template((Path(__file__).parent / "model_card.md").read_text(encoding="utf-8"))
