@@ -242,7 +242,8 @@ def _differences(model: nn.Module, pairs: Mapping[str, LoraPair]) -> Iterator[st
             yield f"{name} gets an adapter that is no LoRA"
             continue
         for factor, expected in ((layer.lora_A, pairs[name].a), (layer.lora_B, pairs[name].b)):
-            weight = factor[_ADAPTER].weight.detach().flatten(1).cpu()
+            loaded: Any = factor[_ADAPTER].weight
+            weight = loaded.detach().flatten(1).cpu()
             if weight.shape != expected.shape or not torch.equal(weight, expected.to(weight.dtype)):
                 yield f"{name} gets other factors than are in the file"
                 break
