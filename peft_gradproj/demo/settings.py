@@ -31,9 +31,9 @@ class DemoSettings:
     logo_angle: tuple[float, float] = (-8.0, 8.0)
 
     rank: int = 16
-    steps: int = 600
+    steps: int = 900
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     target_modules: str = (
         r".*\.(attn1\.to_[qkv]|attn2\.to_q|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2)"
     )
@@ -45,10 +45,10 @@ class DemoSettings:
     probes: int = 768
     probe_every: int = 4
     probe_batch_size: int = 8
-    probe_history: int = 1
+    probe_history: int = 4
     restore: float = 0.7
 
-    samples: int = 128
+    samples: int = 96
     sampling_steps: int = 20
     guidance: float = 1.5
     guidance_rescale: float = 0.0
@@ -56,7 +56,7 @@ class DemoSettings:
     detector_steps: int = 350
     detector_scenes: int = 800
     fidelity_steps: int = 400
-    timing_rounds: int = 8
+    timing_rounds: int = 6
     sheet_rows: int = 10
 
     def quick(self) -> DemoSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def training_steps(unet: Any, data: TrainingSet, schedule: Any, settings: DemoSe
     generator = torch.Generator().manual_seed(settings.seed)
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=1e-2)
+    schedule_rate = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, settings.steps))
     unet.train()
     for index in _endless_batches(len(data.latents), settings.batch_size, generator):
         latents, embeddings = data.latents[index], data.embeddings[index]
@@ -61,7 +63,13 @@ def training_steps(unet: Any, data: TrainingSet, schedule: Any, settings: DemoSe
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        schedule_rate.step()
         yield float(loss.detach())
+
+
+def _rate(steps: int, step: int) -> float:
+    """Share of the learning rate: falls to a hundredth over the last 40 % of the steps."""
+    return min(1.0, max(0.01, (steps - step) / (0.4 * steps)))
 
 
 def train(
