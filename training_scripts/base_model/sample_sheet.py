@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--columns", type=int, default=12, help="pictures in a row")
     add("--zoom", type=int, default=2, help="enlargement of the pictures")
     add("--steps", type=int, default=25, help="denoising steps")
-    add("--guidance-scale", type=float, default=1.5, help="classifier-free guidance")
+    add("--guidance-scale", type=float, default=3.0, help="classifier-free guidance")
     add("--seed", type=int, default=0, help="seed of the prompts drawn and of the noise")
     add("--batch-size", type=int, default=16, help="pictures that are denoised together")
     add("--threads", type=int, default=2, help="threads of the CPU")
