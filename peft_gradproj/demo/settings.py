@@ -31,7 +31,7 @@ class DemoSettings:
     logo_angle: tuple[float, float] = (-8.0, 8.0)
 
     rank: int = 16
-    steps: int = 900
+    steps: int = 700
     batch_size: int = 16
     learning_rate: float = 3e-3
     target_modules: str = (
