@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ._version import __version__
 from .errors import AdapterFolderError
+from .files import sync
 from .projection import leakage
 from .untrusted import (
     MAX_FILE_BYTES,
@@ -449,7 +450,7 @@ def write_sidecars(
         if publish:
             os.replace(staged_basis, folder / BASIS_NAME)
         os.replace(staged_manifest, folder / MANIFEST_NAME)
-    _sync_folder(folder)
+    sync(folder)
     return folder / MANIFEST_NAME
 
 
@@ -527,16 +528,6 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames last; not every file system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # Reading

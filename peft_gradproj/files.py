@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import AdapterFolderError, GradProjError
 from .untrusted import MAX_FILE_BYTES, TensorFile, parse_safetensors, read_file
 
-__all__ = ["locate_file", "read_tensor_file", "write_atomically"]
+__all__ = ["locate_file", "read_tensor_file", "sync", "write_atomically"]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -25,6 +26,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the renames in a folder, last; not every file system can."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def locate_file(

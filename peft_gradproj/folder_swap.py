@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .files import sync
+
 __all__ = ["exchange", "replaced_folder"]
 
 _SUFFIX = ".gradproj-swap"
@@ -69,7 +71,7 @@ def _swap_in(stage: Path, folder: Path) -> None:
         except FileNotFoundError:
             # Another process has just moved the folder away, and is about to put its own in place.
             continue
-    _sync_entry(folder.parent)
+    sync(folder.parent)
     for path in former:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -119,13 +121,4 @@ def _escaped(name: str) -> str:
 def _sync(folder: Path) -> None:
     """Make what is in the folder last; not every file system can."""
     for path in (*folder.rglob("*"), folder):
-        _sync_entry(path)
-
-
-def _sync_entry(path: Path) -> None:
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ import yaml
 from ._version import __version__
 from .adapter_folder import WEIGHT_NAMES, AdapterFolder, read_adapter_folder
 from .errors import AdapterFolderError
+from .files import write_atomically
 from .untrusted import MAX_JSON_BYTES, printable, read_file
 from .verification import Check, VerificationReport
 
@@ -78,15 +78,7 @@ def write_model_card(
     text = render_model_card(
         read_adapter_folder(folder), report, repo_id=repo_id, existing=existing, license=license, images=images
     )
-    staged = folder / f".{secrets.token_hex(6)}.{CARD_NAME}"
-    try:
-        with open(staged, "xb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, folder / CARD_NAME)
-    finally:
-        staged.unlink(missing_ok=True)
+    write_atomically(folder / CARD_NAME, text.encode())
     return folder / CARD_NAME
 
 
