@@ -392,8 +392,7 @@ def half_space_coefficient(
     if restore_limit is not None:
         # ||c M^-1 s||_M = c sqrt(<s, M^-1 s>), so the bound on the norm is one on the excess.
         excess = torch.minimum(excess, along.clamp_min(0.0) + restore_limit * norm.sqrt())
-    tiny = torch.finfo(torch.float64).tiny
-    return torch.where(norm > tiny, excess / norm.clamp_min(tiny), torch.zeros_like(norm))
+    return _quotient(excess, norm)
 
 
 def project_half_space(
@@ -451,9 +450,7 @@ def project_momentum(
         The corrected moment, a tensor per parameter, in the dtypes of `moment`.
     """
     norm = inner(gradient, gradient, metric)
-    tiny = torch.finfo(torch.float64).tiny
-    against = (-inner(gradient, moment, metric)).clamp_min(0.0)
-    coefficient = torch.where(norm > tiny, against / norm.clamp_min(tiny), torch.zeros_like(norm))
+    coefficient = _quotient((-inner(gradient, moment, metric)).clamp_min(0.0), norm)
     return [_add_scaled(m, s, coefficient, None) for m, s in zip(moment, gradient, strict=True)]
 
 
@@ -473,9 +470,14 @@ def project_orthogonal(
         The projected gradient, a tensor per parameter, in the dtypes of `gradient`.
     """
     norm = inner(concept_gradient, concept_gradient)
-    tiny = torch.finfo(torch.float64).tiny
-    share = torch.where(norm > tiny, inner(gradient, concept_gradient) / norm.clamp_min(tiny), torch.zeros_like(norm))
+    share = _quotient(inner(gradient, concept_gradient), norm)
     return [_add_scaled(g, s, -strength * share, None) for g, s in zip(gradient, concept_gradient, strict=True)]
+
+
+def _quotient(numerator: Tensor, norm: Tensor) -> Tensor:
+    """`numerator / norm`, and 0 where the direction that `norm` belongs to is 0; float64 scalars."""
+    tiny = torch.finfo(torch.float64).tiny
+    return torch.where(norm > tiny, numerator / norm.clamp_min(tiny), torch.zeros_like(norm))
 
 
 def _add_scaled(x: Tensor, direction: Tensor, scale: Tensor, metric: Tensor | None) -> Tensor:
