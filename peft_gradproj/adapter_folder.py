@@ -28,6 +28,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from ._version import __version__
+from .basis import BASIS_FILE_NAME as BASIS_NAME
+from .basis import FORMAT_VERSION as BASIS_FORMAT_VERSION
+from .basis import SPACES
 from .errors import AdapterFolderError
 from .files import sync
 from .projection import leakage
@@ -77,11 +80,9 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-BASIS_FORMAT_VERSION = "1"
 
 MANIFEST_NAME = "gradproj.json"
 SIGNATURE_NAME = "model.sig"
-BASIS_NAME = "concept_basis.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
@@ -97,7 +98,6 @@ MAX_DIRECTIONS = 4096
 MAX_ELEMENTS = 2**27
 """Largest number of entries of a factor or of a basis: they are computed with in float64, 1 GB at that size."""
 
-SPACES = ("input", "rank", "output", "gradient")
 CHECKABLE_SPACES = ("input", "rank", "output")
 """The spaces whose promise shows in the weights; what `gradient` promises is about steps."""
 

@@ -257,6 +257,14 @@ class ConceptBasis(Mapping[str, LayerBasis]):
         layers = {name: self._layers[name] for name in names}
         return ConceptBasis(layers, self._concept, self._base_model, self._revision, fit)
 
+    def with_layers(self, layers: Mapping[str, LayerBasis]) -> ConceptBasis:
+        """A basis of other layers that is, in all else, this one: concept, base model, revision and fit.
+
+        Raises:
+            ConceptBasisError: If there are no layers.
+        """
+        return ConceptBasis(layers, self._concept, self._base_model, self._revision, self.fit)
+
     def union(self, *others: ConceptBasis) -> ConceptBasis:
         """The smallest basis that holds this one and all `others`, orthonormal per layer and space.
 

@@ -12,6 +12,7 @@ from peft.utils import PeftType
 
 from .basis import ConceptBasis
 from .errors import ConceptBasisError, GradProjConfigError
+from .escaping import ESCAPING_OPTIONS
 from .probes import ConceptProbes
 from .registration import register
 
@@ -115,27 +116,9 @@ class GradProjConfig(LoraConfig):
     def _escaping_options(self) -> list[str]:
         """Options that would train, or change, something that the projection does not reach."""
         plain_init = self.init_lora_weights in (True, False, "gaussian", "orthogonal")
-        escaping = {
-            "use_dora": self.use_dora,
-            "lora_bias": self.lora_bias,
-            f"bias={self.bias!r}": self.bias != "none",
-            f"init_lora_weights={self.init_lora_weights!r}": not plain_init,
-        }
-        names = (
-            "modules_to_save",
-            "trainable_token_indices",
-            "target_parameters",
-            "layer_replication",
-            "megatron_config",
-            "velora_config",
-            "alora_invocation_tokens",
-            "use_qalora",
-            "monteclora_config",
-            "use_bdlora",
-            "arrow_config",
-            "kasa_config",
-        )
-        escaping.update({name: bool(getattr(self, name, None)) for name in names})
+        escaping = {name: bool(getattr(self, name, None)) for name in ESCAPING_OPTIONS}
+        escaping[f"bias={self.bias!r}"] = self.bias != "none"
+        escaping[f"init_lora_weights={self.init_lora_weights!r}"] = not plain_init
         return [name for name, given in escaping.items() if given]
 
     def report_uncovered(self, parts: list[str]) -> None:

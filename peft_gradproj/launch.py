@@ -270,9 +270,7 @@ def _part(basis: ConceptBasis, prefix: str, names: set[str]) -> ConceptBasis | N
     layers = {name.removeprefix(prefix): layer for name, layer in basis.items() if name.startswith(prefix)}
     if not any(name in names for name in layers):
         return None
-    return ConceptBasis(
-        layers, concept=basis.concept, base_model=basis.base_model, revision=basis.revision, fit=basis.fit
-    )
+    return basis.with_layers(layers)
 
 
 def _takes(model: nn.Module, inputs: Any) -> bool:

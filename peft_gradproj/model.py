@@ -191,7 +191,7 @@ def _refreshed(old: ConceptBasis | None, new: ConceptBasis) -> ConceptBasis:
             rank=former.rank if layer.rank is None else layer.rank,
             gradient=former.gradient if layer.gradient is None else layer.gradient,
         )
-    return _like(old, layers)
+    return old.with_layers(layers)
 
 
 def _closed_under_sums(basis: ConceptBasis | None) -> ConceptBasis | None:
@@ -203,13 +203,7 @@ def _closed_under_sums(basis: ConceptBasis | None) -> ConceptBasis | None:
         for name, layer in basis.items()
         if layer.input is not None or layer.output is not None
     }
-    return _like(basis, layers) if layers else None
-
-
-def _like(basis: ConceptBasis, layers: dict[str, LayerBasis]) -> ConceptBasis:
-    return ConceptBasis(
-        layers, concept=basis.concept, base_model=basis.base_model, revision=basis.revision, fit=basis.fit
-    )
+    return basis.with_layers(layers) if layers else None
 
 
 def _bare_name(name: str) -> str:

@@ -42,6 +42,7 @@ from .adapter_folder import (
     rival_weights,
 )
 from .errors import AdapterFolderError, BehaviourError, ConceptBasisError
+from .escaping import ESCAPING_OPTIONS
 from .projection import orthonormality_error, principal_cosines
 from .untrusted import parse_json, printable
 
@@ -452,23 +453,6 @@ def _value_fault(pair: LoraPair) -> str | None:
 
 # The adapter's config
 
-_ESCAPES = {
-    "use_dora": "DoRA's magnitudes change the base weights' length",
-    "lora_bias": "biases are trained",
-    "modules_to_save": "whole modules are trained",
-    "trainable_token_indices": "embeddings are trained",
-    "target_parameters": "parameters outside of layers are adapted",
-    "layer_replication": "layers are replicated",
-    "alora_invocation_tokens": "the adapter is switched by tokens",
-    "use_qalora": "inputs are pooled before A",
-    "use_bdlora": "factors are block-diagonal",
-    "arrow_config": "adapters are routed",
-    "velora_config": "gradients are compressed",
-    "monteclora_config": "A is sampled",
-    "kasa_config": "the base weights are truncated",
-    "megatron_config": "layers are parallel ones of Megatron",
-    "ensure_weight_tying": "layers that the files do not name may share an adapter",
-}
 _HARMLESS = frozenset(
     {
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -527,8 +511,8 @@ def _config_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> 
     if config.get("peft_type") != "LORA":
         yield f"peft_type is {config.get('peft_type')!r}; expected 'LORA'"
     for option, value in config.items():
-        if value and option in _ESCAPES:
-            yield f"{option} is set: {_ESCAPES[option]}, outside of the projection"
+        if value and option in ESCAPING_OPTIONS:
+            yield f"{option} is set: {ESCAPING_OPTIONS[option]}, outside of the projection"
         elif value and option not in _HARMLESS:
             yield f"{option} is set, which this release does not know and cannot judge"
     if config.get("bias", "none") != "none":

@@ -204,6 +204,7 @@ def test_a_low_cpu_memory_load_is_constrained(tmp_path):
         {"init_lora_weights": "olora"},
         {"init_lora_weights": "mica"},
         {"target_parameters": ["head.weight"]},
+        {"ensure_weight_tying": True},
     ],
     ids=str,
 )
