@@ -6,8 +6,11 @@ import hashlib
 import os
 import random
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -47,49 +50,62 @@ def states(tmp_path_factory):
     return models, {digest(folder) for folder in folders}
 
 
-def killed(work: Callable[[], object], after: float) -> None:
-    """Run `work` again and again in a process of its own, and kill that."""
+def forked(work: Callable[[], object]) -> int:
+    """Run `work` in a process of its own, whose status is 1 if it raises; the process's id."""
     process = os.fork()
-    if process == 0:
-        try:
-            while True:
-                work()
-        finally:
-            os._exit(1)
-    time.sleep(after)
-    os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
+    if process:
+        return process
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def killed_while_saving(models, save: Callable[[object, Path], object], folder: Path, first: int, after: float) -> None:
+    """Let a process of its own save the models by turns without end, beginning with `first`, and kill it.
+
+    Args:
+        after: When, from the end of the first save on, as a share of the time that this took. It is measured in that
+            very process: a forked one takes much longer than this one, and the more so the busier the machine is.
+    """
+    reading, writing = os.pipe()
+
+    def save_by_turns() -> None:
+        for turn in count(first):
+            os.write(writing, b".")
+            save(models[turn % 2], folder)
+
+    process = forked(save_by_turns)
+    os.close(writing)
+    with os.fdopen(reading, "rb", buffering=0) as saves:
+        saves.read(1)
+        begun = time.monotonic()
+        saves.read(1)
+        time.sleep(after * (time.monotonic() - begun))
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
     assert os.WIFSIGNALED(status), "the process ended by itself"
-
-
-def alternating(models, save: Callable[[object, Path], object], folder: Path, first: int = 1) -> Callable[[], object]:
-    turn = iter(range(first, 10**9))
-    return lambda: save(models[next(turn) % 2], folder)
-
-
-def seconds(save: Callable[[], object]) -> float:
-    """How long a save takes here and now."""
-    start = time.monotonic()
-    save()
-    return time.monotonic() - start
 
 
 def test_a_kill_at_any_point_leaves_the_former_state_or_the_new_one(states, tmp_path):
     models, digests = states
     folder = tmp_path / "out"
-    longest = 2 * seconds(lambda: save_adapter(models[0], folder))
     delays = random.Random(0)
     seen = set()
-    for kill in range(10 * KILLS):
-        if kill >= KILLS and seen == digests:
-            break
-        # Each process begins with the other model than the one before, or the second save of one, which few live to
-        # see, would be the only way back to the first state.
-        killed(alternating(models, save_adapter, folder, first=kill + 1), delays.uniform(0, longest))
+    for kill in range(KILLS):
+        # Each process begins with the other model than the one before, so that both states are reached.
+        killed_while_saving(models, save_adapter, folder, kill, delays.uniform(0, 1.2))
         assert verify_adapter(folder).ok
         assert digest(folder) in digests
         seen.add(digest(folder))
-    assert seen == digests, "no save was completed; the kills prove nothing"
+    assert seen == digests
+    left = [path for path in tmp_path.iterdir() if path != folder]
+    assert left, "no save was killed before its end; the kills prove nothing"
 
 
 def test_a_kill_of_pefts_own_save_never_leaves_a_torn_folder_that_verifies(states, tmp_path):
@@ -99,10 +115,9 @@ def test_a_kill_of_pefts_own_save_never_leaves_a_torn_folder_that_verifies(state
     def in_place(model, path: Path) -> None:
         model.save_pretrained(path)
 
-    longest = 2 * seconds(lambda: in_place(models[0], folder))
     delays = random.Random(1)
-    for _ in range(max(KILLS // 4, 5)):
-        killed(alternating(models, in_place, folder), delays.uniform(0, longest))
+    for kill in range(max(KILLS // 4, 5)):
+        killed_while_saving(models, in_place, folder, kill, delays.uniform(0, 1.2))
         try:
             report = verify_adapter(folder)
         except GradProjError:
@@ -113,16 +128,9 @@ def test_a_kill_of_pefts_own_save_never_leaves_a_torn_folder_that_verifies(state
 def test_saves_at_the_same_time_do_not_mix(states, tmp_path):
     models, digests = states
     folder = save_adapter(models[0], tmp_path / "out")
-    processes = []
-    for model in models:
-        process = os.fork()
-        if process == 0:
-            for _ in range(10):
-                save_adapter(model, folder)
-            os._exit(0)
-        processes.append(process)
+    processes = [forked(lambda model=model: [save_adapter(model, folder) for _ in range(10)]) for model in models]
     looks = 0
-    while any(os.waitpid(process, os.WNOHANG) == (0, 0) for process in processes[:1]):
+    while (ended := os.waitpid(processes[0], os.WNOHANG)) == (0, 0):
         # A folder that is replaced while it is read may be refused, but is never taken for another.
         try:
             report = verify_adapter(folder)
@@ -130,7 +138,7 @@ def test_saves_at_the_same_time_do_not_mix(states, tmp_path):
         except AdapterFolderError:
             continue
     assert looks
-    assert os.waitpid(processes[1], 0)[1] == 0
+    assert ended[1] == os.waitpid(processes[1], 0)[1] == 0
     assert verify_adapter(folder).ok
     assert digest(folder) in digests
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "something was left over"
