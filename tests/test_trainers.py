@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DataLoaderConfiguration
 from conftest import SmallNet
 from distributed_case import PROBE_OPTIONS, small_probes
 from helpers import LAYERS, saved_leakage, small_net_basis, trainable
@@ -98,6 +99,30 @@ def test_trainer_with_fused_adamw_bf16_accumulation_and_resume(tmp_path):
         torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-4)
 
 
+def test_a_trainer_resumed_within_an_epoch_sees_the_same_batches_and_ends_alike(tmp_path):
+    seen = {}
+
+    def run(name, **options):
+        model, basis = llama_for_training()
+        trainer = trainer_for(model, tmp_path / name, bf16=False, max_steps=6, save_steps=3)  # an epoch has 4 steps
+        batches = seen[name] = []
+        # Of the PeftModel, through which only the training goes: the probes are run on the model in it.
+        model.register_forward_pre_hook(lambda _, args, kwargs: batches.append(kwargs["input_ids"]), with_kwargs=True)
+        trainer.train(**options)
+        assert steps_seen(model) == 6
+        assert folder_leakage(tmp_path / name / "checkpoint-6", basis) <= FLOORS[torch.float32]
+        return get_peft_model_state_dict(model)
+
+    expected = run("whole")
+    ended = run("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    whole, resumed = torch.cat(seen["whole"]), torch.cat(seen["resumed"])
+    assert len(whole) == 6 * 4
+    assert not torch.equal(whole[:16], TOKENS), "the data were not shuffled"
+    assert torch.equal(resumed, whole[3 * 4 :])
+    for key, value in ended.items():
+        torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("added", ["get_peft_model", "add_adapter"])
 def test_trainer_keeps_an_adapter_that_was_added_either_way(added, tmp_path):
     model, basis = llama_for_training()
@@ -178,17 +203,29 @@ class Run:
         torch.manual_seed(0)
         self.basis = small_net_basis()
         config = GradProjConfig(r=4, lora_alpha=8, target_modules=list(LAYERS), concept_basis=self.basis, **options)
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=mixed_precision)
+        self.accelerator = Accelerator(
+            cpu=True,
+            gradient_accumulation_steps=2,
+            mixed_precision=mixed_precision,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),  # whose order does not depend on more
+        )
+        self.seen: list[torch.Tensor] = []
         model = get_peft_model(SmallNet(), config)
-        data = DataLoader(TensorDataset(PICTURES, LABELS), batch_size=8)
+        data = DataLoader(TensorDataset(PICTURES, LABELS), batch_size=8, shuffle=True)
         self.model, self.optimizer, self.data = self.accelerator.prepare(
             model, optimizer(trainable(model), lr=1e-2), data
         )
 
-    def epochs(self, count: int) -> list[float]:
+    def epochs(
+        self, count: int, *, first: int = 0, skip: int = 0, save_after: int | None = None, folder: Path | None = None
+    ) -> list[float]:
+        """Train for `count` epochs of 4 batches and 2 steps, without the first `skip` batches."""
         losses = []
-        for _ in range(count):
-            for pictures, labels in self.data:
+        for epoch in range(first, first + count):
+            self.data.set_epoch(epoch)
+            left = skip if epoch == first else 0
+            for pictures, labels in self.accelerator.skip_first_batches(self.data, left) if left else self.data:
+                self.seen.append(pictures)
                 with self.accelerator.accumulate(self.model):
                     loss = nn.functional.cross_entropy(self.model(pictures), labels)
                     self.accelerator.backward(loss)
@@ -197,6 +234,8 @@ class Run:
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                 losses.append(loss.item())
+                if len(losses) == save_after:
+                    self.accelerator.save_state(folder)
         return losses
 
     def saved(self, folder: Path) -> Path:
@@ -213,21 +252,22 @@ def test_accelerate_with_accumulation_and_clipping(mixed_precision, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_a_run_resumed_by_accelerate_ends_as_an_uninterrupted_one_also_with_probes(optimizer, tmp_path):
-    options = {"concept_probes": small_probes(), **PROBE_OPTIONS, "probe_every": 3}
+def test_a_run_resumed_by_accelerate_within_an_epoch_sees_the_same_batches_and_ends_alike(optimizer, tmp_path):
+    options = {"concept_probes": small_probes(), **PROBE_OPTIONS, "probe_every": 2}
     whole = Run(optimizer=optimizer, **options)
-    whole.epochs(2)
-    whole.accelerator.save_state(tmp_path / "state")
-    whole.epochs(2)
+    whole.epochs(3, save_after=6, folder=tmp_path / "state")
 
     resumed = Run(optimizer=optimizer, **options)
     resumed.accelerator.load_state(tmp_path / "state")
-    resumed.epochs(2)
+    resumed.epochs(2, first=1, skip=2)
+    assert len(whole.seen) == 12
+    assert not torch.equal(torch.cat(whole.seen[:4]), PICTURES), "the data were not shuffled"
+    assert torch.equal(torch.stack(resumed.seen), torch.stack(whole.seen[6:]))
     expected = get_peft_model_state_dict(whole.model)
     for key, value in get_peft_model_state_dict(resumed.model).items():
         torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=1e-5)
-    assert tensors_leakage(expected, whole.basis) <= FLOORS[torch.float32]
-    assert online_projections(resumed.model)["default"].step == online_projections(whole.model)["default"].step
+    assert saved_leakage(resumed.saved(tmp_path / "adapter"), whole.basis) <= FLOORS[torch.float32]
+    assert steps_seen(resumed.model) == steps_seen(whole.model) == 6
 
 
 # A loop with a loss scaler
