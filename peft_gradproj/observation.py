@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConceptBasisError, ConceptDataError
+from .probes import evaluation_mode
 
 __all__ = [
     "Features",
@@ -174,21 +175,17 @@ def undisturbed(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
     """Evaluation mode, and after it every mode, `requires_grad`, active adapter and random state as before."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     wrappers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     adapters = [(module, module.active_adapter, module.disable_adapters) for module in wrappers]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), evaluation_mode(model):
         torch.manual_seed(seed)
         try:
-            model.eval()
             yield
         finally:
             for wrapper, active, disabled in adapters:
                 wrapper.set_adapter(active)
                 wrapper.enable_adapters(not disabled)
-            for module, mode in modes:
-                module.training = mode
             for parameter, needed in gradients:
                 parameter.requires_grad_(needed)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -442,14 +443,17 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off; the training flag of every single module is restored."""
-    training = [module for module in model.modules() if module.training]
+    # A 4-bit layer of bitsandbytes stays in training mode, in which it computes the same: in evaluation mode, some CPUs
+    # pack its weights for good at the first pass without gradients, and no later pass lets gradients through.
+    packing = sys.modules["bitsandbytes"].nn.Linear4bit if "bitsandbytes" in sys.modules else ()
+    flags = [(module, module.training) for module in model.modules()]
     try:
-        for module in training:
-            module.training = False
+        for module, _ in flags:
+            module.training = isinstance(module, packing)
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in flags:
+            module.training = training
 
 
 def collect_concept_probes(

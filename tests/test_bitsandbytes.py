@@ -1,0 +1,135 @@
+"""bitsandbytes on the CPU: 8-bit optimizers, and language models whose base weights have 4 or 8 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed_case import PROBE_OPTIONS, adapted_net, small_probes
+from helpers import saved_leakage, small_net_basis, train, trainable
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from tiny_models import FLOORS, LLAMA_TARGETS, basis_for, folder_leakage
+from torch import nn
+
+from peft_gradproj import GradProjConfig, collect_concept_probes, online_projections, verify_adapter
+from peft_gradproj.optimizer_metric import RunningSecondMoment, needs_estimate, optimizer_metric
+from peft_gradproj.projection import drift
+
+bnb = pytest.importorskip("bitsandbytes")
+
+TOKENS = torch.randint(3, 32, (4, 12), generator=torch.Generator().manual_seed(1))
+
+
+def adamw_8bit(parameters) -> torch.optim.Optimizer:
+    # Tensors of fewer than 4096 values, as all are here, would have moments of 32 bits by default.
+    return bnb.optim.AdamW8bit(parameters, lr=1e-2, min_8bit_size=1)
+
+
+def assert_8bit(optimizer) -> None:
+    moments = {state[key].dtype for state in optimizer.state.values() for key in ("state1", "state2")}
+    assert moments == {torch.uint8}
+
+
+# Optimizers
+
+
+def test_the_metric_of_an_8_bit_optimizer_is_estimated_as_adamw_has_it():
+    exact, coarse = ({"w": nn.Parameter(torch.zeros(8, 64))} for _ in range(2))
+    adamw, eight = torch.optim.AdamW(exact.values(), lr=1e-2), adamw_8bit(coarse.values())
+    estimate = RunningSecondMoment()
+    for _ in range(5):
+        gradient = torch.randn(8, 64) * torch.logspace(-2, 2, 64)
+        exact["w"].grad, coarse["w"].grad = gradient.clone(), gradient.clone()
+        estimate.update(coarse)
+        adamw.step()
+        eight.step()
+    assert_8bit(eight)
+    assert needs_estimate(eight, coarse)
+    assert not needs_estimate(adamw, exact)
+    torch.testing.assert_close(
+        optimizer_metric(eight, coarse, estimate), optimizer_metric(adamw, exact, RunningSecondMoment())
+    )
+
+
+def test_an_8_bit_optimizer_is_retracted_and_corrected_by_the_probes(tmp_path):
+    probes, drifts = small_probes(), []
+    for options in ({}, {"concept_probes": probes, **PROBE_OPTIONS, "restore": 1.0}):
+        model = adapted_net(**options)
+        optimizer = adamw_8bit(trainable(model))
+        losses = train(model, optimizer, 20)
+        assert losses[-1] < losses[0]
+        assert_8bit(optimizer)
+        folder = tmp_path / str(len(drifts))
+        model.save_pretrained(folder)
+        assert saved_leakage(folder, small_net_basis()) <= FLOORS[torch.float32]
+        with torch.no_grad():
+            drifts.append(float(drift(model(**probes.inputs), probes.targets)))
+    assert drifts[1] < 0.5 * drifts[0]
+    (steps,) = {*online_projections(model)["default"].state_dict()["estimate"]["steps"].values()}
+    assert steps == 20
+
+
+# Base models
+
+
+def llama():
+    """As small as the blocks of 4-bit layers allow."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def quantised_llama(folder, bits: int):
+    """The model in `folder` as transformers loads it for QLoRA."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    given = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**given))
+    expected = bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit
+    assert isinstance(model.model.layers[0].self_attn.q_proj, expected)
+    return model
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_trains_with_an_8_bit_optimizer_and_stock_peft_loads_what_is_saved(bits, tmp_path):
+    whole = llama()
+    whole.save_pretrained(tmp_path / "base")
+    basis = basis_for(whole, LLAMA_TARGETS)
+    base = prepare_model_for_kbit_training(quantised_llama(tmp_path / "base", bits))
+    probes = collect_concept_probes(base, [({"input_ids": TOKENS.flip(0)}, None)])
+    config = GradProjConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=LLAMA_TARGETS,
+        concept_basis=basis,
+        concept_probes=probes,
+        probe_every=2,
+        probe_batch_size=2,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    optimizer = adamw_8bit(trainable(model))
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert_8bit(optimizer)
+    assert online_projections(model)["default"].step == 8
+    model.save_pretrained(tmp_path / "adapter")
+    assert folder_leakage(tmp_path / "adapter", basis) <= FLOORS[torch.float32]
+    assert verify_adapter(tmp_path / "adapter").ok
+    again = prepare_model_for_kbit_training(quantised_llama(tmp_path / "base", bits))
+    loaded = PeftModel.from_pretrained(again, tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(TOKENS).logits, model.eval()(TOKENS).logits, atol=1e-4, rtol=1e-3)
