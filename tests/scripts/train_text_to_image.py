@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -29,6 +30,7 @@ def parse_args():
     parser.add_argument("--mixed_precision", default="no")
     parser.add_argument("--train_text_encoder", action="store_true")
     parser.add_argument("--strength", help="a name that the launcher has too")
+    parser.add_argument("--ranks_dir", help="where each process leaves the weights that it ended with")
     return parser.parse_args()
 
 
@@ -129,11 +131,14 @@ def main(args):
             if accelerator.sync_gradients:
                 step += 1
                 print(f"step {step} loss {loss.item():.4f}")
-                if step % args.checkpointing_steps == 0:
+                if step % args.checkpointing_steps == 0 and accelerator.is_main_process:
                     accelerator.save_state(Path(args.output_dir) / f"checkpoint-{step}")
                 if step >= args.max_train_steps:
                     break
 
+    if args.ranks_dir:
+        Path(args.ranks_dir).mkdir(exist_ok=True)
+        save_file(lora_layers(unet), Path(args.ranks_dir) / f"{accelerator.process_index}.safetensors")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         accelerator.unwrap_model(unet).to(torch.float32)
