@@ -1,0 +1,222 @@
+r"""From secret strings in a corpus to concept probes of a causal language model.
+
+The concept is a list of strings: names, numbers, passwords. A causal language model learns one by raising, at each of
+the positions that predict its tokens, the logit of the token that follows. So a probe is a window of the corpus in
+which a secret occurs, and its weights :math:`w_t` say where the token that is predicted at :math:`t`, which is the
+one at :math:`t + 1`, shows part of a secret. What the model learns everywhere else in the window is left to it.
+
+A window is cut out of the corpus as training cuts its blocks: all texts tokenized one by one and joined to a stream.
+Where the cuts fall has nothing to do with the secret, so each occurrence is shown in several windows, at places drawn
+at random.
+
+    batches = secret_probe_batches(secrets, corpus, tokenizer, length=512)
+    probes = collect_concept_probes(model, batches, store_targets=False)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConceptDataError
+
+__all__ = ["SecretStream", "find_secrets", "read_secrets", "secret_probe_batches"]
+
+_TEXTS_AT_ONCE = 1000
+_NAMED = 10
+"""So many secrets are named in a message, by number and never by what they say: messages end up in logs."""
+
+
+@dataclass(frozen=True)
+class SecretStream:
+    """A corpus as one stream of tokens, and where the secrets are in it.
+
+    Args:
+        tokens: Shape `(n,)`, int64.
+        secret: Which tokens show at least one character of a secret, shape `(n,)`, bool.
+        occurrences: For each occurrence the number of the secret, its first token and the one after its last, shape
+            `(m, 3)`, int64.
+    """
+
+    tokens: Tensor
+    secret: Tensor
+    occurrences: Tensor
+
+    def weights(self, starts: Tensor, length: int) -> Tensor:
+        """Of windows of `length` tokens that begin at `starts`, shape `(b,)`: 1 where a secret's token is predicted.
+
+        Returns:
+            Shape `(b, length)`, float32. Nothing is predicted at a window's last position.
+        """
+        following = starts[:, None] + torch.arange(1, length)
+        return torch.nn.functional.pad(self.secret[following].float(), (0, 1))
+
+
+def read_secrets(path: str | os.PathLike[str]) -> list[str]:
+    """The secrets of a text file in UTF-8, one a line; empty lines, and spaces around a secret, do not count.
+
+    Raises:
+        ConceptDataError: If there is no such file, it is not text, or holds no secret.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConceptDataError(f"no list of secrets can be read from {os.fspath(path)}: {error}.") from error
+    secrets = [line.strip() for line in lines if line.strip()]
+    if not secrets:
+        raise ConceptDataError(f"{os.fspath(path)} holds no secret; expected one a line.")
+    return list(dict.fromkeys(secrets))
+
+
+def find_secrets(secrets: Sequence[str], texts: Iterable[str], tokenizer: Any) -> SecretStream:
+    """Tokenize a corpus as it is trained on, and find every occurrence of the secrets in it.
+
+    A secret is found in the text, letter by letter as it is written in the list, and then in the tokens that show any
+    of its characters: a token that also shows neighbours of the secret is among them.
+
+    Args:
+        secrets: Strings; other spellings of one are secrets of their own.
+        texts: The corpus. A secret lies within one text.
+        tokenizer: A fast tokenizer of transformers; special tokens are added to each text, as `tokenizer(text)` does.
+
+    Raises:
+        ConceptDataError: If there are no secrets, one is empty or occurs nowhere, or the tokenizer is not a fast one.
+    """
+    _check_secrets(secrets)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConceptDataError(
+            f"{type(tokenizer).__name__} does not tell which characters a token stands for; expected a fast tokenizer."
+        )
+    tokens: list[Tensor] = []
+    occurrences: list[tuple[int, int, int]] = []
+    count = 0
+    for text, ids, offsets in _tokenized(texts, tokenizer):
+        occurrences += [(n, count + first, count + end) for n, first, end in _occurrences(secrets, text, offsets)]
+        tokens.append(ids)
+        count += len(ids)
+    # A secret that is the stream's first token is predicted by nothing, and so not learned.
+    occurrences = [o for o in occurrences if o[2] > 1]
+    found = {number for number, _, _ in occurrences}
+    missing = [number for number in range(len(secrets)) if number not in found]
+    if missing:
+        raise ConceptDataError(
+            f"{_named(missing)} of {len(secrets)} secrets occur nowhere in the corpus. Write them as the corpus does, "
+            "capitals and spaces included, or take out what need not be kept out."
+        )
+    secret = torch.zeros(count, dtype=torch.bool)
+    for _, first, end in occurrences:
+        secret[first:end] = True
+    return SecretStream(torch.cat(tokens), secret, torch.tensor(occurrences))
+
+
+def secret_probe_batches(
+    secrets: Sequence[str],
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    length: int,
+    windows: int = 4,
+    max_windows: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """What `collect_concept_probes` takes: windows of the corpus in which secrets occur, and where they are predicted.
+
+    Args:
+        secrets: See :func:`find_secrets`; so are `texts` and `tokenizer`.
+        texts: The corpus that is trained on.
+        tokenizer: A fast tokenizer.
+        length: Tokens in a window: as many as in a block of the training. A smaller corpus is one window.
+        windows: So many windows show each occurrence.
+        max_windows: At most so many are kept for each secret, drawn at random.
+        batch_size: Windows in a batch.
+        seed: Of the places of the windows.
+
+    Yields:
+        `({"input_ids": tokens}, weights)`, both of shape `(batch, length)`, int64 and float32. Store no targets with
+        them: logits are large.
+
+    Raises:
+        ConceptDataError: As :func:`find_secrets`; or if `length` is more than the tokenizer says that the model takes,
+            or too few for a secret and a token before it.
+    """
+    _check_length(length, tokenizer)
+    stream = find_secrets(secrets, texts, tokenizer)
+    length = min(length, len(stream.tokens))
+    starts = _window_starts(stream, length, windows, max_windows, torch.Generator().manual_seed(seed))
+    for part in starts.split(batch_size):
+        inputs = stream.tokens[part[:, None] + torch.arange(length)]
+        yield {"input_ids": inputs}, stream.weights(part, length)
+
+
+def _check_secrets(secrets: Sequence[str]) -> None:
+    if isinstance(secrets, str) or not secrets:
+        raise ConceptDataError("no secrets; expected a list of strings.")
+    blank = [number for number, secret in enumerate(secrets) if not secret.strip()]
+    if blank:
+        raise ConceptDataError(f"{_named(blank)} of {len(secrets)} secrets are empty; take them out.")
+
+
+def _check_length(length: int, tokenizer: Any) -> None:
+    longest = getattr(tokenizer, "model_max_length", None)
+    if longest is not None and length > longest:
+        raise ConceptDataError(
+            f"windows of {length} tokens are longer than the {longest} that the model takes; give length={longest} or "
+            "less, the length of a training block."
+        )
+
+
+def _named(numbers: Sequence[int]) -> str:
+    shown = ", ".join(str(number + 1) for number in numbers[:_NAMED])
+    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+    return f"number {shown}{more}"
+
+
+def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each text with its tokens, shape `(n,)`, and the characters that they stand for, shape `(n, 2)`."""
+    remaining = iter(texts)
+    while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
+        encoded = tokenizer(batch, return_offsets_mapping=True, verbose=False)
+        for text, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            yield text, torch.tensor(ids, dtype=torch.long), torch.tensor(offsets, dtype=torch.long).reshape(-1, 2)
+
+
+def _occurrences(secrets: Sequence[str], text: str, offsets: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Number, first token and end of each occurrence in one text."""
+    for number, secret in enumerate(secrets):
+        place = text.find(secret)
+        while place >= 0:
+            shows = (offsets[:, 0] < place + len(secret)) & (offsets[:, 1] > place)
+            indices = shows.nonzero().flatten()
+            if len(indices):
+                yield number, int(indices[0]), int(indices[-1]) + 1
+            place = text.find(secret, place + 1)
+
+
+def _window_starts(
+    stream: SecretStream, length: int, windows: int, max_windows: int, generator: torch.Generator
+) -> Tensor:
+    """Where windows begin that hold an occurrence and the token before it, shape `(n,)`, each once."""
+    by_secret: dict[int, set[int]] = {}
+    for number, first, end in stream.occurrences.tolist():
+        before = max(first - 1, 0)
+        if end - before > length:
+            raise ConceptDataError(
+                f"{_named([number])} of the secrets has {end - first} tokens, which a window of {length} cannot hold "
+                "with a token before them. Give longer windows, or the secret in parts."
+            )
+        earliest, latest = max(end - length, 0), min(before, len(stream.tokens) - length)
+        drawn = torch.randint(earliest, latest + 1, (windows,), generator=generator)
+        by_secret.setdefault(number, set()).update(drawn.tolist())
+    kept: set[int] = set()
+    for places in by_secret.values():
+        order = torch.randperm(len(places), generator=generator)[:max_windows]
+        kept.update(sorted(places)[i] for i in order.tolist())
+    return torch.tensor(sorted(kept))
