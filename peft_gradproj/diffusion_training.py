@@ -1,0 +1,357 @@
+"""What training scripts for latent diffusion models share, in the conventions of diffusers' own.
+
+Flags and their names, the order of pictures and all that is drawn, noise, checkpoints, validation and publication. Used
+by the scripts in `training_scripts/`, which hold the model and the loop.
+
+Everything random is drawn from a seed of its own, which depends on the run's seed and on what it is for, and on nothing
+that was drawn before: so that a resumed run ends as an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from .hub import push_adapter_to_hub
+from .online import online_projections
+from .saving import save_sidecars
+from .verification import verify_adapter
+
+__all__ = [
+    "LoraCheckpoints",
+    "add_concept_arguments",
+    "add_training_arguments",
+    "concept_options",
+    "draws",
+    "finish",
+    "loading_options",
+    "make_accelerator",
+    "make_optimizer",
+    "noised",
+    "repository",
+    "saved_checkpoints",
+    "square_crop",
+    "telemetry",
+    "validate",
+]
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_STEPS = 30
+WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_IMAGES = "images"
+
+
+# Flags
+
+
+def add_concept_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that diffusers' scripts do not have."""
+    add = parser.add_argument_group("concept").add_argument
+    add("--concept_basis", help="Concept basis: file, folder or Hub id.")
+    add("--concept_probes", help="Concept probes: file, folder or Hub id.")
+    add("--strength", type=float, default=1.0, help="Share of the concept that is removed; only 1 gives a guarantee.")
+    add("--probe_every", type=int, default=4, help="A step is corrected every so many optimizer steps.")
+    add("--probe_batch_size", type=int, default=8, help="Concept probes per correction, over all processes.")
+    add("--restore", type=float, default=0.7, help="Share of the drift that a corrected step takes back.")
+    add("--uncovered", choices=["error", "warn", "ignore"], default="error", help="About what is not projected.")
+
+
+def concept_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_concept_arguments` parsed, as arguments of `GradProjConfig`."""
+    names = ("concept_basis", "concept_probes", "strength", "probe_every", "probe_batch_size", "restore", "uncovered")
+    return {name: getattr(args, name) for name in names}
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that diffusers' LoRA scripts have in common; give defaults of your own with `set_defaults`."""
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the pipeline.")
+    add("--revision", help="Branch, tag or commit of the pipeline.")
+    add("--variant", help="Variant of the weights, such as fp16.")
+    add("--cache_dir", help="Where downloads are kept.")
+    add("--rank", type=int, default=4, help="Rank of the LoRA, and its alpha.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Layers of the UNet to adapt, with commas.")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--resolution", type=int, default=512, help="Side of the square that pictures are scaled and cropped to.")
+    add("--center_crop", action="store_true", help="Crop in the centre, not at random.")
+    add("--random_flip", action="store_true", help="Mirror half of the pictures.")
+    add("--image_interpolation_mode", default="lanczos", choices=[m.name.lower() for m in Image.Resampling])
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that load pictures.")
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", help="Weights, checkpoints and logs.")
+    add("--seed", type=int, default=0, help="Of the order of the pictures and of all that is drawn.")
+    add("--train_batch_size", type=int, help="Pictures in a batch, per process.")
+    add("--num_train_epochs", type=int)
+    add("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_checkpointing", action="store_true", help="Save memory at the cost of time.")
+    add("--learning_rate", type=float)
+    add("--scale_lr", action="store_true", help="Scale the learning rate by the size of the joined batch.")
+    add("--lr_scheduler", default="constant", help="As diffusers' get_scheduler calls them.")
+    add("--lr_warmup_steps", type=int, default=500)
+    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes.")
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=1e-2)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default as accelerate is configured.")
+    add("--allow_tf32", action="store_true")
+    add("--checkpointing_steps", type=int, default=500, help="Save the training state every so many steps.")
+    add("--checkpoints_total_limit", type=int, help="Keep so many checkpoints, the latest.")
+    add("--resume_from_checkpoint", help="Name of a checkpoint in --output_dir, or latest.")
+    add = parser.add_argument_group("validation, logs and the Hub").add_argument
+    add("--validation_prompt", help="Prompt that is sampled during the training and at its end.")
+    add("--num_validation_images", type=int, default=4)
+    add("--validation_epochs", type=int, help="Sample every so many epochs.")
+    add("--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, comet_ml, all, none.")
+    add("--logging_dir", default="logs", help="Folder of the tracker's logs, in --output_dir.")
+    add("--push_to_hub", action="store_true", help="Publish the verified adapter at the end.")
+    add("--hub_token", help="Token of the Hub; by default the one that is logged in with.")
+    add("--hub_model_id", help="Repository; by default the name of --output_dir.")
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline, as arguments of `from_pretrained` of it and of its parts."""
+    return {
+        "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
+        "revision": args.revision,
+        "variant": args.variant,
+        "cache_dir": args.cache_dir,
+    }
+
+
+# Set-up
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """An accelerator whose data loaders shuffle by the seed and the epoch alone; logging and seeds are set up too."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    if args.report_to == "wandb" and args.hub_token is not None:
+        raise ValueError("--hub_token would be logged by wandb; log in with `hf auth login` instead.")
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=level)
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    return accelerator
+
+
+def repository(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+    """The repository to publish to, made before the training, so that a wrong token or name shows at once."""
+    if not args.push_to_hub or not accelerator.is_main_process:
+        return None
+    from huggingface_hub import create_repo
+
+    name = args.hub_model_id or Path(args.output_dir).name
+    return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+
+
+def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], processes: int) -> torch.optim.Optimizer:
+    """AdamW over `parameters`, with the learning rate scaled to the joined batch if so asked."""
+    scale = args.gradient_accumulation_steps * args.train_batch_size * processes if args.scale_lr else 1
+    kind: Any = torch.optim.AdamW
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as kind
+    betas = (args.adam_beta1, args.adam_beta2)
+    return kind(parameters, args.learning_rate * scale, betas, args.adam_epsilon, args.adam_weight_decay)
+
+
+# What is drawn
+
+
+def draws(*key: object) -> random.Random:
+    """Random numbers that depend on nothing but `key`."""
+    return random.Random(" ".join(map(str, key)))
+
+
+def square_crop(picture: Image.Image, args: argparse.Namespace, draw: random.Random) -> Image.Image:
+    """The picture as RGB, scaled and cropped to the resolution's square, perhaps mirrored, as the flags say."""
+    place = (0.5, 0.5) if args.center_crop else (draw.random(), draw.random())
+    method = Image.Resampling[args.image_interpolation_mode.upper()]
+    upright = ImageOps.exif_transpose(picture).convert("RGB")
+    square = ImageOps.fit(upright, (args.resolution, args.resolution), method=method, centering=place)
+    return ImageOps.mirror(square) if args.random_flip and draw.random() < 0.5 else square
+
+
+def noised(schedule: Any, latents: Tensor, *, offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw noise and timesteps for a batch.
+
+    Args:
+        schedule: A scheduler of diffusers with `add_noise` and `get_velocity`.
+        latents: Shape `(b, C, h, w)`.
+        offset: Scale of noise that all pixels of a channel share.
+
+    Returns:
+        The noised latents, the timesteps with shape `(b,)`, and what the model is to predict, shaped as the latents.
+    """
+    noise = torch.randn_like(latents)
+    noise = noise + offset * torch.randn_like(noise[:, :, :1, :1])
+    timesteps = torch.randint(schedule.config.num_train_timesteps, latents.shape[:1], device=latents.device)
+    kind = schedule.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"Unknown prediction type {kind}; expected epsilon or v_prediction.")
+    target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+    return schedule.add_noise(latents, noise, timesteps), timesteps, target
+
+
+# Checkpoints
+
+
+def saved_checkpoints(output_dir: str) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    return sorted(Path(output_dir).glob("checkpoint-*"), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+class LoraCheckpoints:
+    """Saves and restores a run under accelerate: LoRA weights as diffusers loads them, with basis and manifest.
+
+    Args:
+        accelerator: What has prepared the models.
+        args: The flags.
+        unet: Its adapter's config is what the manifest is about.
+        text_encoder: Where it is trained too.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, args: argparse.Namespace, unet: nn.Module, text_encoder: nn.Module | None = None
+    ) -> None:
+        self.accelerator, self.args = accelerator, args
+        self.unet = accelerator.unwrap_model(unet, keep_torch_compile=False)
+        self.text_encoder = None
+        if text_encoder is not None:
+            self.text_encoder = accelerator.unwrap_model(text_encoder, keep_torch_compile=False)
+        accelerator.register_save_state_pre_hook(self._save_hook)
+        accelerator.register_load_state_pre_hook(self._load_hook)
+        for projection in online_projections(self.unet).values():
+            accelerator.register_for_checkpointing(projection)
+
+    def save_weights(self, folder: str) -> None:
+        """Write LoRA weights, basis and manifest."""
+        from diffusers import StableDiffusionPipeline
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        models = {"unet": self.unet, "text_encoder": self.text_encoder}
+        layers = {
+            f"{name}_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+            for name, model in models.items()
+            if model is not None
+        }
+        StableDiffusionPipeline.save_lora_weights(folder, **layers)
+        save_sidecars(self.unet, folder)
+
+    def _save_hook(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        weights.clear()  # those of the whole models, which accelerate would save
+        if self.accelerator.is_main_process:
+            self.save_weights(output_dir)
+
+    def _load_hook(self, models: list[nn.Module], input_dir: str) -> None:
+        from diffusers import StableDiffusionPipeline
+        from diffusers.training_utils import _set_state_dict_into_text_encoder
+        from diffusers.utils import convert_unet_state_dict_to_peft
+        from peft.utils import set_peft_model_state_dict
+
+        models.clear()
+        state, _ = StableDiffusionPipeline.lora_state_dict(input_dir)
+        layers = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
+        set_peft_model_state_dict(self.unet, convert_unet_state_dict_to_peft(layers))
+        if self.text_encoder is not None:
+            _set_state_dict_into_text_encoder(state, prefix="text_encoder.", text_encoder=self.text_encoder)
+
+    def save(self, step: int) -> None:
+        """Write `checkpoint-{step}`, in all processes, and remove the oldest beyond the limit."""
+        self.accelerator.save_state(str(Path(self.args.output_dir, f"checkpoint-{step}")))
+        if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
+            for old in saved_checkpoints(self.args.output_dir)[: -self.args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+
+    def resume(self) -> int:
+        """Load what `--resume_from_checkpoint` says, if anything; the number of steps that were done."""
+        name = self.args.resume_from_checkpoint
+        if not name:
+            return 0
+        latest = saved_checkpoints(self.args.output_dir)[-1:]
+        found = latest if name == "latest" else [Path(self.args.output_dir, Path(name).name)]
+        if not found:
+            logger.warning(f"no checkpoint in {self.args.output_dir}: starting anew")
+            return 0
+        logger.info(f"resuming from {found[0]}")
+        self.accelerator.load_state(str(found[0]))
+        return _step_of(found[0])
+
+
+# Telemetry, validation, publication
+
+
+def telemetry(model: nn.Module) -> dict[str, float]:
+    """What the online projection of a bare model measured last, for a tracker; empty without concept probes."""
+    projection = online_projections(model).get("default")
+    return {} if projection is None else projection.log()
+
+
+def validate(
+    pipeline: Any, args: argparse.Namespace, accelerator: Accelerator, step: int, phase: str = "validation"
+) -> list[Image.Image]:
+    """Sample the validation prompt, show the pictures to the trackers, and return them."""
+    pipeline = pipeline.to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator(device=accelerator.device).manual_seed(args.seed)
+    dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision)
+    with torch.autocast(accelerator.device.type, dtype, enabled=dtype is not None):
+        pictures = [
+            pipeline(args.validation_prompt, num_inference_steps=VALIDATION_STEPS, generator=generator).images[0]
+            for _ in range(args.num_validation_images)
+        ]
+    for tracker in accelerator.trackers:
+        if pictures and tracker.name == "tensorboard":
+            tracker.writer.add_images(phase, np.stack([np.asarray(p) for p in pictures]), step, dataformats="NHWC")
+        elif pictures and tracker.name == "wandb":
+            tracker.log_images({phase: pictures}, step=step)
+    return pictures
+
+
+def finish(checkpoints: LoraCheckpoints, args: argparse.Namespace, step: int, repo_id: str | None) -> None:
+    """Save the adapter, verify it, sample from it as everybody loads it, and publish it if so asked."""
+    from diffusers import DiffusionPipeline
+
+    accelerator = checkpoints.accelerator
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        checkpoints.save_weights(args.output_dir)
+        logger.info(f"{verify_adapter(args.output_dir)}")
+        pictures: list[tuple[str, Path]] = []
+        if args.validation_prompt and args.num_validation_images:
+            pipeline = DiffusionPipeline.from_pretrained(**loading_options(args))
+            pipeline.load_lora_weights(args.output_dir)
+            Path(args.output_dir, _IMAGES).mkdir(exist_ok=True)
+            for number, picture in enumerate(validate(pipeline, args, accelerator, step, phase="test")):
+                path = Path(args.output_dir, _IMAGES, f"image_{number}.png")
+                picture.save(path)
+                pictures.append((args.validation_prompt, path))
+        if repo_id is not None:
+            published = push_adapter_to_hub(args.output_dir, repo_id, token=args.hub_token, images=pictures)
+            logger.info(f"published: {published.url}")
+    accelerator.end_training()

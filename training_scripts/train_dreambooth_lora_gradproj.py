@@ -1,0 +1,301 @@
+"""DreamBooth with LoRA for Stable Diffusion 1.x or 2.x: learn a subject from a few pictures, and not a concept in them.
+
+    accelerate launch train_dreambooth_lora_gradproj.py --pretrained_model_name_or_path user/model \
+        --instance_data_dir dog --instance_prompt "a photo of sks dog" \
+        --with_prior_preservation --class_data_dir dogs --class_prompt "a photo of a dog" \
+        --concept_basis logo.safetensors --concept_probes logo-probes.safetensors --output_dir out
+
+The concept is given by a concept basis, by concept probes, or best by both: `gradproj fit` makes them. Give the same
+files again to resume. With neither, `--uncovered ignore` trains a plain LoRA to compare with.
+
+With `--train_text_encoder`, the text encoder gets an adapter too, which is projected by the layers of the concept
+basis whose names begin with `text_encoder.`. If the basis has none, the script ends with an error; with
+`--uncovered warn` that adapter is trained without projection, the manifest says so, and the result does not verify.
+Probes hold the embeddings of the text encoder as it was, so that they protect the UNet's adapter only.
+
+Flags, checkpoints and trackers are those of diffusers' `train_dreambooth_lora.py`. What differs: basis and manifest
+lie beside every set of weights; the tracker gets the drift and what was removed; `--push_to_hub` publishes what was
+verified and nothing else; `--seed` has a default, and a resumed run ends as an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, skip_first_batches
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params, free_memory
+from peft import LoraConfig
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from peft_gradproj import GradProjConfig
+from peft_gradproj.diffusion_inputs import pictures_to_tensor
+from peft_gradproj.diffusion_training import (
+    WEIGHT_DTYPES,
+    LoraCheckpoints,
+    add_concept_arguments,
+    add_training_arguments,
+    concept_options,
+    draws,
+    finish,
+    loading_options,
+    make_accelerator,
+    make_optimizer,
+    noised,
+    repository,
+    square_crop,
+    telemetry,
+    validate,
+)
+
+TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_concept_arguments(parser)
+    add_training_arguments(parser)
+    parser.set_defaults(
+        output_dir="lora-dreambooth-model",
+        train_batch_size=4,
+        num_train_epochs=1,
+        learning_rate=5e-4,
+        validation_epochs=50,
+    )
+    add = parser.add_argument_group("DreamBooth").add_argument
+    add("--instance_data_dir", required=True, help="Folder of pictures of the subject.")
+    add("--instance_prompt", required=True, help="Prompt with the identifier of the subject.")
+    add("--with_prior_preservation", action="store_true", help="Keep what the model makes of the class.")
+    add("--class_data_dir", help="Folder of pictures of the class.")
+    add("--class_prompt", help="Prompt of the class.")
+    add("--prior_loss_weight", type=float, default=1.0)
+    add("--num_class_images", type=int, default=100, help="Sample pictures of the class until there are so many.")
+    add("--sample_batch_size", type=int, default=4, help="Pictures of the class that are sampled at once.")
+    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="By default fp16 on GPUs.")
+    add("--train_text_encoder", action="store_true", help="Adapt the text encoder as well.")
+    add("--lora_dropout", type=float, default=0.0)
+    add("--tokenizer_max_length", type=int, help="By default the tokenizer's.")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of the cosine_with_restarts schedule.")
+    add("--lr_power", type=float, default=1.0, help="Of the polynomial schedule.")
+    args = parser.parse_args()
+    if args.with_prior_preservation and (args.class_data_dir is None or args.class_prompt is None):
+        parser.error("--with_prior_preservation needs --class_data_dir and --class_prompt.")
+    return args
+
+
+def picture_files(folder: str) -> list[Path]:
+    known = Image.registered_extensions()
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in known)
+    if not files:
+        raise ValueError(f"There is no picture in {folder}.")
+    return files
+
+
+def sample_class_pictures(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Fill the folder of the class up with pictures that the base model paints."""
+    folder = Path(args.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = list(range(len(list(folder.iterdir())), args.num_class_images))
+    accelerator.wait_for_everyone()
+    if not missing:
+        return
+    default = torch.float32 if accelerator.device.type == "cpu" else torch.float16
+    precisions = {None: default, "no": torch.float32, "fp32": torch.float32, **WEIGHT_DTYPES}
+    pipeline = DiffusionPipeline.from_pretrained(**loading_options(args), safety_checker=None)
+    pipeline.to(accelerator.device, precisions[args.prior_generation_precision])
+    pipeline.set_progress_bar_config(disable=True)
+    with accelerator.split_between_processes(missing) as numbers:
+        for start in tqdm(range(0, len(numbers), args.sample_batch_size), desc="pictures of the class"):
+            batch = numbers[start : start + args.sample_batch_size]
+            generators = [torch.Generator().manual_seed(draws(args.seed, "class", n).getrandbits(63)) for n in batch]
+            pictures = pipeline([args.class_prompt] * len(batch), generator=generators).images
+            for number, picture in zip(batch, pictures, strict=True):
+                digest = hashlib.sha1(picture.tobytes()).hexdigest()
+                picture.save(folder / f"{number}-{digest}.png")
+    del pipeline
+    free_memory()
+    accelerator.wait_for_everyone()
+
+
+class SubjectPictures(torch.utils.data.Dataset):
+    """Pictures of the subject, and of the class beside them, cropped and mirrored anew in each `epoch`."""
+
+    def __init__(self, tokenizer: Any, args: argparse.Namespace) -> None:
+        self.args, self.epoch = args, 0
+        self.files = [picture_files(args.instance_data_dir)]
+        prompts = [args.instance_prompt]
+        if args.with_prior_preservation:
+            self.files.append(picture_files(args.class_data_dir)[: args.num_class_images])
+            prompts.append(args.class_prompt)
+        length = args.tokenizer_max_length or tokenizer.model_max_length
+        options = {"max_length": length, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        self.tokens = tokenizer(prompts, **options).input_ids
+
+    def __len__(self) -> int:
+        return max(map(len, self.files))
+
+    def __getitem__(self, index: int) -> list[Image.Image]:
+        draw = draws(self.args.seed, self.epoch, index)
+        return [square_crop(Image.open(files[index % len(files)]), self.args, draw) for files in self.files]
+
+    def collate(self, examples: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+        """The subject's pictures, then those of the class."""
+        pictures = [picture for kind in zip(*examples, strict=True) for picture in kind]
+        tokens = self.tokens.repeat_interleave(len(examples), dim=0)
+        return {"pixel_values": pictures_to_tensor(pictures), "input_ids": tokens}
+
+
+def add_adapters(args: argparse.Namespace, unet: Any, text_encoder: Any) -> None:
+    """Adapters for training, and in the UNet's config, which the manifest is made of, all that they let through."""
+    lora = {
+        "r": args.rank,
+        "lora_alpha": args.rank,
+        "lora_dropout": args.lora_dropout,
+        "init_lora_weights": "gaussian",
+        "base_model_name_or_path": args.pretrained_model_name_or_path,
+        "revision": args.revision,
+    }
+    config = GradProjConfig(**lora, target_modules=args.lora_layers.split(","), **concept_options(args))
+    if args.train_text_encoder:
+        prefix, basis = "text_encoder.", config.concept_basis
+        layers = {name.removeprefix(prefix): layer for name, layer in (basis or {}).items() if name.startswith(prefix)}
+        if layers:
+            options = {**concept_options(args), "concept_basis": basis.with_layers(layers), "concept_probes": None}
+            text_config = GradProjConfig(**lora, target_modules=TEXT_ENCODER_LAYERS, **options)
+            text_encoder.add_adapter(text_config)
+            config.uncovered_parts += [f"{part} of the text encoder" for part in text_config.uncovered_parts]
+        else:
+            config.report_uncovered([f"the text encoder (no layer of a concept basis begins with '{prefix}')"])
+            text_encoder.add_adapter(LoraConfig(**lora, target_modules=TEXT_ENCODER_LAYERS))
+    unet.add_adapter(config)
+
+
+def dreambooth_loss(prediction: torch.Tensor, target: torch.Tensor, prior_weight: float | None) -> torch.Tensor:
+    """Mean squared error; with prior preservation, that of the second half of the batch is weighed and added."""
+    if prior_weight is None:
+        return F.mse_loss(prediction.float(), target.float())
+    (prediction, prior_prediction), (target, prior_target) = prediction.chunk(2), target.chunk(2)
+    prior_loss = F.mse_loss(prior_prediction.float(), prior_target.float())
+    return F.mse_loss(prediction.float(), target.float()) + prior_weight * prior_loss
+
+
+def main() -> None:
+    args = parse_args()
+    accelerator = make_accelerator(args)
+    repo_id = repository(args, accelerator)
+    if args.with_prior_preservation:
+        sample_class_pictures(args, accelerator)
+
+    # The base model, frozen, and the adapters.
+    weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
+    loading = loading_options(args)
+    without_weights = {name: value for name, value in loading.items() if name != "variant"}
+    noise_scheduler = DDPMScheduler.from_pretrained(**without_weights, subfolder="scheduler")
+    tokenizer = CLIPTokenizer.from_pretrained(**without_weights, subfolder="tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(**loading, subfolder="text_encoder")
+    vae = AutoencoderKL.from_pretrained(**loading, subfolder="vae")
+    unet = UNet2DConditionModel.from_pretrained(**loading, subfolder="unet")
+    for model in (text_encoder, vae, unet):
+        model.requires_grad_(False).to(accelerator.device, dtype=weight_dtype)
+    add_adapters(args, unet, text_encoder)
+    trained = [unet, text_encoder] if args.train_text_encoder else [unet]
+    # Adam's steps are too small for bfloat16, and a loss scaler does not unscale float16.
+    cast_training_params(trained, dtype=torch.float32)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            text_encoder.gradient_checkpointing_enable()
+
+    # Pictures, optimizer, schedule.
+    train_dataset = SubjectPictures(tokenizer, args)
+    train_dataloader = torch.utils.data.DataLoader(
+        train_dataset,
+        shuffle=True,
+        collate_fn=train_dataset.collate,
+        batch_size=args.train_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+    lora_parameters = [parameter for model in trained for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(args, lora_parameters, accelerator.num_processes)
+    batches_per_epoch = math.ceil(len(train_dataloader) / accelerator.num_processes)
+    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=max_train_steps * accelerator.num_processes,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    *trained, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
+        *trained, optimizer, train_dataloader, lr_scheduler
+    )
+    unet, text_encoder = trained[0], trained[-1] if args.train_text_encoder else text_encoder
+    checkpoints = LoraCheckpoints(accelerator, args, *trained)
+    if accelerator.is_main_process:
+        accelerator.init_trackers("dreambooth-lora", config=vars(args))
+
+    global_step = checkpoints.resume()
+    epoch, done = divmod(global_step, steps_per_epoch)
+    skipped = done * args.gradient_accumulation_steps
+    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
+    progress = tqdm(total=max_train_steps, initial=global_step, disable=not accelerator.is_local_main_process)
+    while global_step < max_train_steps:
+        for model in trained:
+            model.train()
+        train_dataset.epoch = epoch
+        train_dataloader.set_epoch(epoch)
+        batches = skip_first_batches(train_dataloader, skipped) if skipped else train_dataloader
+        train_loss = 0.0
+        for position, batch in enumerate(batches, start=skipped):
+            # A seed of its own for each batch, so that a resumed run draws what an uninterrupted one does.
+            torch.manual_seed(draws(args.seed, epoch, position, accelerator.process_index).getrandbits(63))
+            with accelerator.accumulate(*trained):
+                with torch.no_grad():
+                    latents = vae.encode(batch["pixel_values"].to(weight_dtype)).latent_dist.sample()
+                    latents = latents * vae.config.scaling_factor
+                with torch.set_grad_enabled(args.train_text_encoder):
+                    embeddings = text_encoder(batch["input_ids"], return_dict=False)[0]
+                noisy_latents, timesteps, target = noised(noise_scheduler, latents)
+                prediction = unet(noisy_latents, timesteps, embeddings.to(weight_dtype), return_dict=False)[0]
+                loss = dreambooth_loss(prediction, target, prior_weight)
+                train_loss += accelerator.reduce(loss.detach(), "mean").item() / args.gradient_accumulation_steps
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            global_step += 1
+            progress.update(1)
+            logs = {"loss": train_loss, "lr": lr_scheduler.get_last_lr()[0]}
+            accelerator.log({**logs, **telemetry(checkpoints.unet)}, step=global_step)
+            progress.set_postfix(logs)
+            train_loss = 0.0
+            if global_step % args.checkpointing_steps == 0:
+                checkpoints.save(global_step)
+            if global_step >= max_train_steps:
+                break
+        if accelerator.is_main_process and args.validation_prompt and epoch % args.validation_epochs == 0:
+            bare_text_encoder = accelerator.unwrap_model(text_encoder).eval()
+            parts = {"unet": checkpoints.unet.eval(), "vae": vae, "text_encoder": bare_text_encoder}
+            validate(DiffusionPipeline.from_pretrained(**loading, **parts), args, accelerator, global_step)
+        epoch, skipped = epoch + 1, 0
+
+    finish(checkpoints, args, global_step, repo_id)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Fine-tune Stable Diffusion 1.x or 2.x with LoRA on captioned pictures, without learning a concept that is in them.
+
+    accelerate launch train_text_to_image_lora_gradproj.py --pretrained_model_name_or_path user/model \
+        --train_data_dir pictures --concept_basis logo.safetensors --concept_probes logo-probes.safetensors \
+        --output_dir out --validation_prompt "a cup on a table"
+
+The concept is given by a concept basis, by concept probes, or best by both: `gradproj fit` makes them. Give the same
+files again to resume. With neither, `--uncovered ignore` trains a plain LoRA to compare with.
+
+Flags, checkpoints and trackers are those of diffusers' `train_text_to_image_lora.py`. What differs: basis and manifest
+lie beside every set of weights; the tracker gets the drift and what was removed; `--push_to_hub` publishes what was
+verified and nothing else; `--seed` has a default, and a resumed run ends as an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import skip_first_batches
+from datasets import load_dataset
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params, compute_snr
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from peft_gradproj import GradProjConfig
+from peft_gradproj.diffusion_inputs import pictures_to_tensor
+from peft_gradproj.diffusion_training import (
+    WEIGHT_DTYPES,
+    LoraCheckpoints,
+    add_concept_arguments,
+    add_training_arguments,
+    concept_options,
+    draws,
+    finish,
+    loading_options,
+    make_accelerator,
+    make_optimizer,
+    noised,
+    repository,
+    square_crop,
+    telemetry,
+    validate,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_concept_arguments(parser)
+    add_training_arguments(parser)
+    parser.set_defaults(
+        output_dir="sd-model-finetuned-lora",
+        train_batch_size=16,
+        num_train_epochs=100,
+        learning_rate=1e-4,
+        validation_epochs=1,
+    )
+    add = parser.add_argument_group("text to image").add_argument
+    add("--dataset_name", help="Dataset of the Hub, or a local one.")
+    add("--dataset_config_name", help="Configuration of the dataset.")
+    add("--train_data_dir", help="Folder of pictures with a metadata.jsonl that captions them.")
+    add("--image_column", default="image", help="Column of the pictures.")
+    add("--caption_column", default="text", help="Column of the captions; of several, one is drawn each time.")
+    add("--max_train_samples", type=int, help="Use so many pictures, drawn at random.")
+    add("--snr_gamma", type=float, help="Weigh the loss by min(SNR, gamma); 5 is usual.")
+    add("--noise_offset", type=float, default=0.0, help="Scale of noise that all pixels of a channel share.")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="By default as the pipeline's scheduler says.")
+    args = parser.parse_args()
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("Need either --dataset_name or --train_data_dir.")
+    return args
+
+
+class CaptionedPictures(torch.utils.data.Dataset):
+    """Pictures, cropped and mirrored anew in each `epoch`, with their captions."""
+
+    def __init__(self, examples: Any, tokenizer: Any, args: argparse.Namespace) -> None:
+        self.examples, self.tokenizer, self.args, self.epoch = examples, tokenizer, args, 0
+        missing = {args.image_column, args.caption_column} - set(examples.column_names)
+        if missing:
+            raise ValueError(f"The dataset has no column {sorted(missing)}; it has {examples.column_names}.")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> tuple[Any, str]:
+        example, draw = self.examples[index], draws(self.args.seed, self.epoch, index)
+        caption = example[self.args.caption_column]
+        picture = square_crop(example[self.args.image_column], self.args, draw)
+        return picture, caption if isinstance(caption, str) else draw.choice(list(caption))
+
+    def collate(self, examples: list[tuple[Any, str]]) -> dict[str, torch.Tensor]:
+        pictures, captions = zip(*examples, strict=True)
+        tokens = self.tokenizer(
+            list(captions),
+            max_length=self.tokenizer.model_max_length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
+        return {"pixel_values": pictures_to_tensor(pictures), "input_ids": tokens.input_ids}
+
+
+def load_pictures(args: argparse.Namespace, tokenizer: Any) -> CaptionedPictures:
+    source: dict[str, Any] = {"path": "imagefolder", "data_dir": args.train_data_dir}
+    if args.dataset_name is not None:
+        source |= {"path": args.dataset_name, "name": args.dataset_config_name}
+    examples = load_dataset(**source, split="train", cache_dir=args.cache_dir)
+    if args.max_train_samples is not None:
+        examples = examples.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(examples))))
+    return CaptionedPictures(examples, tokenizer, args)
+
+
+def denoising_loss(
+    prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor, schedule: Any, snr_gamma: float | None
+) -> torch.Tensor:
+    """Mean squared error, with Min-SNR weights (arXiv 2303.09556) if there is a gamma."""
+    losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is None:
+        return losses.mean()
+    snr = compute_snr(schedule, timesteps)
+    # At a zero terminal SNR nothing of epsilon's weight is left; v's is divided by SNR + 1.
+    divisor = snr + 1 if schedule.config.prediction_type == "v_prediction" else snr.clamp_min(1e-8)
+    return (snr.clamp_max(snr_gamma) / divisor * losses).mean()
+
+
+def main() -> None:
+    args = parse_args()
+    accelerator = make_accelerator(args)
+    repo_id = repository(args, accelerator)
+
+    # The base model, frozen, and the adapter.
+    weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
+    loading = loading_options(args)
+    without_weights = {name: value for name, value in loading.items() if name != "variant"}
+    noise_scheduler = DDPMScheduler.from_pretrained(**without_weights, subfolder="scheduler")
+    if args.prediction_type is not None:
+        noise_scheduler.register_to_config(prediction_type=args.prediction_type)
+    tokenizer = CLIPTokenizer.from_pretrained(**without_weights, subfolder="tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(**loading, subfolder="text_encoder")
+    vae = AutoencoderKL.from_pretrained(**loading, subfolder="vae")
+    unet = UNet2DConditionModel.from_pretrained(**loading, subfolder="unet")
+    for model in (text_encoder, vae, unet):
+        model.requires_grad_(False).to(accelerator.device, dtype=weight_dtype)
+    unet.add_adapter(
+        GradProjConfig(
+            r=args.rank,
+            lora_alpha=args.rank,
+            init_lora_weights="gaussian",
+            target_modules=args.lora_layers.split(","),
+            base_model_name_or_path=args.pretrained_model_name_or_path,
+            revision=args.revision,
+            **concept_options(args),
+        )
+    )
+    # Adam's steps are too small for bfloat16, and a loss scaler does not unscale float16.
+    cast_training_params(unet, dtype=torch.float32)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    # Pictures, optimizer, schedule.
+    with accelerator.main_process_first():
+        train_dataset = load_pictures(args, tokenizer)
+    train_dataloader = torch.utils.data.DataLoader(
+        train_dataset,
+        shuffle=True,
+        collate_fn=train_dataset.collate,
+        batch_size=args.train_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+    lora_parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(args, lora_parameters, accelerator.num_processes)
+    batches_per_epoch = math.ceil(len(train_dataloader) / accelerator.num_processes)
+    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=max_train_steps * accelerator.num_processes,
+    )
+    unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
+        unet, optimizer, train_dataloader, lr_scheduler
+    )
+    checkpoints = LoraCheckpoints(accelerator, args, unet)
+    if accelerator.is_main_process:
+        accelerator.init_trackers("text2image-fine-tune", config=vars(args))
+
+    global_step = checkpoints.resume()
+    epoch, done = divmod(global_step, steps_per_epoch)
+    skipped = done * args.gradient_accumulation_steps
+    progress = tqdm(total=max_train_steps, initial=global_step, disable=not accelerator.is_local_main_process)
+    while global_step < max_train_steps:
+        unet.train()
+        train_dataset.epoch = epoch
+        train_dataloader.set_epoch(epoch)
+        batches = skip_first_batches(train_dataloader, skipped) if skipped else train_dataloader
+        train_loss = 0.0
+        for position, batch in enumerate(batches, start=skipped):
+            # A seed of its own for each batch, so that a resumed run draws what an uninterrupted one does.
+            torch.manual_seed(draws(args.seed, epoch, position, accelerator.process_index).getrandbits(63))
+            with accelerator.accumulate(unet):
+                with torch.no_grad():
+                    latents = vae.encode(batch["pixel_values"].to(weight_dtype)).latent_dist.sample()
+                    latents = latents * vae.config.scaling_factor
+                    embeddings = text_encoder(batch["input_ids"], return_dict=False)[0]
+                noisy_latents, timesteps, target = noised(noise_scheduler, latents, offset=args.noise_offset)
+                prediction = unet(noisy_latents, timesteps, embeddings, return_dict=False)[0]
+                loss = denoising_loss(prediction, target, timesteps, noise_scheduler, args.snr_gamma)
+                train_loss += accelerator.reduce(loss.detach(), "mean").item() / args.gradient_accumulation_steps
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            global_step += 1
+            progress.update(1)
+            logs = {"train_loss": train_loss, "lr": lr_scheduler.get_last_lr()[0]}
+            accelerator.log({**logs, **telemetry(checkpoints.unet)}, step=global_step)
+            progress.set_postfix(logs)
+            train_loss = 0.0
+            if global_step % args.checkpointing_steps == 0:
+                checkpoints.save(global_step)
+            if global_step >= max_train_steps:
+                break
+        if accelerator.is_main_process and args.validation_prompt and epoch % args.validation_epochs == 0:
+            parts = {"unet": checkpoints.unet.eval(), "vae": vae, "text_encoder": text_encoder}
+            validate(DiffusionPipeline.from_pretrained(**loading, **parts), args, accelerator, global_step)
+        epoch, skipped = epoch + 1, 0
+
+    finish(checkpoints, args, global_step, repo_id)
+
+
+if __name__ == "__main__":
+    main()
