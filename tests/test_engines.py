@@ -199,6 +199,7 @@ def test_transformers_deletes_switches_and_reloads_adapters(tmp_path):
     model, basis = adapted_llama()
     fit_tokens(model)
     model.save_pretrained(tmp_path)
+    assert folder_leakage(tmp_path, basis) <= FLOORS[torch.float32]
     tokens = torch.randint(3, 32, (1, 6))
     expected = model.eval()(tokens).logits
     model.add_adapter(
@@ -390,6 +391,7 @@ def test_a_saved_adapter_is_loaded_beside_another_by_its_own_config(tmp_path):
 
 def test_hot_swapping_is_refused_into_our_adapter_and_works_into_a_plain_one(tmp_path):
     saved = saved_net(tmp_path)
+    assert saved_leakage(saved.folder, saved.basis) <= FLOORS[torch.float32]
     pictures = torch.randn(4, 3, 8, 8)
     expected = saved.model.eval()(pictures)
     with pytest.raises(ValueError, match="Incompatible PEFT types"):
