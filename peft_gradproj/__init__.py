@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .basis import ConceptBasis, LayerBasis
     from .concepts import ConceptSet
     from .config import GradProjConfig
+    from .contrast import ContrastBatches
     from .fitting import fit_concept_basis
     from .hub import PublishResult, push_adapter_to_hub
     from .model import GradProjModel, refresh_concept_basis
@@ -28,6 +29,7 @@ _MODULES = {
     "ConceptBasis": "basis",
     "ConceptProbes": "probes",
     "ConceptSet": "concepts",
+    "ContrastBatches": "contrast",
     "GradProjConfig": "config",
     "GradProjModel": "model",
     "LayerBasis": "basis",
@@ -48,6 +50,7 @@ __all__ = [
     "ConceptBasis",
     "ConceptProbes",
     "ConceptSet",
+    "ContrastBatches",
     "GradProjConfig",
     "GradProjModel",
     "LayerBasis",

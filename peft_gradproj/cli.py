@@ -54,6 +54,13 @@ def verify(
     behaviour: Annotated[
         bool, typer.Option("--behaviour", help="Measure what the adapter does; takes --base-model and --probes.")
     ] = False,
+    refit: Annotated[
+        str | None,
+        typer.Option(help="File of contrast batches, to fit the published basis anew; takes --base-model."),
+    ] = None,
+    refit_tolerance: Annotated[
+        float, typer.Option(help="Largest sine of an angle between the published basis and the one fitted anew.")
+    ] = 0.05,
     base_model: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the diffusers pipeline or transformers model.")
     ] = None,
@@ -77,6 +84,8 @@ def verify(
 
     if behaviour and None in (base_model, probes):
         raise typer.BadParameter("--behaviour takes --base-model and --probes.")
+    if refit is not None and base_model is None:
+        raise typer.BadParameter("--refit takes --base-model.")
     try:
         report = verify_adapter(
             path_or_repo,
@@ -86,6 +95,8 @@ def verify(
             probes=probes,
             reference=reference,
             drift_tolerance=drift_tolerance,
+            refit=refit,
+            refit_tolerance=refit_tolerance,
             public_key=public_key,
             revision=revision,
         )

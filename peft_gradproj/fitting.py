@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .basis import SPACES, ConceptBasis, LayerBasis
+from .contrast import BatchesDigest
 from .errors import ConceptBasisError, ConceptDataError
 from .observation import (
     Choice,
@@ -128,6 +129,7 @@ def fit_concept_basis(
     concept: str = "",
     base_model: str | None = None,
     revision: str | None = None,
+    source: str | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> ConceptBasis:
@@ -137,7 +139,9 @@ def fit_concept_basis(
     `energy` (share of the contrast energy of held-out concept batches that the basis holds, `None` without any) and
     `reference_overlap` (share of the reference set's energy that it holds: what of other learning it blocks). Layers
     without contrast, such as the text projections of pairs under equal captions, get no basis;
-    `basis.fit["left_out"][module][space]` says why.
+    `basis.fit["left_out"][module][space]` says why. The rest of `basis.fit` is the recipe, by which others can fit the
+    basis anew from the same batches (see `refit`); `basis.fit["concept_set"]["sha256"]` is the digest of these, or
+    `None` if they hold something else than tensors.
 
     Args:
         model: A bare model, or one with adapters injected. Names of layers are those of the bare model.
@@ -163,6 +167,7 @@ def fit_concept_basis(
         concept: What the concept is called.
         base_model: Identifier of the base model, kept in the basis.
         revision: Its revision, likewise.
+        source: Where the batches can be had, such as a data set on the Hub and its revision; likewise.
         progress: Show progress bars.
         seed: Seeds the choice of positions and the model's random state.
 
@@ -199,7 +204,8 @@ def fit_concept_basis(
         adapter_name = find_adapter(layers, adapter_name)
     statistics = _Statistics(layers, options)
     with undisturbed(model, seed=seed), _Observer(model, layers, options, run_model, loss_fn, adapter_name) as observe:
-        counts = _stream(statistics, observe, concept_batches, reference_batches, progress)
+        digest = BatchesDigest()
+        counts = _stream(statistics, observe, concept_batches, reference_batches, digest, progress)
     solutions = _solve_all(statistics, layers, options, progress)
     _refuse_unfit(solutions, options)
     bases = _bases(layers, solutions)
@@ -214,6 +220,9 @@ def fit_concept_basis(
         "held_out": held_out,
         "max_reference_overlap": max_reference_overlap,
         "max_positions": max_positions,
+        "unfit": unfit,
+        "run_model": "model(**batch)" if run_model is None else "custom",
+        "concept_set": {"sha256": digest.hexdigest(), "source": source},
         "batches": counts,
         "adapter_name": adapter_name,
         "seed": seed,
@@ -305,6 +314,7 @@ def _stream(
     observe: _Observer,
     concept_batches: Iterable[Any],
     reference_batches: Iterable[Any] | None,
+    digest: BatchesDigest,
     progress: bool,
 ) -> dict[str, int]:
     """Take the statistics of all batches; returns how many there were."""
@@ -314,6 +324,9 @@ def _stream(
     total = len(concept_batches) if isinstance(concept_batches, Sized) else None
     for index, (batch, partner) in enumerate(_progress(stream, total, "concept batches", progress)):
         role = _role(index, statistics.options.held_out)
+        digest.add("concept", batch)
+        if paired:
+            digest.add("reference", partner)
         statistics.add(role, observe(index, batch), observe(index, partner) if paired else None)
         counts["concept"] += 1
         counts["held_out"] += role == "held_out"
@@ -321,6 +334,7 @@ def _stream(
     if reference_batches is not None and not paired:
         total = len(reference_batches) if isinstance(reference_batches, Sized) else None
         for index, batch in enumerate(_progress(reference_batches, total, "reference batches", progress)):
+            digest.add("reference", batch)
             statistics.add("reference", observe(index, batch), None)
             counts["reference"] += 1
     for name in ("concept",) if reference_batches is None else ("concept", "reference"):

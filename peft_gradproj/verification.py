@@ -41,7 +41,7 @@ from .adapter_folder import (
     read_basis,
     rival_weights,
 )
-from .errors import AdapterFolderError, BehaviourError, ConceptBasisError
+from .errors import AdapterFolderError, BehaviourError, ConceptBasisError, ConceptDataError
 from .escaping import ESCAPING_OPTIONS
 from .projection import orthonormality_error, principal_cosines
 from .untrusted import parse_json, printable
@@ -49,6 +49,7 @@ from .untrusted import parse_json, printable
 if TYPE_CHECKING:
     from .basis import ConceptBasis
     from .behaviour import BehaviourResult
+    from .contrast import ContrastBatches
     from .probes import ConceptProbes
 
 __all__ = ["TOLERANCES", "Check", "LayerResult", "VerificationReport", "verify_adapter"]
@@ -241,6 +242,8 @@ def verify_adapter(
     reference: ConceptProbes | str | os.PathLike[str] | None = None,
     drift_tolerance: float = 0.5,
     batch_size: int = 8,
+    refit: ContrastBatches | str | os.PathLike[str] | None = None,
+    refit_tolerance: float = 0.05,
     public_key: str | os.PathLike[str] | None = None,
     revision: str | None = None,
 ) -> VerificationReport:
@@ -248,6 +251,9 @@ def verify_adapter(
 
     Behaviour takes a base model and concept probes: the drift on them is compared with the drift on a reference set,
     which says how much was learned at all. Without a reference set the drift is told and not judged.
+
+    A refit takes a base model and the batches that the published basis was fitted from: it is fitted anew, by the
+    recipe in its file, and has to be the same.
 
     An adapter that was trained with concept probes only, or whose basis was withheld, leaves orthogonality out of
     reach: integrity is reported and the status is `could not be checked`, unless the verifier brings a basis.
@@ -264,6 +270,10 @@ def verify_adapter(
         drift_tolerance: Largest drift on the probes, as a share of that on the reference set; see
             :data:`peft_gradproj.behaviour.DRIFT_TOLERANCE`.
         batch_size: Probes at a time, which bounds the memory.
+        refit: The contrast batches of the published basis, or their file. Their digest has to be the one that the
+            recipe names, if it names one.
+        refit_tolerance: Largest sine of a principal angle between the published basis and the one that was fitted
+            anew; see :data:`peft_gradproj.refit.REFIT_TOLERANCE`.
         public_key: PEM file of the key that must have signed the adapter.
         revision: Branch, tag or commit of the repository.
 
@@ -274,11 +284,15 @@ def verify_adapter(
         AdapterFolderError: If there is no such adapter, it is malformed, or it is refused as unsafe to read.
         ConceptBasisError: If the verifier's own basis is none.
         SignatureError: If the public key cannot be used, or the `signing` extra is not installed.
-        BehaviourError: If the base model cannot be loaded, or it, the adapter and the probes do not fit.
-        ConceptDataError: If there are no such probes.
+        BehaviourError: If the base model cannot be loaded, or it, the adapter and the probes or batches do not fit.
+        ConceptDataError: If there are no such probes or batches.
     """
-    if (base_model is None) != (probes is None) or (reference is not None and probes is None):
-        raise BehaviourError("behaviour needs a base model and concept probes; give both, or neither.")
+    if (base_model is None) != (probes is None and refit is None) or (reference is not None and probes is None):
+        raise BehaviourError(
+            "behaviour needs a base model and concept probes, a refit a base model and contrast batches; give both, or "
+            "neither."
+        )
+    batches = None if refit is None else _contrast_batches(refit)
     own = None if basis is None else _own_basis(basis)
     path, commit = locate_adapter_folder(path_or_repo, revision=revision)
     folder = read_adapter_folder(path)
@@ -288,13 +302,15 @@ def verify_adapter(
     signature = [] if public_key is None else [_check_signature(folder, public_key)]
     behaviour: list[Check] = []
     figures: BehaviourResult | None = None
-    if base_model is not None:
-        sound = all(check.passed for check in integrity)
-        behaviour, figures = _check_behaviour(
-            folder, layers, sound, base_model, probes, reference, drift_tolerance, batch_size
-        )
+    # Where integrity failed, loaders of others would have to read what we refuse to.
+    sound = all(check.passed for check in integrity)
+    model = _base_model(folder, base_model) if sound and base_model is not None else None
+    if batches is not None:
+        orthogonality += _check_refit(folder, layers, orthogonality, model, batches, refit_tolerance)
+    if probes is not None:
+        behaviour, figures = _check_behaviour(folder, layers, model, probes, reference, drift_tolerance, batch_size)
     checks = (*integrity, *orthogonality, *behaviour, *signature)
-    notes = tuple(_notes(folder, own, public_key is not None))
+    notes = tuple(_notes(folder, own, batches is not None, public_key is not None))
     return VerificationReport(str(path_or_repo), commit, checks, tuple(results), notes, figures)
 
 
@@ -315,7 +331,22 @@ def _own_basis(basis: ConceptBasis | str | os.PathLike[str]) -> ConceptBasis:
     return ConceptBasis.load(basis)
 
 
-def _notes(folder: AdapterFolder, own: ConceptBasis | None, key_given: bool) -> Iterator[str]:
+def _contrast_batches(given: ContrastBatches | str | os.PathLike[str]) -> ContrastBatches:
+    from .contrast import ContrastBatches
+
+    return ContrastBatches.load(given) if isinstance(given, str | os.PathLike) else given
+
+
+def _base_model(folder: AdapterFolder, given: nn.Module | str | os.PathLike[str]) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    from .behaviour import load_base_model
+
+    named = folder.manifest["base_model"]
+    return load_base_model(str(given), revision=named["revision"] if named["id"] == str(given) else None)
+
+
+def _notes(folder: AdapterFolder, own: ConceptBasis | None, refitted: bool, key_given: bool) -> Iterator[str]:
     if not key_given and os.path.lexists(folder.path / SIGNATURE_NAME):
         yield f"there is a {SIGNATURE_NAME}, but nothing says whose; give the public key that you expect."
     spaces = {space for layer in (folder.basis.layers if folder.basis else {}).values() for space in layer}
@@ -329,7 +360,9 @@ def _notes(folder: AdapterFolder, own: ConceptBasis | None, key_given: bool) -> 
     if own is not None and folder.manifest["basis"]["digest"] is not None:
         same = own.digest() == folder.manifest["basis"]["digest"]
         yield f"your basis is {'' if same else 'not '}the one that the manifest's digest names."
-    if folder.basis is not None and own is None:
+    if refitted:
+        yield "whether the contrast batches show the concept is for you to see in them; a refit does not tell."
+    if folder.basis is not None and own is None and not refitted:
         yield "whether the published basis is the concept's is not checked; compare it with a basis of your own."
 
 
@@ -344,23 +377,17 @@ def _gathered(name: str, group: str, failures: Iterable[Check], summary: str, **
 def _check_behaviour(
     folder: AdapterFolder,
     layers: Mapping[str, LoraLayers],
-    sound: bool,
-    base_model: nn.Module | str | os.PathLike[str],
+    base_model: nn.Module | None,
     probes: Any,
     reference: Any,
     tolerance: float,
     batch_size: int,
 ) -> tuple[list[Check], BehaviourResult | None]:
-    from .behaviour import load_base_model, load_probes, measure_behaviour
+    from .behaviour import load_probes, measure_behaviour
 
-    if not sound:
-        # Loaders of others would have to read what we refuse to.
+    if base_model is None:
         return [Check("drift", "behaviour", None, "not measured, since integrity failed")], None
     given = load_probes(probes), None if reference is None else load_probes(reference)
-    if not isinstance(base_model, nn.Module):
-        named = folder.manifest["base_model"]
-        revision = named["revision"] if named["id"] == str(base_model) else None
-        base_model = load_base_model(str(base_model), revision=revision)
     name = next(iter(layers))
     pairs = _pairs_of("", layers[name])
     figures, faults = measure_behaviour(folder, pairs, base_model, *given, batch_size=batch_size)
@@ -776,3 +803,50 @@ def _compare_bases(published: Bases, own: Bases, layers: Mapping[str, LoraLayers
         else "your basis and the published one share no layer and space"
     )
     return [Check("principal angles", "orthogonality", bool(where), detail, value=smallest if where else None)]
+
+
+def _check_refit(
+    folder: AdapterFolder,
+    layers: Mapping[str, LoraLayers],
+    orthogonality: Iterable[Check],
+    base_model: nn.Module | None,
+    batches: ContrastBatches,
+    tolerance: float,
+) -> list[Check]:
+    """Whether the published basis is what its recipe gives, fitted anew."""
+    from .refit import Recipe, refit_basis, refit_differences
+
+    def unchecked(reason: str) -> list[Check]:
+        return [Check("refit", "orthogonality", None, f"the published basis was not fitted anew: {reason}")]
+
+    if folder.basis is None:
+        return unchecked("it was withheld" if folder.basis_published == "digest" else "there is none")
+    if base_model is None:
+        return unchecked("integrity failed")
+    if any(check.name == "basis" and not check.passed for check in orthogonality):
+        return unchecked("it is not sound")
+    try:
+        recipe = Recipe.of(folder.basis.fit)
+    except ConceptBasisError as error:
+        return unchecked(str(error))
+    given = batches.digest()
+    if recipe.digest not in (None, given):
+        detail = f"the contrast batches have SHA-256 {given[:16]}...; the recipe names {_short(recipe.digest)}"
+        return [Check("refit", "orthogonality", False, detail)]
+    try:
+        refitted = refit_basis(recipe, base_model, batches)
+    except (ConceptBasisError, ConceptDataError) as error:
+        return [Check("refit", "orthogonality", False, f"the recipe gives no basis: {error}")]
+    adapted = {module for parsed in layers.values() for module in parsed.pairs}
+    found, worst = refit_differences(folder.basis.layers, refitted, adapted, tolerance=tolerance)
+    hint = "; the publisher called the model by code of his own, which is not published" if recipe.custom_call else ""
+    failures = [
+        Check("refit", "orthogonality", False, difference.detail + hint, difference.layer, difference.sine, tolerance)
+        for difference in found
+    ]
+    summary = (
+        f"fitted anew, the basis is the published one up to a sine of {worst:.2g}; up to {tolerance:g} is rounding"
+    )
+    if recipe.digest is None:
+        summary += "; the recipe names no digest of its batches"
+    return _gathered("refit", "orthogonality", failures, summary, value=worst, tolerance=tolerance)

@@ -1,0 +1,234 @@
+r"""Fitting a published concept basis anew, to see whether it is what its recipe gives.
+
+The recipe is what the file of the basis says of how it was fitted. It is a stranger's: numbers are checked for type and
+bounds, and of `target_modules`, which may be a regular expression, nothing is used but the names of the layers that it
+gave. For a layer and space with the published basis :math:`U` and the new one :math:`V`, the figure is the sine of
+their largest principal angle, :math:`\|(I - V V^T) U\|_2`.
+
+What agrees is what the recipe, these batches and this base model give. Whether the batches show the concept is to be
+seen in the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .basis import ConceptBasis
+from .contrast import ContrastBatches, nested
+from .errors import BehaviourError, ConceptBasisError, GradProjError
+from .fitting import fit_concept_basis
+from .probes import placement
+from .untrusted import printable
+
+__all__ = ["REFIT_TOLERANCE", "Difference", "Recipe", "largest_sine", "refit_basis", "refit_differences"]
+
+REFIT_TOLERANCE = 0.05
+"""Largest sine of a principal angle that rounding explains. Other hardware, thread counts and precisions round
+otherwise, which turns directions the more, the closer the energies of the last one kept and the first one left are."""
+
+_MAX_RANK = 4096
+_MAX_POSITIONS = 2**20
+_MAX_LAYERS = 10_000
+_FITTED_SPACES = frozenset({"input", "output"})
+
+
+# The recipe
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a basis was fitted, as far as it can be done again."""
+
+    layers: tuple[str, ...]
+    """The layers that were targeted."""
+
+    options: dict[str, Any]
+    """Arguments of `fit_concept_basis`."""
+
+    completed: bool
+    """Whether attention layers without contrast were given the basis of a partner afterwards."""
+
+    digest: str | None
+    """Of the batches, where they were tensors."""
+
+    custom_call: bool
+    """Whether the publisher called the model by code of his own, which is not published."""
+
+    @classmethod
+    def of(cls, fit: Mapping[str, Any] | None) -> Recipe:
+        """The recipe in the notes on a fit.
+
+        Raises:
+            ConceptBasisError: If there is none that can be followed; it says why.
+        """
+        if fit is None or "method" not in fit:
+            raise ConceptBasisError("its file does not say how it was fitted.")
+        if fit["method"] == "union":
+            raise ConceptBasisError("it is a union of several bases; only one fit can be done again.")
+        spaces = fit.get("spaces")
+        if not isinstance(spaces, list) or not spaces or not all(isinstance(space, str) for space in spaces):
+            raise ConceptBasisError(f"its recipe is malformed: spaces is {_short(spaces)}.")
+        if not _FITTED_SPACES.issuperset(spaces):
+            raise ConceptBasisError(
+                "the rank and gradient spaces depend on the adapter's start and on a loss, which are not published."
+            )
+        options = {name: fit.get(name) for name in _OPTIONS}
+        for name, value in options.items():
+            if not _OPTIONS[name](value):
+                raise ConceptBasisError(f"its recipe is malformed: {name} is {_short(value)}.")
+        names = [fit.get(key) for key in ("layers", "left_out")]
+        layers = tuple(sorted({name for part in names if isinstance(part, dict) for name in part}))
+        if not 0 < len(layers) <= _MAX_LAYERS:
+            raise ConceptBasisError(f"its recipe names {len(layers):,} layers; expected 1 to {_MAX_LAYERS:,}.")
+        concept_set = fit.get("concept_set")
+        digest = concept_set.get("sha256") if isinstance(concept_set, dict) else None
+        return cls(
+            layers,
+            {**options, "contrast": fit["method"], "spaces": spaces, "unfit": fit.get("unfit", "skip")},
+            bool(fit.get("derived")),
+            digest if isinstance(digest, str) else None,
+            fit.get("run_model") == "custom",
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_count(value: Any, largest: int) -> bool:
+    return type(value) is int and 0 <= value <= largest
+
+
+_OPTIONS: dict[str, Any] = {
+    "rank": lambda v: v is None or _is_count(v, _MAX_RANK),
+    "energy": lambda v: v is None or _is_number(v),
+    "epsilon": _is_number,
+    "threshold": _is_number,
+    "held_out": _is_number,
+    "max_reference_overlap": _is_number,
+    "max_positions": lambda v: _is_count(v, _MAX_POSITIONS),
+    "seed": lambda v: _is_count(v, 2**62),
+}
+"""The options of a recipe, and what is taken for a value of each; `fit_concept_basis` checks ranges."""
+
+
+def _short(value: Any) -> str:
+    return printable(repr(value))[:60]
+
+
+# The fit
+
+
+def refit_basis(recipe: Recipe, model: nn.Module, batches: ContrastBatches) -> ConceptBasis:
+    """Fit a basis by a recipe; the model is left as it was.
+
+    Raises:
+        ConceptBasisError: If the recipe gives no basis on this model.
+        ConceptDataError: If the halves of the batches do not pair, or a value is not finite.
+        BehaviourError: If the model cannot be run on the batches.
+    """
+    try:
+        basis = fit_concept_basis(
+            model,
+            batches.concept,
+            batches.reference or None,
+            target_modules=list(recipe.layers),
+            run_model=_run_model,
+            progress=False,
+            **recipe.options,
+        )
+    except GradProjError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        reason = printable(" ".join(str(error).split()))[:300]
+        raise BehaviourError(
+            f"the base model cannot be run on the contrast batches ({type(error).__name__}: {reason}). Were they made "
+            "for it?"
+        ) from error
+    if recipe.completed:
+        from .attention import complete_attention
+
+        basis = complete_attention(model, basis, list(recipe.layers))
+    return basis
+
+
+def _run_model(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    device, dtype = placement(model)
+
+    def placed(x: Tensor) -> Tensor:
+        # Timesteps keep their dtype: 999 is not a bfloat16 number.
+        return x.to(device, dtype) if x.is_floating_point() and x.ndim > 1 else x.to(device)
+
+    return model(**nested({name: placed(x) for name, x in batch.items()}))
+
+
+# The comparison
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A layer and space in which the published basis is not the new one."""
+
+    layer: str
+    detail: str
+    sine: float | None = None
+
+
+def largest_sine(u: Tensor, v: Tensor) -> float:
+    """Sine of the largest principal angle between the spans of orthonormal columns, each of shape `(d, k)`."""
+    u, v = u.double(), v.double()
+    return float(torch.linalg.matrix_norm(u - v @ (v.mT @ u), 2))
+
+
+def refit_differences(
+    published: Mapping[str, Mapping[str, Tensor]],
+    refitted: ConceptBasis,
+    adapted: set[str],
+    *,
+    tolerance: float = REFIT_TOLERANCE,
+) -> tuple[list[Difference], float]:
+    """Where two bases differ: in directions, in their number, or in that one has none.
+
+    Args:
+        published: `{module: {space: basis}}`, orthonormal, each of shape `(d, k)`.
+        refitted: The basis that was fitted anew.
+        adapted: Layers that the adapter has. What was fitted for others may be left out of what is published.
+        tolerance: Largest sine of a principal angle that is no difference.
+
+    Returns:
+        The differences, and the largest sine of all that could be compared.
+    """
+    found, worst = [], 0.0
+    for module, space, u, v in _aligned(published, refitted, adapted):
+        if v is None:
+            found.append(Difference(module, f"has a published {space} basis, and the recipe gives none"))
+        elif u is None:
+            found.append(Difference(module, f"is published without the {space} basis that the recipe gives"))
+        elif u.shape != v.shape:
+            shapes = f"{tuple(u.shape)}, the recipe gives {tuple(v.shape)}"
+            found.append(Difference(module, f"the published {space} basis has shape {shapes}"))
+        else:
+            sine = largest_sine(u, v)
+            worst = max(worst, sine)
+            # Written so that NaN is a difference.
+            if not sine <= tolerance:
+                detail = f"the published {space} basis is another than the recipe gives: the sine of their largest "
+                found.append(Difference(module, f"{detail}angle is {sine:.2g}; expected at most {tolerance:g}", sine))
+    return found, worst
+
+
+def _aligned(
+    published: Mapping[str, Mapping[str, Tensor]], refitted: ConceptBasis, adapted: set[str]
+) -> Iterator[tuple[str, str, Tensor | None, Tensor | None]]:
+    """Module, space, and its two bases, of which one may be missing."""
+    for module in sorted({*published, *(name for name in refitted if name in adapted)}):
+        spaces, layer = published.get(module, {}), refitted.get(module)
+        others = {} if layer is None else dict(layer.items())
+        for space in sorted({*spaces, *others}):
+            yield module, space, spaces.get(space), others.get(space)
