@@ -233,6 +233,11 @@ class ConceptBasis(Mapping[str, LayerBasis]):
         """The spaces in which some layer has a basis, in the order of `SPACES`."""
         return tuple(space for space in SPACES if any(layer.k(space) for layer in self.values()))
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors, which is that of a float32 file but for its header."""
+        return sum(x.nbytes for x in self._tensors().values())
+
     def digest(self) -> str:
         """SHA-256 over names, shapes and float32 values of all directions, whatever the order of layers or file."""
         sha = hashlib.sha256()

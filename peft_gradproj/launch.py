@@ -33,6 +33,7 @@ from peft import LoraConfig
 from torch import nn
 
 from .adapter_folder import write_sidecars
+from .base_models import identify
 from .basis import ConceptBasis
 from .config import GradProjConfig
 from .errors import AdapterFolderError, ConceptDataError, GradProjConfigError
@@ -128,7 +129,7 @@ class LaunchedRun:
             return config
         names = {name for name, _ in model.named_modules()}
         if self._is_for(model, names):
-            self.base_model = self.base_model or _name_of(model)
+            self.base_model = self.base_model or identify(model).name
             if self.probes is not None:
                 _check_probes(self.probes, model)
             return self._projected(config, self.basis, self.probes)
@@ -276,11 +277,6 @@ def _part(basis: ConceptBasis, prefix: str, names: set[str]) -> ConceptBasis | N
 def _takes(model: nn.Module, inputs: Any) -> bool:
     parameters = inspect.signature(model.forward).parameters
     return all(name.partition(".")[0] in parameters for name in inputs)
-
-
-def _name_of(model: nn.Module) -> str | None:
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name or None
 
 
 def _check_probes(probes: ConceptProbes, model: nn.Module) -> None:

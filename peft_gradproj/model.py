@@ -11,11 +11,13 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
+from .base_models import names_conflict, widths_of
 from .basis import ConceptBasis, LayerBasis
 from .config import GradProjConfig
-from .errors import ConceptBasisError, GradProjConfigError
+from .errors import ConceptBasisError, ConceptDataError, GradProjConfigError, GradProjError
 from .layers import check_supported, constrain_adapter, is_sharded, projected_weights
 from .online import attach_online_projection
+from .probes import check_probes_fit
 
 __all__ = ["GradProjModel", "refresh_concept_basis"]
 
@@ -39,7 +41,15 @@ class GradProjModel(LoraModel):
                     f"the concept basis covers none of the adapted layers ({targeted[0]}, ...); it is for "
                     f"{next(iter(basis))}, ... . Was it fitted on another model? Fit it on this one."
                 )
+            for name in targeted:
+                if name in basis:
+                    _check_widths(name, basis[name], model.get_submodule(name))
+            _check_name("concept basis", basis.base_model, model, peft_config, ConceptBasisError)
             peft_config.report_uncovered([f"layer '{name}'" for name in targeted if name not in basis])
+        probes = peft_config.concept_probes
+        if probes is not None and not peft_config.inference_mode:
+            check_probes_fit(probes, model, targeted)
+            _check_name("concept probes", probes.base_model, model, peft_config, ConceptDataError)
 
     def _targeted_names(self, peft_config: GradProjConfig, model: nn.Module) -> list[str]:
         config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
@@ -141,6 +151,34 @@ class GradProjModel(LoraModel):
             self.peft_config.update(configs)
         for _, module in projected_weights(self.model, adapter_name):
             module.restart(initial=False)
+
+
+def _check_widths(name: str, basis: LayerBasis, module: nn.Module) -> None:
+    """The widths that do not depend on the rank, before anything is injected."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    for space, width in zip(("input", "output"), widths_of(base) or (), strict=False):
+        given = getattr(basis, space)
+        if given is not None and given.shape[0] != width:
+            raise ConceptBasisError(
+                f"layer '{name}': the {space} basis has width {given.shape[0]}, but the layer needs {width}. Was the "
+                "basis fitted on another model? Fit it on this one."
+            )
+
+
+def _check_name(
+    what: str, name: str | None, model: nn.Module, config: GradProjConfig, error: type[GradProjError]
+) -> None:
+    """Refuse, warn of, or note a basis or probes that are of another repository than the model."""
+    other = names_conflict(name, model)
+    if other is None:
+        return
+    if config.uncovered == "error":
+        raise error(
+            f"the {what} is of the base model {name}, and this one is {other}. Fit it on this one; if both hold the "
+            "same weights, give it this name with base_model=, or let it through with uncovered='warn', which is "
+            "recorded in what is published."
+        )
+    config.report_uncovered([f"the whole adapter (the {what} is of {name}, the base model is {other})"])
 
 
 def _precise(weight: Tensor) -> Tensor:

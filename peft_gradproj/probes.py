@@ -10,12 +10,14 @@ Probes protect only what they resemble: they must look like the training data (t
 pasted onto them, under the training captions, noised at random timesteps), not like the concept alone.
 
 As a file they are one safetensors file with the tensors `inputs.{name}`, `targets`, `weights` and `loss_targets`, and
-a header that says which concept of which base model they show.
+a header that says which concept of which base model they show, and how wide the layers of that model are.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base_models import identify, layer_widths
 from .errors import ConceptDataError
 from .files import locate_file, read_tensor_file, write_atomically
 
@@ -39,6 +42,7 @@ __all__ = [
     "RunModel",
     "adapters_disabled",
     "call_model",
+    "check_probes_fit",
     "collect_concept_probes",
     "evaluation_mode",
     "model_output",
@@ -94,6 +98,7 @@ class ConceptProbes:
         revision: Commit of the base model.
         run_model: Calls the model, `run_model(model, inputs)`; the default is `model(**inputs)`. It should not hold
             the model itself, which then could not be freed. It cannot be saved in a file: pass it to `load`.
+        widths: `(d_in, d_out)` of the base model's layers, by which another model is told; `None` if not known.
 
     Raises:
         ConceptDataError: If the probes are empty, of unequal number, not finite, or the weights or shapes are wrong.
@@ -109,6 +114,7 @@ class ConceptProbes:
         base_model: str | None = None,
         revision: str | None = None,
         run_model: RunModel | None = None,
+        widths: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.inputs: dict[str, Tensor] = {name: _frozen(name, x) for name, x in _flatten(inputs).items()}
         self.targets = None if targets is None else _frozen("targets", targets)
@@ -118,6 +124,7 @@ class ConceptProbes:
         self.base_model = base_model
         self.revision = revision
         self.run_model = run_model
+        self.widths = None if widths is None else {name: (d_in, d_out) for name, (d_in, d_out) in widths.items()}
         self._check_numbers()
         self._check_weights()
 
@@ -163,6 +170,11 @@ class ConceptProbes:
         if not isinstance(other, ConceptProbes):
             return NotImplemented
         return self.digest() == other.digest()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors, which is that of a float32 file but for its header."""
+        return sum(x.nbytes for x in self._tensors().values())
 
     def digest(self) -> str:
         """The sha256, in hexadecimal, of the names, dtypes, shapes and values of all tensors."""
@@ -235,9 +247,8 @@ class ConceptProbes:
     def _like(
         self, inputs: Mapping[str, Tensor], targets: Tensor | None, weights: Tensor | None, losses: Tensor | None
     ) -> ConceptProbes:
-        return ConceptProbes(
-            inputs, targets, weights, losses, self.concept, self.base_model, self.revision, self.run_model
-        )
+        about = (self.concept, self.base_model, self.revision, self.run_model, self.widths)
+        return ConceptProbes(inputs, targets, weights, losses, *about)
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {_INPUT_PREFIX + name: x for name, x in self.inputs.items()}
@@ -266,6 +277,8 @@ class ConceptProbes:
         header = {"format_version": FORMAT_VERSION, "concept": self.concept}
         optional = {"base_model": self.base_model, "revision": self.revision}
         header.update({key: value for key, value in optional.items() if value is not None})
+        if self.widths is not None:
+            header["widths"] = json.dumps(self.widths, separators=(",", ":"))
         tensors = {name: _narrowed(name, x, getattr(torch, dtype)) for name, x in self._tensors().items()}
         write_atomically(path, save(tensors, metadata=header))
         return path
@@ -296,13 +309,14 @@ class ConceptProbes:
                 f"{path} has format version {header.get('format_version')!r}; this release reads {FORMAT_VERSION!r}. "
                 "Was it written by ConceptProbes.save, or by a newer release?"
             )
-        outputs = {name: tensors.pop(name, None) for name in ("targets", "weights", "loss_targets")}
+        targets, weights, losses = (tensors.pop(name, None) for name in ("targets", "weights", "loss_targets"))
         unknown = sorted(name for name in tensors if not name.startswith(_INPUT_PREFIX))
         if unknown:
             raise ConceptDataError(f"{path} holds {unknown}, which no concept probes have; refused.")
         inputs = {name[len(_INPUT_PREFIX) :]: x for name, x in tensors.items()}
-        about = {key: header.get(key) for key in ("base_model", "revision")}
-        return cls(inputs, concept=header.get("concept", ""), run_model=run_model, **outputs, **about)  # type: ignore[arg-type]
+        about = (header.get("concept", ""), header.get("base_model"), header.get("revision"), run_model)
+        widths = _parsed_widths(header["widths"], path) if "widths" in header else None
+        return cls(inputs, targets, weights, losses, *about, widths)
 
 
 def broadcast_weights(weights: Tensor, outputs: Tensor) -> Tensor:
@@ -319,6 +333,19 @@ def broadcast_weights(weights: Tensor, outputs: Tensor) -> Tensor:
             "give them the output's dimensions from the left, 1 where they do not vary."
         )
     return aligned
+
+
+def _parsed_widths(text: str, path: Path) -> dict[str, Sequence[int]]:
+    try:
+        widths = json.loads(text)
+    except (ValueError, RecursionError):
+        widths = None
+    if not isinstance(widths, dict) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(width) is int for width in pair)
+        for pair in widths.values()
+    ):
+        raise ConceptDataError(f"{path}: the header's widths are not pairs of numbers by layer; collect it anew.")
+    return widths
 
 
 def _flatten(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -479,18 +506,21 @@ def collect_concept_probes(
         store_targets: Whether to keep the outputs; else they are recomputed in training.
         concept: What must not be learned, in words.
         base_model: Id of the base model; by default the name that its config has.
-        revision: Commit of the base model.
+        revision: Commit of the base model; by default that of a model from the Hub's cache.
         progress: Show a progress bar.
 
     Raises:
         ConceptDataError: If there are no batches, or a batch is malformed.
     """
-    base_model = base_model if base_model is not None else _name_of(model)
+    if base_model is None:
+        base_model, known = identify(model)
+        revision = revision if revision is not None else known
+    about: Any = (concept, base_model, revision, run_model, layer_widths(model))
     parts = []
     with torch.no_grad(), evaluation_mode(model), adapters_disabled(model):
         for batch in _with_progress(batches, progress):
             inputs, weights, loss_targets = _unpacked(batch)
-            probes = ConceptProbes(inputs, None, weights, loss_targets, concept, base_model, revision, run_model)
+            probes = ConceptProbes(inputs, None, weights, loss_targets, *about)
             if store_targets:
                 probes = probes._like(probes.inputs, _base_outputs(model, probes), probes.weights, probes.loss_targets)
             parts.append(probes)
@@ -523,18 +553,51 @@ def _unpacked(batch: Any) -> tuple[Mapping[str, Any], Tensor | None, Tensor | No
     return batch[0], batch[1], batch[2] if len(batch) == 3 else None
 
 
-def _name_of(model: nn.Module) -> str | None:
-    config = getattr(model, "config", None)
-    for source in (config, model):
-        name = source.get("_name_or_path") if isinstance(source, Mapping) else getattr(source, "name_or_path", None)
-        if isinstance(name, str) and name:
-            return name
-    return None
-
-
 def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     if not progress:
         return batches
     from tqdm.auto import tqdm
 
     return tqdm(batches, desc="concept probes", unit="batch")
+
+
+# Fitting a model
+
+
+def check_probes_fit(probes: ConceptProbes, model: nn.Module, targeted: Sequence[str]) -> None:
+    """Refuse probes of another model, as far as it shows without running this one.
+
+    Args:
+        probes: The probes.
+        model: The model that they would be run on.
+        targeted: Names of its layers that are adapted.
+
+    Raises:
+        ConceptDataError: If the widths of the layers differ, or the model takes other arguments.
+    """
+    advice = "Were the probes collected on another model? Collect them on the one that is trained."
+    if probes.widths is not None and targeted:
+        widths, known = layer_widths(model), [name for name in targeted if name in probes.widths]
+        if not known:
+            raise ConceptDataError(
+                f"the concept probes are of a model that has none of the adapted layers ({targeted[0]}, ...); its "
+                f"layers are {next(iter(probes.widths), 'not named')}, ... . {advice}"
+            )
+        for name in known:
+            if name in widths and widths[name] != probes.widths[name]:
+                raise ConceptDataError(
+                    f"layer '{name}' maps {_arrow(widths[name])}, and in the model of the concept probes "
+                    f"{_arrow(probes.widths[name])}. {advice}"
+                )
+    parameters = inspect.signature(model.forward).parameters
+    taken = {name.partition(".")[0] for name in probes.inputs}
+    if probes.run_model is None and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        unknown = sorted(taken - parameters.keys())
+        if unknown:
+            raise ConceptDataError(
+                f"{type(model).__name__} takes no {', '.join(unknown)}, which the concept probes give it. {advice}"
+            )
+
+
+def _arrow(widths: Sequence[int]) -> str:
+    return f"{widths[0]} to {widths[1]}"
