@@ -13,6 +13,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .basis import ConceptBasis, LayerBasis
+    from .concept_fit import FitReport, fit_concept
     from .concepts import ConceptSet
     from .config import GradProjConfig
     from .contrast import ContrastBatches
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .probes import ConceptProbes, collect_concept_probes
     from .saving import save_adapter, save_sidecars
     from .signing import sign_adapter
+    from .training_data import TrainingData
     from .verification import VerificationReport, verify_adapter
 
 _MODULES = {
@@ -30,12 +32,15 @@ _MODULES = {
     "ConceptProbes": "probes",
     "ConceptSet": "concepts",
     "ContrastBatches": "contrast",
+    "FitReport": "concept_fit",
     "GradProjConfig": "config",
     "GradProjModel": "model",
     "LayerBasis": "basis",
     "PublishResult": "hub",
+    "TrainingData": "training_data",
     "VerificationReport": "verification",
     "collect_concept_probes": "probes",
+    "fit_concept": "concept_fit",
     "fit_concept_basis": "fitting",
     "online_projections": "online",
     "push_adapter_to_hub": "hub",
@@ -51,13 +56,16 @@ __all__ = [
     "ConceptProbes",
     "ConceptSet",
     "ContrastBatches",
+    "FitReport",
     "GradProjConfig",
     "GradProjModel",
     "LayerBasis",
     "PublishResult",
+    "TrainingData",
     "VerificationReport",
     "__version__",
     "collect_concept_probes",
+    "fit_concept",
     "fit_concept_basis",
     "online_projections",
     "push_adapter_to_hub",

@@ -212,6 +212,114 @@ def launch(
 
 
 @app.command()
+def fit(
+    pretrained_model_name_or_path: Annotated[
+        str, typer.Option(help="Folder or Hub id of a pipeline of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5.")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="Folder to write the two files to.")],
+    overlay: Annotated[Path | None, typer.Option(help="The concept as a picture with an alpha channel.")] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="Or as pictures with it (column image) and without it (column without).")
+    ] = None,
+    masks: Annotated[
+        str | None, typer.Option(help="Or as pictures (column image) and masks of where it is (column mask).")
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="Or as a phrase that names it, or a file of phrases; may be repeated.")
+    ] = None,
+    concept: Annotated[str, typer.Option(help="What the concept is called.")] = "",
+    scale: Annotated[
+        tuple[float, float] | None, typer.Option(help="Overlay: its longer side, as a share of the picture's side.")
+    ] = None,
+    angle: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its angle in degrees.")] = None,
+    opacity: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its opacity.")] = None,
+    across: Annotated[
+        tuple[float, float] | None, typer.Option(help="Overlay: where it lies across, 0 at the left edge.")
+    ] = None,
+    down: Annotated[
+        tuple[float, float] | None, typer.Option(help="Overlay: where it lies down, 0 at the upper edge.")
+    ] = None,
+    train_data_dir: Annotated[
+        str | None, typer.Option(help="What will be trained on: a folder of pictures with a metadata.jsonl.")
+    ] = None,
+    dataset_name: Annotated[str | None, typer.Option(help="Or the id of a data set.")] = None,
+    dataset_config_name: Annotated[str | None, typer.Option(help="Configuration of the data set.")] = None,
+    split: Annotated[str, typer.Option(help="Which part of it.")] = "train",
+    image_column: Annotated[str, typer.Option(help="Column of the pictures.")] = "image",
+    caption_column: Annotated[str, typer.Option(help="Column of the captions.")] = "text",
+    cache_dir: Annotated[str | None, typer.Option(help="Where data sets are prepared.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the training pictures, in pixels.")] = None,
+    center_crop: Annotated[bool, typer.Option("--center-crop", help="Crop in the middle, not at random.")] = False,
+    num_pairs: Annotated[int, typer.Option(help="Examples that the basis is fitted on.")] = 64,
+    num_probes: Annotated[int, typer.Option(help="Concept probes.")] = 64,
+    rank: Annotated[int, typer.Option(help="Most directions per layer and space.")] = 16,
+    spaces: Annotated[str, typer.Option(help="Spaces of the basis, by commas.")] = "input,output",
+    target_modules: Annotated[
+        str | None, typer.Option(help="Layers that will be adapted, by commas; those of diffusers' scripts.")
+    ] = None,
+    unfit: Annotated[
+        str, typer.Option(help="refuse or skip layers whose basis would block other learning.")
+    ] = "refuse",
+    batch_size: Annotated[int, typer.Option(help="Examples that the denoiser sees at once.")] = 4,
+    base_model: Annotated[
+        str | None, typer.Option(help="What the files call the base model; its id or folder by default.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the pipeline on the Hub.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the pipeline's weights, such as fp16.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Where to run; a GPU of CUDA if there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a concept basis and concept probes for a diffusion pipeline from a concept and your training data."""
+    from .concept_fit import fit_concept, load_concept
+    from .training_data import TrainingData
+
+    if train_data_dir and dataset_name:
+        raise typer.BadParameter("--train-data-dir and --dataset-name exclude each other.")
+    columns: dict[str, Any] = {
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "cache_dir": cache_dir,
+    }
+    source, data = train_data_dir or dataset_name, None
+    if source:
+        data = TrainingData.load(source, config_name=dataset_config_name, split=split, **columns)
+    found = load_concept(
+        overlay=overlay,
+        pairs=pairs,
+        masks=masks,
+        prompts=prompts or (),
+        ranges={"scale": scale, "angle": angle, "opacity": opacity, "across": across, "down": down},
+        data=data,
+        **columns,
+    )
+    _, _, report = fit_concept(
+        pretrained_model_name_or_path,
+        found,
+        data,
+        name=concept,
+        resolution=resolution,
+        center_crop=center_crop,
+        num_pairs=num_pairs,
+        num_probes=num_probes,
+        rank=rank,
+        spaces=spaces.split(","),
+        target_modules=target_modules.split(",") if target_modules else None,
+        unfit=unfit,  # type: ignore[arg-type]  # checked there
+        batch_size=batch_size,
+        base_model=base_model,
+        revision=revision,
+        variant=variant,
+        dtype=dtype,
+        device=device,
+        output_dir=output_dir,
+        seed=seed,
+    )
+    _print_json(report.to_dict()) if as_json else typer.echo(report)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the page, the pictures and the adapters.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,

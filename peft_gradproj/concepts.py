@@ -21,7 +21,7 @@ from PIL import Image, ImageChops
 
 from .errors import ConceptDataError
 
-__all__ = ["ConceptPair", "ConceptSet", "Overlay", "Placement"]
+__all__ = ["ConceptPair", "ConceptSet", "Overlay", "Placement", "nth_of_shuffles"]
 
 MASK_THRESHOLD = 8
 """Grey levels that two halves of a pair must differ by, to count as the concept."""
@@ -188,7 +188,7 @@ class ConceptSet(Sequence[ConceptPair]):
         count = len(images) if count is None else count
         pairs = []
         for index in range(count):
-            below = _nth_of_shuffles(index, len(images), seed)
+            below = nth_of_shuffles(index, len(images), seed)
             placement = overlay.place(images[below].size, np.random.default_rng([seed, 1, index]))
             pasted, mask = overlay.paste(images[below], placement)
             pairs.append(ConceptPair(pasted, images[below].convert("RGB"), mask, prompts[below]))
@@ -254,7 +254,7 @@ def difference_mask(with_concept: Image.Image, without: Image.Image) -> Image.Im
     return largest.point(lambda level: 255 if level >= MASK_THRESHOLD else 0)
 
 
-def _nth_of_shuffles(index: int, length: int, seed: int) -> int:
+def nth_of_shuffles(index: int, length: int, seed: int) -> int:
     """Entry `index` of endless random permutations of `range(length)`, one after another."""
     epoch, position = divmod(index, length)
     return int(np.random.default_rng([seed, 0, epoch]).permutation(length)[position])

@@ -1,0 +1,217 @@
+"""The user's training pictures and captions, read and cropped as diffusers' training scripts do.
+
+An *imagefolder* is a folder of pictures with a `metadata.jsonl` (or `.csv`, `.parquet`) whose lines hold `file_name`
+and the caption; columns named `*_file_name` are further pictures. Anything else that `datasets` can load will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from .errors import ConceptDataError
+
+__all__ = ["Frame", "TrainingData", "draw_frame", "first_line", "load_table", "read_pictures"]
+
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+# Frames
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How a picture becomes a square: its shorter side is scaled to the training resolution, then it is cropped."""
+
+    original_size: tuple[int, int]
+    """Height and width of the picture."""
+    top: int
+    left: int
+    """The upper left corner of the crop, in the scaled picture."""
+    side: int
+    """The training resolution."""
+
+    @property
+    def time_ids(self) -> tuple[int, ...]:
+        """What Stable Diffusion XL is told: original size, corner of the crop and target size, each height first."""
+        return (*self.original_size, self.top, self.left, self.side, self.side)
+
+    def apply(self, picture: Image.Image, *, mask: bool = False) -> Image.Image:
+        """The square of a picture of the original size, RGB, or L of a mask.
+
+        Raises:
+            ConceptDataError: If the picture has another size.
+        """
+        if picture.size[::-1] != self.original_size:
+            raise ConceptDataError(f"pictures of one example have sizes {self.original_size[::-1]} and {picture.size}.")
+        # Lanczos overshoots, which is right for pictures, and would leave specks in masks.
+        resampling = Image.Resampling.BILINEAR if mask else Image.Resampling.LANCZOS
+        scaled = picture.convert("L" if mask else "RGB").resize(_scaled(picture.size, self.side), resampling)
+        return scaled.crop((self.left, self.top, self.left + self.side, self.top + self.side))
+
+
+def draw_frame(size: tuple[int, int], side: int, *, center: bool, generator: np.random.Generator) -> Frame:
+    """A frame for a picture of the given width and height: in its middle, or anywhere."""
+    room = [length - side for length in _scaled(size, side)]
+    left, top = ((r // 2 if center else int(generator.integers(r + 1))) for r in room)
+    return Frame((size[1], size[0]), top, left, side)
+
+
+def _scaled(size: tuple[int, int], side: int) -> tuple[int, int]:
+    width, height = (max(side, round(length * side / min(size))) for length in size)
+    return width, height
+
+
+# Data
+
+
+class TrainingData(Sequence[tuple[Image.Image, str]]):
+    """Pictures and their captions; a picture is decoded when it is asked for.
+
+    Args:
+        images: The pictures.
+        captions: As many.
+
+    Raises:
+        ConceptDataError: If there are none, or the numbers differ.
+    """
+
+    def __init__(self, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
+        if len(images) == 0:
+            raise ConceptDataError("the training data is empty; expected at least one picture with its caption.")
+        if len(images) != len(captions):
+            raise ConceptDataError(f"{len(images)} pictures but {len(captions)} captions; expected as many.")
+        self._images, self._captions = images, captions
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            chosen = range(len(self))[index]
+            return TrainingData([self._images[i] for i in chosen], [self.caption(i) for i in chosen])
+        return self._images[index], self.caption(index)
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, str]]:
+        return (self[i] for i in range(len(self)))
+
+    def caption(self, index: int) -> str:
+        """A caption, without decoding its picture; of several alternatives the first."""
+        caption = self._captions[index]
+        caption = caption[0] if isinstance(caption, list | tuple) and caption else caption
+        if not isinstance(caption, str):
+            raise ConceptDataError(f"the caption of picture {index} is a {type(caption).__name__}; expected text.")
+        return caption
+
+    @classmethod
+    def load(
+        cls,
+        path_or_id: str | Path,
+        *,
+        config_name: str | None = None,
+        split: str = "train",
+        image_column: str = "image",
+        caption_column: str = "text",
+        cache_dir: str | None = None,
+    ) -> TrainingData:
+        """Read an imagefolder, or a data set by its id.
+
+        Args:
+            path_or_id: A folder of pictures with metadata, or what `datasets.load_dataset` takes.
+            config_name: Configuration of the data set.
+            split: Which part of it.
+            image_column: Column of the pictures.
+            caption_column: Column of the captions.
+            cache_dir: Where `datasets` keeps what it has prepared.
+
+        Raises:
+            ConceptDataError: If there is no such data, it is empty, or a column is missing.
+        """
+        columns = (image_column, caption_column)
+        table = load_table(path_or_id, columns, config_name=config_name, split=split, cache_dir=cache_dir)
+        return cls(_Column(table, image_column), table.select_columns([caption_column])[:][caption_column])
+
+
+def load_table(
+    path_or_id: str | Path,
+    columns: Sequence[str],
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+) -> Any:
+    """A `datasets.Dataset` that has the given columns and at least one row; arguments as in `TrainingData.load`.
+
+    Raises:
+        ConceptDataError: If there is no such data, it is empty, or a column is missing.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    folder = Path(path_or_id)
+    if folder.is_file():
+        raise ConceptDataError(f"{folder} is a file; expected a folder of pictures with metadata, or a data set.")
+    # A folder of parquet files is a data set; any other is one of pictures.
+    is_images = folder.is_dir() and all(file.name in _METADATA for file in folder.glob("**/*.parquet"))
+    given: dict[str, Any] = {"split": split, "cache_dir": cache_dir}
+    try:
+        if is_images:
+            table = load_dataset("imagefolder", data_files={"train": str(folder / "**")}, **given)
+        else:
+            table = load_dataset(str(path_or_id), config_name, **given)
+    except (OSError, ValueError, LookupError, DatasetsError, RuntimeError) as error:
+        raise ConceptDataError(
+            f"no pictures can be read from {path_or_id}: {first_line(error)}. Expected a folder of pictures with a "
+            "metadata.jsonl, or the id of a data set."
+        ) from error
+    if len(table) == 0:
+        raise ConceptDataError(f"{path_or_id} is empty; expected at least one picture.")
+    missing = [column for column in columns if column not in table.column_names]
+    if missing:
+        has_metadata = not is_images or any(file for name in _METADATA for file in folder.glob(f"**/{name}"))
+        advice = (
+            f"It has {', '.join(table.column_names)}; name the right ones."
+            if has_metadata
+            else "The folder has no metadata.jsonl: write one, with a line such as "
+            f'{{"file_name": "1.png", "{missing[-1]}": "..."}} for each picture.'
+        )
+        raise ConceptDataError(f"{path_or_id} has no column {', '.join(map(repr, missing))}. {advice}")
+    return table
+
+
+class _Column(Sequence[Image.Image]):
+    """The pictures of one column, decoded one by one."""
+
+    def __init__(self, table: Any, name: str) -> None:
+        self._table, self._name = table.select_columns([name]), name
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        try:
+            picture = self._table[index][self._name]
+        except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+            raise ConceptDataError(
+                f"picture {index} of column '{self._name}' cannot be read: {first_line(error)}"
+            ) from error
+        if not isinstance(picture, Image.Image):
+            raise ConceptDataError(f"column '{self._name}' holds a {type(picture).__name__}; expected pictures.")
+        return picture
+
+
+def read_pictures(table: Any, column: str) -> Sequence[Image.Image]:
+    """The pictures of a column of a table, decoded when they are asked for."""
+    return _Column(table, column)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, short enough for a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
