@@ -562,7 +562,10 @@ def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise AdapterFolderError(f"{folder} is not a folder; expected the folder of a published adapter.")
+        fault = "is not a folder" if folder.exists() else "does not exist"
+        raise AdapterFolderError(
+            f"{folder} {fault}; expected the folder of a published adapter, or its id on the Hub (user/name)."
+        )
     _refuse_confusable(folder)
     manifest, manifest_source = _read_manifest(folder)
     absent = [name for name in manifest["files"] if not os.path.lexists(folder / name)]

@@ -80,8 +80,10 @@ def verify(
 
     Exit status: 0 verified, 1 not verified, 2 could not be checked.
     """
-    from .verification import verify_adapter
+    from .verification import unchecked_sarif, verify_adapter
 
+    if sarif is not None and not sarif.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {sarif.parent} to write {sarif.name} to.")
     if behaviour and None in (base_model, probes):
         raise typer.BadParameter("--behaviour takes --base-model and --probes.")
     if refit is not None and base_model is None:
@@ -103,9 +105,12 @@ def verify(
     except GradProjError as error:
         if as_json:
             _print_json({"status": "could not be checked", "ok": False, "source": path_or_repo, "error": str(error)})
+        if sarif is not None:
+            # Or what an earlier run found would be taken for the answer.
+            _write_json(sarif, unchecked_sarif(error))
         raise
     if sarif is not None:
-        sarif.write_text(json.dumps(report.to_sarif(), indent=2), encoding="utf-8")
+        _write_json(sarif, report.to_sarif())
     _print_json(report.to_dict()) if as_json else _print(report)
     raise typer.Exit(report.exit_status)
 
@@ -336,6 +341,10 @@ def demo(
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
 def _print(value: Any) -> None:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from .contrast import ContrastBatches
     from .probes import ConceptProbes
 
-__all__ = ["TOLERANCES", "Check", "LayerResult", "VerificationReport", "verify_adapter"]
+__all__ = ["TOLERANCES", "Check", "LayerResult", "VerificationReport", "unchecked_sarif", "verify_adapter"]
 
 TOLERANCES: dict[torch.dtype, float] = {
     torch.float64: 1e-6,
@@ -176,7 +177,7 @@ class VerificationReport:
                 "message": {"text": printable(f"{check.layer}: {check.detail}" if check.layer else check.detail)},
                 "locations": [
                     {
-                        "physicalLocation": {"artifactLocation": {"uri": MANIFEST_NAME}},
+                        "physicalLocation": {"artifactLocation": {"uri": _uri(Path(self.source, MANIFEST_NAME))}},
                         "logicalLocations": [{"fullyQualifiedName": printable(check.layer or self.source)}],
                     }
                 ],
@@ -184,9 +185,7 @@ class VerificationReport:
             for check in found
         ]
         rules = [{"id": rule} for rule in dict.fromkeys(result["ruleId"] for result in results)]
-        driver = {"name": "gradproj", "version": __version__, "rules": rules}
-        run = {"tool": {"driver": driver}, "results": results}
-        return {"$schema": _SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}
+        return _sarif(rules, results, {"executionSuccessful": True})
 
     def render(self, width: int = 120) -> str:
         """The report as plain text, as `print` shows it."""
@@ -222,6 +221,23 @@ class VerificationReport:
         lines = [Text(f"commit {self.commit}")] if self.commit else []
         notes = [Text(printable(f"Note: {note}")) for note in self.notes]
         return Group(table, *lines, *notes, Text(self.status, colour))
+
+
+def unchecked_sarif(error: Exception) -> dict[str, Any]:
+    """What SARIF says where there is no report: that the run failed, and why; JSON-able."""
+    notification = {"level": "error", "message": {"text": printable(str(error))}}
+    return _sarif([], [], {"executionSuccessful": False, "toolExecutionNotifications": [notification]})
+
+
+def _uri(path: Path) -> str:
+    """Relative paths stay so: scanners show what is found in the file of that name in their checkout."""
+    return path.as_uri() if path.is_absolute() else quote(path.as_posix())
+
+
+def _sarif(rules: list[Any], results: list[Any], invocation: Mapping[str, Any]) -> dict[str, Any]:
+    driver = {"name": "gradproj", "version": __version__, "rules": rules}
+    run = {"tool": {"driver": driver}, "results": results, "invocations": [dict(invocation)]}
+    return {"$schema": _SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

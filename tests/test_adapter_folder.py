@@ -298,7 +298,7 @@ def test_a_basis_or_an_adapter_is_read_by_what_it_is(tmp_path):
     for path in (basis.save(tmp_path / "bare"), tmp_path / "bare"):
         found = read_basis_or_adapter(path)
         assert found.to_dict()["layers"]["down.conv"] == {"input": [27, 2], "output": [8, 2]}
-    with pytest.raises(AdapterFolderError, match="is not a folder"):
+    with pytest.raises(AdapterFolderError, match="does not exist"):
         read_basis_or_adapter(tmp_path / "nothing")
 
 

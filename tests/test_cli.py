@@ -56,11 +56,18 @@ def test_sarif_holds_what_did_not_pass(run, tmp_path):
     verify = ("verify", tmp_path / "adapter", "--sarif", tmp_path / "out.sarif")
     assert run(*verify)[0] == 0
     assert json.loads((tmp_path / "out.sarif").read_text())["runs"][0]["results"] == []
+    assert run("verify", tmp_path / "nothing", "--sarif", tmp_path / "out.sarif")[0] == 2
+    (invocation,) = json.loads((tmp_path / "out.sarif").read_text())["runs"][0]["invocations"]
+    assert invocation["executionSuccessful"] is False
+    assert "does not exist" in invocation["toolExecutionNotifications"][0]["message"]["text"]
+    assert run("verify", tmp_path / "adapter", "--sarif", tmp_path / "no" / "out.sarif")[0] == 2
     edit_json(tmp_path / "adapter", MANIFEST, lambda manifest: manifest["leakage"].pop("down.conv"))
     assert run(*verify)[0] == 1
     (found,) = json.loads((tmp_path / "out.sarif").read_text())["runs"]
     assert [rule["id"] for rule in found["tool"]["driver"]["rules"]] == ["orthogonality/claims"]
     assert {result["level"] for result in found["results"]} == {"error"}
+    (location,) = found["results"][0]["locations"]
+    assert location["physicalLocation"]["artifactLocation"]["uri"] == (tmp_path / "adapter" / MANIFEST).as_uri()
     assert all("down.conv" in result["message"]["text"] for result in found["results"])
 
 
