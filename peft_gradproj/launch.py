@@ -3,8 +3,9 @@
 Every `LoraConfig` that the script adds to a model *for training* becomes a `GradProjConfig`: those given to
 `add_adapter` of diffusers and of transformers, to `peft.get_peft_model`, and those of adapters that
 `PeftModel.from_pretrained` loads as trainable. What the script loads to sample or to evaluate stays a plain LoRA:
-loaders call none of these functions, which is why they are wrapped, and not `LoraConfig`. Concept basis and manifest
-are written beside each set of weights that the script saves, checkpoints included, before the script's own upload.
+loaders call none of these functions, which is why they are wrapped, and not `LoraConfig`. Concept basis, manifest and
+model card are written beside each set of weights that the script saves, checkpoints included, before the script's own
+upload; a card that the script writes itself gets our section when it is uploaded.
 
     gradproj launch --concept-basis logo.safetensors train_text_to_image_lora.py --rank=16 ...
     accelerate launch -m peft_gradproj.launch --concept-basis logo.safetensors train_text_to_image_lora.py ...
@@ -38,6 +39,7 @@ from .basis import ConceptBasis
 from .config import GradProjConfig
 from .errors import AdapterFolderError, ConceptDataError, GradProjConfigError
 from .probes import ConceptProbes, adapters_disabled, call_model, evaluation_mode, placement
+from .saving import complete_card
 
 __all__ = ["MAX_BASE_DISTANCE", "LaunchedRun", "launch"]
 
@@ -181,7 +183,7 @@ class LaunchedRun:
     # Sidecars
 
     def write_sidecars(self, folder: Any) -> None:
-        """Write basis and manifest beside the weights that the script has just saved in `folder`."""
+        """Write basis, manifest and model card beside the weights that the script has just saved in `folder`."""
         if not self.configs:
             return
         uncovered = [part for config in self.configs for part in config.uncovered_parts] + self.uncovered
@@ -200,6 +202,8 @@ class LaunchedRun:
         except (AdapterFolderError, OSError) as error:
             # The weights are there. A training run that has taken days is not lost for want of a manifest.
             warnings.warn(f"no gradproj.json beside the weights in '{folder}': {error}", stacklevel=2)
+        else:
+            complete_card(folder)
 
     # Wraps
 
@@ -215,11 +219,14 @@ class LaunchedRun:
 
     def _wraps(self) -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
         import peft
+        from huggingface_hub import HfApi, hf_api
         from transformers.integrations.peft import PeftAdapterMixin as TransformersMixin
 
         yield peft, "get_peft_model", self._adding
         yield peft.PeftModel, "from_pretrained", self._resuming
         yield TransformersMixin, "add_adapter", self._adding
+        yield hf_api, "upload_folder", self._uploading
+        yield HfApi, "upload_folder", self._uploading
         if find_spec("diffusers") is not None:
             from diffusers.loaders.lora_base import LoraBaseMixin
             from diffusers.loaders.peft import PeftAdapterMixin
@@ -264,6 +271,18 @@ class LaunchedRun:
             return result
 
         return save
+
+    def _uploading(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @wraps(original)
+        def upload(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            # Scripts write a card of their own after they have saved, over what is there.
+            complete_card(given["folder_path"], repo_id=given["repo_id"])
+            return original(*args, **kwargs)
+
+        return upload
 
 
 def _part(basis: ConceptBasis, prefix: str, names: set[str]) -> ConceptBasis | None:

@@ -117,7 +117,7 @@ def render_model_card(
         AdapterFolderError: If the metadata of the existing card cannot be read.
     """
     card = _parse(existing.replace("\r\n", "\n"))
-    _fill_metadata(card.data, folder, license, images)
+    _fill_metadata(card.data, folder, license, images, unfilled=is_unfilled(existing))
     section = _render_section(folder, report, repo_id)
     card.text = _place(card.text, section, title=(repo_id or folder.path.resolve().name).split("/")[-1])
     text = str(card)
@@ -142,9 +142,9 @@ def _parse(existing: str) -> Any:
 
 
 def _fill_metadata(
-    metadata: Any, folder: AdapterFolder, license: str | None, images: Sequence[tuple[str, str]]
+    metadata: Any, folder: AdapterFolder, license: str | None, images: Sequence[tuple[str, str]], *, unfilled: bool
 ) -> None:
-    """Add what the Hub indexes; what is there stays, unless the Hub would refuse it."""
+    """Add what the Hub indexes; what is there stays, unless the Hub would refuse it, or nobody wrote it."""
     if not _are_hub_ids(metadata.get("base_model")):
         # PEFT notes the path of a local base model, which the Hub takes no card with.
         metadata["base_model"] = _base_model(folder)
@@ -154,7 +154,8 @@ def _fill_metadata(
         "pipeline_tag": _pipeline_tag(folder),
     }
     for key, value in found.items():
-        if metadata.get(key) is None:
+        # The empty card of transformers says that its library loads the adapter.
+        if metadata.get(key) is None or (unfilled and key == "library_name"):
             metadata[key] = value
     if license is not None:
         metadata["license"] = license

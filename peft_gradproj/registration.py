@@ -41,6 +41,7 @@ def register() -> PeftType:
         # The prefix is LoRA's, since the adapter's parameters are LoRA's: stock PEFT loads what is saved.
         register_peft_method(name="gradproj", config_cls=GradProjConfig, model_cls=GradProjModel, prefix="lora_")
         _complete_saves_of_transformers()
+        _complete_uploads_of_transformers()
     return peft_type
 
 
@@ -73,3 +74,22 @@ def _complete_saves_of_transformers() -> None:
         return result
 
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _complete_uploads_of_transformers() -> None:
+    """Let `push_to_hub`, of PEFT and of transformers, upload a model card that tells of the checks.
+
+    It saves the model and then writes the card anew: the one that is on the Hub, or an empty template.
+    """
+    from transformers.utils import PushToHubMixin
+
+    from .saving import complete_card
+
+    original: Any = PushToHubMixin._upload_modified_files
+
+    @wraps(original)
+    def upload(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        complete_card(working_dir, repo_id=repo_id)
+        return original(self, working_dir, repo_id, *args, **kwargs)
+
+    PushToHubMixin._upload_modified_files = upload  # type: ignore[method-assign]

@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .adapter_folder import PUBLISHED_FILES, has_adapter_weights, publishes_basis, read_settings, write_sidecars
+from .adapter_folder import (
+    MANIFEST_NAME,
+    PUBLISHED_FILES,
+    has_adapter_weights,
+    publishes_basis,
+    read_settings,
+    write_sidecars,
+)
 from .basis import ConceptBasis
-from .errors import AdapterFolderError
+from .errors import AdapterFolderError, GradProjError
 from .folder_swap import replaced_folder
 
 if TYPE_CHECKING:
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
     from .probes import ConceptProbes
 
 __all__ = [
+    "complete_card",
     "complete_sidecars",
     "load_settings",
     "save_adapter",
@@ -143,6 +151,26 @@ def write_sidecars_of_weights(config: GradProjConfig, folder: str | os.PathLike[
             "written. Save it with safe_serialization=True.",
             stacklevel=2,
         )
+
+
+def complete_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> None:
+    """Write our section into the model card in `folder`, if there is a manifest; a card that cannot be is a warning.
+
+    Nobody is to lose a training run, or an upload, for want of a card.
+
+    Args:
+        folder: Where an adapter was saved.
+        repo_id: Where it is about to be uploaded to.
+    """
+    from .model_card import write_model_card
+    from .verification import verify_adapter
+
+    if not Path(folder, MANIFEST_NAME).is_file():
+        return
+    try:
+        write_model_card(folder, verify_adapter(folder), repo_id=repo_id)
+    except (GradProjError, OSError) as error:
+        warnings.warn(f"the model card in '{os.fspath(folder)}' does not tell of the checks: {error}", stacklevel=2)
 
 
 def complete_sidecars(model: nn.Module, folder: str | os.PathLike[str]) -> None:

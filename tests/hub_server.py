@@ -150,6 +150,7 @@ class LoopbackHub:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
     """A Hub without repositories, which huggingface_hub talks to with the token `WRITER` while the test runs."""
     from huggingface_hub import constants, hf_api
+    from transformers.utils import hub as transformers_hub
 
     with LoopbackHub() as server:
         cache = tmp_path_factory.mktemp("hub_cache")
@@ -163,6 +164,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        # transformers keeps a client of its own, which would go on talking to the server of an earlier test.
+        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.upper(), raising=False)

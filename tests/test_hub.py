@@ -452,6 +452,20 @@ def test_pefts_own_push_publishes_the_same_files(hub, tmp_path):
     assert len(hub.history(NAME)) == 1
     report = verify_adapter(NAME)
     assert report.ok, report.render()
+    card = hub.files(NAME)["README.md"].decode()
+    assert f"$ gradproj verify {NAME}\n" in card
+    assert "| orthogonality | passed |" in card
+    assert "library_name: peft" in card
+
+
+def test_pefts_own_push_keeps_the_text_of_a_card_on_the_hub(hub, tmp_path):
+    model, _ = small_adapter(tmp_path)
+    hub.add_repo(NAME, {"README.md": b"---\nlicense: mit\n---\n# Mine\n\nWritten on the Hub.\n"})
+    model.push_to_hub(NAME)
+    card = hub.files(NAME)["README.md"].decode()
+    assert "Written on the Hub." in card
+    assert "license: mit" in card
+    assert f"$ gradproj verify {NAME}\n" in card
 
 
 STOCK = """

@@ -271,6 +271,7 @@ def test_everything_is_unwrapped_after_the_run():
     import peft
     from diffusers.loaders.lora_base import LoraBaseMixin
     from diffusers.loaders.peft import PeftAdapterMixin
+    from huggingface_hub import HfApi, hf_api
 
     def functions():
         return (
@@ -280,6 +281,8 @@ def test_everything_is_unwrapped_after_the_run():
             PeftAdapterMixin.add_adapter,
             PeftAdapterMixin.save_lora_adapter,
             LoraBaseMixin.write_lora_layers,
+            hf_api.upload_folder,
+            HfApi.upload_folder,
             LoraBaseMixin.__dict__["write_lora_layers"].__class__,
         )
 
