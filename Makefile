@@ -18,6 +18,7 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py --output benchmarks/results/overhead.json
+	$(BIN)/python benchmarks/verify.py
 
 fuzz: $(INSTALLED)
 	GRADPROJ_FUZZ_EXAMPLES=20000 GRADPROJ_KILLS=200 $(BIN)/python -m pytest -k 'damage or any_ or kill' \
