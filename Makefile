@@ -22,7 +22,7 @@ bench: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	GRADPROJ_FUZZ_EXAMPLES=20000 GRADPROJ_KILLS=200 $(BIN)/python -m pytest -k 'damage or any_ or kill' \
-		tests/test_verification.py tests/test_adapter_folder.py tests/test_atomic_saving.py
+		tests/test_verification.py tests/test_adapter_folder.py tests/test_refit.py tests/test_atomic_saving.py
 
 # torch first and by its exact version: a bare requirement would bring a build with CUDA, several gigabytes large.
 $(INSTALLED): pyproject.toml constraints.txt

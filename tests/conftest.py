@@ -16,7 +16,7 @@ from torch import nn
 settings.register_profile(
     "project",
     deadline=None,
-    max_examples=25,
+    max_examples=int(os.environ.get("GRADPROJ_FUZZ_EXAMPLES", "25")),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("project")

@@ -424,12 +424,61 @@ def test_an_adapter_of_the_size_of_stable_diffusion_takes_two_seconds_at_most(tm
 # Fuzzing
 
 
+class _Watch:
+    """Notes what this process opens, changes and calls while `noted` is a list; an audit hook cannot be removed."""
+
+    CHANGES: ClassVar = {
+        *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"),
+        *("socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class"),
+    }
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[str, bool]] | None = None
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.noted is None:
+            return
+        if event == "open" and not isinstance(arguments[0], int):
+            writes = bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            self.noted.append((os.fsdecode(arguments[0]), writes))
+        elif event in self.CHANGES:
+            self.noted.append((event, True))
+
+
+watch = _Watch()
+CODE = tuple(
+    f"{os.path.realpath(root)}{os.sep}" for root in (sys.prefix, sys.base_prefix, Path(adapter_folder.__file__).parent)
+)
+"""Where modules are imported from, which may happen at any time."""
+
+MEMORY = 256 * 2**20
+"""What reading a damaged folder of some kilobytes may take, beyond what this process has had before."""
+
+
+def peak_memory() -> int:
+    resource = pytest.importorskip("resource")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def report_or_our_error(folder: Path) -> VerificationReport | None:
-    """A report that can be shown to programs and people, or none where the folder is refused as it should be."""
+    """A report that can be shown to programs and people, or none where the folder is refused as it should be.
+
+    Either way nothing outside of the folder is read, nothing is written, and memory stays bounded.
+    """
+    before = peak_memory()
+    watch.noted = noted = []
     try:
         report = verify_adapter(folder)
     except AdapterFolderError:
         return None
+    finally:
+        watch.noted = None
+        inside = f"{os.path.realpath(folder)}{os.sep}"
+        found = [(os.path.realpath(path), writes) for path, writes in noted]
+        found = [(path, writes) for path, writes in found if not path.startswith(CODE)]
+        assert all(path.startswith(inside) and not writes for path, writes in found), f"opened or changed: {found}"
+        assert peak_memory() - before < MEMORY
     json.loads(report.to_json())
     assert report.render()
     return report
