@@ -14,6 +14,7 @@ Both halves of a pair have the same noise, the same timestep and the same crop.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from abc import ABC, abstractmethod
@@ -593,7 +594,7 @@ def _opened(path: str | Path, ranges: Mapping[str, tuple[float, float]]) -> Over
 
 def _phrases(prompt: str) -> list[str]:
     try:
-        lines = Path(prompt).read_text(encoding="utf-8").splitlines() if Path(prompt).is_file() else [prompt]
+        lines = Path(prompt).read_text(encoding="utf-8").splitlines() if os.path.isfile(prompt) else [prompt]
     except (OSError, UnicodeDecodeError) as error:
         raise ConceptDataError(f"the file of prompts {prompt} cannot be read: {error}") from error
     found = [line.strip() for line in lines if line.strip()]

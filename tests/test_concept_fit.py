@@ -314,6 +314,8 @@ def test_forms_of_a_concept_are_told_apart(tmp_path):
         load_concept(overlay=tmp_path / "opaque.png")
     (tmp_path / "words.txt").write_text("by X\n\n in the style of Y \n")
     assert load_concept(prompts=[str(tmp_path / "words.txt"), "Z"]) == ["by X", "in the style of Y", "Z"]
+    # Too long for the name of a file.
+    assert load_concept(prompts=["x" * 300]) == ["x" * 300]
     (tmp_path / "words.txt").write_text("\n")
     with pytest.raises(ConceptDataError, match="names nothing"):
         load_concept(prompts=[str(tmp_path / "words.txt")])
