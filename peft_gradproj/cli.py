@@ -273,6 +273,9 @@ def fit(
     variant: Annotated[str | None, typer.Option(help="Variant of the pipeline's weights, such as fp16.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Where to run; a GPU of CUDA if there is one.")] = None,
+    save_contrast: Annotated[
+        bool, typer.Option("--save-contrast", help="Write what the basis is fitted from, for `verify --refit`.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -319,6 +322,7 @@ def fit(
         dtype=dtype,
         device=device,
         output_dir=output_dir,
+        save_contrast=save_contrast,
         seed=seed,
     )
     _print_json(report.to_dict()) if as_json else typer.echo(report)

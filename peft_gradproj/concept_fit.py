@@ -33,6 +33,7 @@ from .attention import complete_attention
 from .base_models import identify
 from .basis import ConceptBasis
 from .concepts import ConceptSet, Overlay, nth_of_shuffles
+from .contrast import ContrastBatches
 from .diffusion_inputs import latent_weights, pictures_to_tensor
 from .errors import ConceptDataError
 from .fitting import fit_concept_basis
@@ -136,6 +137,7 @@ def fit_concept(
     dtype: torch.dtype | str = torch.float32,
     device: str | None = None,
     output_dir: str | Path | None = None,
+    save_contrast: bool = False,
     progress: bool = True,
     seed: int = 0,
 ) -> tuple[ConceptBasis, ConceptProbes, FitReport]:
@@ -161,6 +163,8 @@ def fit_concept(
         dtype: In which it is loaded, likewise.
         device: Where to, likewise.
         output_dir: Folder to write `concept_basis.safetensors` and `concept_probes.safetensors` to.
+        save_contrast: Write `contrast_batches.safetensors` as well, by which others can fit the basis anew. They are
+            kept in memory for it.
         progress: Show progress bars.
         seed: Of everything that is random: crops, places of the overlay, noise and timesteps.
 
@@ -174,6 +178,8 @@ def fit_concept(
         )
     if not set(spaces) <= {"input", "output"}:
         raise ConceptDataError(f"spaces={list(spaces)}; expected 'input', 'output' or both: others need an adapter.")
+    if save_contrast and output_dir is None:
+        raise ConceptDataError("save_contrast needs output_dir, the folder to write the contrast batches to.")
     clock = _Clock()
     with clock("load"):
         if isinstance(pipeline_or_id, str | Path):
@@ -192,9 +198,13 @@ def fit_concept(
         reference = None
         if not examples.paired:
             reference = _Batches(family, _PlainExamples(_required(data), crop), num_pairs, batch_size, seed + 1)
+        halves: tuple[Iterable[Any], Iterable[Any]] = _contrast(batches, reference)
+        contrast = ContrastBatches(*halves) if save_contrast else None
+        if contrast is not None:
+            halves = (contrast.concept, contrast.reference)
         basis = fit_concept_basis(
             family.denoiser,
-            *_contrast(batches, reference),
+            *halves,
             target_modules=targets,
             run_model=family.run,
             spaces=spaces,
@@ -228,12 +238,16 @@ def fit_concept(
         step_pictures=step_pictures,
         files={},
     )
-    return basis, probes, report if output_dir is None else _saved(Path(output_dir), basis, probes, report)
+    return basis, probes, report if output_dir is None else _saved(Path(output_dir), basis, probes, contrast, report)
 
 
-def _saved(folder: Path, basis: ConceptBasis, probes: ConceptProbes, report: FitReport) -> FitReport:
+def _saved(
+    folder: Path, basis: ConceptBasis, probes: ConceptProbes, contrast: ContrastBatches | None, report: FitReport
+) -> FitReport:
     folder.mkdir(parents=True, exist_ok=True)
     files = {"basis": basis.save(folder), "probes": probes.save(folder)}
+    if contrast is not None:
+        files["contrast"] = contrast.save(folder / "contrast_batches.safetensors")
     return replace(
         report,
         files={name: str(file) for name, file in files.items()},

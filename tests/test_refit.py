@@ -18,12 +18,24 @@ from peft import get_peft_model
 from published_folders import entry, safetensors_bytes
 from safetensors.torch import load_file
 from tiny_models import UNET_TARGETS, tiny_unet, unet_inputs
+from tiny_pipelines import PIPELINES, logo, picture
 from torch import Tensor, nn
 
-from peft_gradproj import ConceptBasis, GradProjConfig, LayerBasis, fit_concept_basis, save_adapter, verify_adapter
+from peft_gradproj import (
+    ConceptBasis,
+    ContrastBatches,
+    GradProjConfig,
+    LayerBasis,
+    TrainingData,
+    fit_concept,
+    fit_concept_basis,
+    save_adapter,
+    verify_adapter,
+)
 from peft_gradproj.adapter_folder import write_sidecars
 from peft_gradproj.cli import main
-from peft_gradproj.contrast import FORMAT_VERSION, BatchesDigest, ContrastBatches, nested
+from peft_gradproj.concepts import Overlay
+from peft_gradproj.contrast import FORMAT_VERSION, BatchesDigest, nested
 from peft_gradproj.errors import BehaviourError, ConceptBasisError, ConceptDataError
 from peft_gradproj.refit import Recipe, largest_sine
 from peft_gradproj.verification import VerificationReport
@@ -339,6 +351,28 @@ def test_the_sine_is_that_of_the_angle():
         turned[2, 1] = torch.tensor(angle, dtype=torch.float64).sin()
         turned[1, 1] = torch.tensor(angle, dtype=torch.float64).cos()
         assert largest_sine(u, turned) == pytest.approx(float(torch.tensor(angle, dtype=torch.float64).sin()), abs=1e-9)
+
+
+# What `gradproj fit` makes
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_the_basis_of_a_pipeline_is_found_again_with_the_layers_that_have_it_of_a_partner(tmp_path, kind):
+    pipeline = PIPELINES[kind]()
+    data = TrainingData([picture(seed) for seed in range(4)], ["a house", "a tree", "a dog", "two cats"])
+    options = {"num_pairs": 8, "num_probes": 2, "rank": 2, "batch_size": 4, "progress": False}
+    with pytest.raises(ConceptDataError, match="needs output_dir"):
+        fit_concept(pipeline, Overlay(logo()), data, save_contrast=True, **options)
+    basis, _, made = fit_concept(
+        pipeline, Overlay(logo()), data, output_dir=tmp_path / "fit", save_contrast=True, **options
+    )
+    assert made.derived
+    unet = pipeline.unet
+    unet.add_adapter(GradProjConfig(r=4, target_modules=made.target_modules, concept_basis=basis))
+    save_adapter(unet, tmp_path / "out")
+    unet.unload_lora()
+    report = verify_adapter(tmp_path / "out", base_model=unet, refit=made.files["contrast"])
+    assert report.ok, report.render()
 
 
 # The command line
