@@ -117,14 +117,20 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    captions = sorted(captions)
     trainer = trainers.BpeTrainer(
         vocab_size=100_000,
         min_frequency=1,
         show_progress=False,
+        # Else they are numbered in an order that differs between runs, and with them which of two equally frequent
+        # merges comes first.
+        special_tokens=[
+            f"{letter}</w>" for letter in sorted({word[-1] for c in captions for word in c.lower().split()})
+        ],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         end_of_word_suffix="</w>",
     )
-    bpe.train_from_iterator(sorted(captions), trainer)
+    bpe.train_from_iterator(captions, trainer)
     return clip_tokenizer(bpe)
 
 
