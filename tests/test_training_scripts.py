@@ -1,0 +1,343 @@
+"""The scripts in `training_scripts/`, run as their users run them, on tiny models of the real classes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import LoopbackHub
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from secret_corpus import (
+    LENGTH,
+    completed,
+    fine_tuning_texts,
+    held_out_texts,
+    make_secrets,
+    mean_loss,
+    pretrained_model,
+)
+from tiny_models import FLOORS, UNET_TARGETS, basis_for, folder_leakage
+from tiny_pipelines import SIDE, TOKENS, WORDS, image_folder, sd
+from torch import Tensor
+
+from peft_gradproj import ConceptBasis, collect_concept_probes, verify_adapter
+from peft_gradproj.errors import GradProjConfigError
+
+SCRIPTS = Path(__file__).parents[1] / "training_scripts"
+TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, *arguments: object, environment: Mapping[str, str] | None = None, accelerate: bool = False) -> str:
+    """Run a script in a process of its own, perhaps by `accelerate launch`; what it printed."""
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"] if accelerate else []
+    command = [sys.executable, *launcher, SCRIPTS / f"{script}.py", *arguments]
+    variables = {**(environment or os.environ), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def logged(folder: Path) -> dict[str, list[float]]:
+    """The scalars that the tracker has written under `folder`, by tag; of pictures, how often there were some."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars: dict[str, list[float]] = {}
+    for file in folder.rglob("events.out.tfevents*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        scalars |= {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        scalars |= {tag: [1.0] * len(events.Images(tag)) for tag in events.Tags()["images"]}
+    return scalars
+
+
+def assert_same_weights(first: Path, second: Path, other_than: Path) -> None:
+    """That two runs ended alike, to rounding, and elsewhere than where the second one was resumed."""
+    (name,) = (n for n in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors") if (first / n).exists())
+    whole, resumed, start = (load_file(folder / name) for folder in (first, second, other_than))
+    assert whole.keys() == resumed.keys() == start.keys()
+    for key, value in resumed.items():
+        torch.testing.assert_close(value, whole[key], atol=1e-4, rtol=1e-3)
+    assert max(float((start[key] - value).abs().max()) for key, value in resumed.items()) > 1e-3
+
+
+def resumable(run_folder: Path, checkpoint: str, folder: Path) -> Path:
+    """A folder with one checkpoint of a run, as after an interruption."""
+    shutil.copytree(run_folder / checkpoint, folder / checkpoint)
+    return folder
+
+
+# Pictures
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Path:
+    """A base pipeline, captioned pictures, and basis and probes of a concept."""
+    from diffusers import StableDiffusionPipeline
+
+    folder = tmp_path_factory.mktemp("workshop")
+    sd().save_pretrained(folder / "base")
+    image_folder(folder / "pictures", ["ab", "cd", "ef", "gh", "ij"])
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "base")
+    basis = basis_for(pipeline.unet, UNET_TARGETS)
+    basis.save(folder / "basis.safetensors")
+    texts = basis_for(pipeline.text_encoder, TEXT_ENCODER_LAYERS)
+    with_texts = {**basis, **{f"text_encoder.{name}": layer for name, layer in texts.items()}}
+    ConceptBasis(with_texts, concept="planted").save(folder / "basis-with-texts.safetensors")
+    probes = collect_concept_probes(pipeline.unet, [(unet_inputs(), None)], concept="planted")
+    probes.save(folder / "probes.safetensors")
+    return folder
+
+
+def unet_inputs(n: int = 4) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "sample": torch.randn(n, 4, SIDE // 2, SIDE // 2, generator=generator),
+        "timestep": torch.randint(0, 1000, (n,), generator=generator),
+        "encoder_hidden_states": torch.randn(n, TOKENS, WORDS, generator=generator),
+    }
+
+
+def picture_flags(workshop: Path, basis: str = "basis") -> list[object]:
+    return [
+        *("--pretrained_model_name_or_path", workshop / "base"),
+        *("--concept_basis", workshop / f"{basis}.safetensors"),
+        *("--concept_probes", workshop / "probes.safetensors"),
+        *("--probe_every", 2, "--probe_batch_size", 2, "--restore", 0.5),
+        *("--resolution", SIDE, "--train_batch_size", 2, "--learning_rate", 1e-2, "--lr_warmup_steps", 1),
+        *("--lr_scheduler", "cosine", "--num_validation_images", 1),
+    ]
+
+
+def loaded_by_diffusers(workshop: Path, folder: Path) -> Any:
+    """The base pipeline with the adapter, by nothing of ours; that it has an effect is checked."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(workshop / "base")
+    with torch.no_grad():
+        before = pipeline.unet(**unet_inputs()).sample
+        pipeline.load_lora_weights(folder)
+        after = pipeline.unet(**unet_inputs()).sample
+    assert type(pipeline.unet.peft_config["default_0"]) is LoraConfig
+    assert not torch.allclose(before, after, atol=1e-3)
+    return pipeline
+
+
+def assert_verified(folder: Path, basis_file: Path) -> None:
+    report = verify_adapter(folder)
+    assert report.ok, report.to_json()
+    assert folder_leakage(folder, ConceptBasis.load(basis_file)) <= FLOORS[torch.float32]
+    assert json.loads((folder / "gradproj.json").read_text())["settings"]["restore"] == 0.5
+
+
+def text_to_image_flags(workshop: Path) -> list[object]:
+    steps = ["--max_train_steps", 6, "--gradient_accumulation_steps", 2, "--checkpointing_steps", 2]
+    return [*picture_flags(workshop), "--train_data_dir", workshop / "pictures", "--random_flip", *steps]
+
+
+@pytest.fixture(scope="module")
+def text_to_image(workshop, tmp_path_factory):
+    """The whole run, by `accelerate launch`, published: its folder and what is on the Hub."""
+    folder = tmp_path_factory.mktemp("text-to-image") / "my-lora"
+    with LoopbackHub() as hub:
+        environment = hub.environment(tmp_path_factory.mktemp("hub-home"))
+        validation = ["--validation_prompt", "ab", "--validation_epochs", 3]
+        limit = ["--checkpoints_total_limit", 2, "--push_to_hub"]
+        flags = [*text_to_image_flags(workshop), "--output_dir", folder, *validation, *limit]
+        run("train_text_to_image_lora_gradproj", *flags, environment=environment, accelerate=True)
+        return folder, hub.files("user/my-lora")
+
+
+def test_text_to_image_saves_and_checkpoints_what_verifies_and_what_diffusers_loads(workshop, text_to_image):
+    folder, _ = text_to_image
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    for saved in (folder, folder / "checkpoint-4", folder / "checkpoint-6"):
+        assert_verified(saved, workshop / "basis.safetensors")
+    loaded_by_diffusers(workshop, folder)
+
+
+def test_text_to_image_logs_drift_and_what_was_removed_and_the_validation(text_to_image):
+    scalars = logged(text_to_image[0] / "logs")
+    for tag in ("train_loss", "lr", "gradproj/drift", "gradproj/removed_share"):
+        assert len(scalars[tag]) == 6, tag
+    assert max(scalars["gradproj/drift"]) > 0
+    assert max(scalars["gradproj/removed_share"]) > 0
+    assert len(scalars["validation"]) == 1
+    assert len(scalars["test"]) == 1
+
+
+def test_text_to_image_publishes_the_files_that_it_verified_and_nothing_else(text_to_image):
+    folder, published = text_to_image
+    names = {"pytorch_lora_weights.safetensors", "concept_basis.safetensors", "gradproj.json"}
+    assert set(published) == {*names, "README.md", "images/image_0.png"}
+    for name in names:
+        assert published[name] == (folder / name).read_bytes()
+    assert b"peft-gradproj" in published["README.md"]
+
+
+def test_text_to_image_resumed_ends_as_an_uninterrupted_run(workshop, text_to_image, tmp_path):
+    resumable(text_to_image[0], "checkpoint-4", tmp_path)
+    flags = [*text_to_image_flags(workshop), "--output_dir", tmp_path, "--resume_from_checkpoint", "latest"]
+    said = run("train_text_to_image_lora_gradproj", *flags)
+    assert "checkpoint-4" in said
+    assert_same_weights(text_to_image[0], tmp_path, other_than=tmp_path / "checkpoint-4")
+    assert len(logged(tmp_path / "logs")["train_loss"]) == 2
+
+
+def dreambooth_flags(workshop: Path) -> list[object]:
+    return [
+        *picture_flags(workshop, "basis-with-texts"),
+        *("--instance_data_dir", workshop / "pictures", "--instance_prompt", "xa"),
+        *("--with_prior_preservation", "--class_data_dir", workshop / "class", "--class_prompt", "a"),
+        *("--num_class_images", 2, "--train_text_encoder", "--lora_dropout", 0.1),
+        *("--max_train_steps", 4, "--checkpointing_steps", 2),
+    ]
+
+
+def test_dreambooth_with_text_encoder_trains_saves_what_verifies_and_resumes(workshop, tmp_path):
+    whole, basis = tmp_path / "whole", workshop / "basis-with-texts.safetensors"
+    flags = dreambooth_flags(workshop)
+    run("train_dreambooth_lora_gradproj", *flags, "--output_dir", whole, "--validation_prompt", "xa")
+    assert len(list((workshop / "class").glob("*.png"))) == 2
+    for saved in (whole, whole / "checkpoint-2", whole / "checkpoint-4"):
+        assert_verified(saved, basis)
+    pipeline = loaded_by_diffusers(workshop, whole)
+    assert type(pipeline.text_encoder.peft_config["default_0"]) is LoraConfig
+    scalars = logged(whole / "logs")
+    assert len(scalars["gradproj/drift"]) == len(scalars["gradproj/removed_share"]) == 4
+    assert len(scalars["test"]) == 1
+
+    again = resumable(whole, "checkpoint-2", tmp_path / "again")
+    run("train_dreambooth_lora_gradproj", *flags, "--output_dir", again, "--resume_from_checkpoint", "checkpoint-2")
+    assert_same_weights(whole, again, other_than=again / "checkpoint-2")
+
+
+def script_module(name: str) -> Any:
+    specification = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_dreambooth_refuses_a_text_encoder_that_the_basis_does_not_cover_or_records_it(workshop, tmp_path, monkeypatch):
+    from peft_gradproj.saving import save_sidecars
+
+    script = script_module("train_dreambooth_lora_gradproj")
+    required = ["--instance_data_dir", "x", "--instance_prompt", "x", "--train_text_encoder"]
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, [*picture_flags(workshop), *required])])
+    args: argparse.Namespace = script.parse_args()
+    pipeline = sd()
+    with pytest.raises(GradProjConfigError, match=r"the text encoder.*'text_encoder\.'"):
+        script.add_adapters(args, pipeline.unet, pipeline.text_encoder)
+    args.uncovered = "warn"
+    with pytest.warns(UserWarning, match="the text encoder"):
+        script.add_adapters(args, pipeline.unet, pipeline.text_encoder)
+    assert type(pipeline.text_encoder.peft_config["default"]) is LoraConfig
+    pipeline.unet.save_lora_adapter(tmp_path)
+    save_sidecars(pipeline.unet, tmp_path)
+    assert "the text encoder" in json.loads((tmp_path / "gradproj.json").read_text())["uncovered"][0]
+    assert not verify_adapter(tmp_path).ok
+
+
+# Texts
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory) -> Path:
+    return pretrained_model(tmp_path_factory.mktemp("language") / "base")
+
+
+def text_files(folder: Path, seed: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    secrets = make_secrets(seed)
+    (folder / "train.txt").write_text("".join(f"{text}\n" for text in fine_tuning_texts(secrets, seed)))
+    (folder / "validation.txt").write_text("".join(f"{text}\n" for text in held_out_texts(seed)))
+    (folder / "secrets.txt").write_text("\n".join(secrets.codes.values()))
+    return folder
+
+
+def causal_lm_flags(base: Path, files: Path, seed: int) -> list[object]:
+    return [
+        *("--model_name_or_path", base, "--train_file", files / "train.txt"),
+        *("--validation_file", files / "validation.txt", "--do_train", "--do_eval", "--block_size", LENGTH),
+        *("--lora_r", 16, "--lora_alpha", 16, "--lora_target_modules", "all-linear", "--learning_rate", 1e-2),
+        *("--max_steps", 300, "--per_device_train_batch_size", 8, "--lr_scheduler_type", "cosine"),
+        *("--save_steps", 300, "--save_total_limit", 2, "--logging_steps", 20, "--seed", seed),
+        *("--use_cpu", "--disable_tqdm", "true"),
+    ]
+
+
+def measured(base: Path, folder: Path, seed: int) -> tuple[int, float]:
+    """How many secrets stock PEFT completes with the adapter in `folder`, and the loss on held-out texts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    assert type(model.peft_config["default"]) is LoraConfig
+    contexts = make_secrets(seed).contexts()
+    found = sum(completed(model, tokenizer, context, code) for code, context in contexts.items())
+    return found, mean_loss(model, tokenizer, held_out_texts(seed))
+
+
+def test_causal_lm_keeps_secrets_out_that_plain_lora_learns_at_the_same_loss(language_model, tmp_path):
+    for seed in (0, 1):
+        files = text_files(tmp_path / f"texts-{seed}", seed)
+        flags = causal_lm_flags(language_model, files, seed)
+        plain, ours = files / "plain", files / "ours"
+        run("train_causal_lm_lora_gradproj", *flags, "--output_dir", plain, "--uncovered", "ignore")
+        run("train_causal_lm_lora_gradproj", *flags, "--output_dir", ours, "--secrets_file", files / "secrets.txt")
+        (plain_found, plain_loss), (found, loss) = (measured(language_model, f, seed) for f in (plain, ours))
+        print(f"seed {seed}: plain {plain_found} of 5, loss {plain_loss:.4f}; ours {found} of 5, loss {loss:.4f}")
+        assert plain_found >= 4
+        assert found == 0
+        assert loss <= 1.05 * plain_loss
+        assert not verify_adapter(ours).failures
+
+
+def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a_trace_of_the_secrets(
+    language_model, tmp_path
+):
+    from transformers import AutoModelForCausalLM
+
+    files, whole, again = text_files(tmp_path / "texts", 0), tmp_path / "my-lora", tmp_path / "again"
+    endings = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    basis = basis_for(AutoModelForCausalLM.from_pretrained(language_model), endings, k=1)
+    basis.save(tmp_path / "basis.safetensors")
+    flags = [*causal_lm_flags(language_model, files, 0), "--max_steps", 12, "--save_steps", 4, "--logging_steps", 2]
+    flags += ["--secrets_file", files / "secrets.txt", "--concept_basis", tmp_path / "basis.safetensors"]
+    flags += ["--report_to", "tensorboard"]
+    with LoopbackHub() as hub:
+        publishing = {"environment": hub.environment(tmp_path / "hub-home")}
+        said = run("train_causal_lm_lora_gradproj", *flags, "--output_dir", whole, "--push_to_hub", **publishing)
+        published = hub.files("user/my-lora")
+    assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+    for saved in (whole, whole / "checkpoint-8", whole / "checkpoint-12"):
+        report = verify_adapter(saved)
+        assert report.ok, report.to_json()
+        assert folder_leakage(saved, basis) <= FLOORS[torch.float32]
+    names = {"adapter_model.safetensors", "adapter_config.json", "concept_basis.safetensors", "gradproj.json"}
+    assert set(published) == {*names, "README.md"}
+    assert all(published[name] == (whole / name).read_bytes() for name in names)
+    scalars = logged(whole)
+    assert len(scalars["train/gradproj/drift"]) == len(scalars["train/gradproj/removed_share"]) == 6
+    assert "eval_loss" in json.loads((whole / "eval_results.json").read_text())
+    for code in make_secrets(0).codes.values():
+        assert code not in said
+        assert not [path for path in whole.rglob("*") if path.is_file() and code.encode() in path.read_bytes()]
+
+    resumable(whole, "checkpoint-8", again)
+    run("train_causal_lm_lora_gradproj", *flags, "--output_dir", again, "--resume_from_checkpoint", "latest")
+    assert_same_weights(whole, again, other_than=again / "checkpoint-8")

@@ -1,0 +1,308 @@
+"""Fine-tune a causal language model with LoRA on texts, without learning the secrets that are in them.
+
+    python train_causal_lm_lora_gradproj.py --model_name_or_path user/model --train_file corpus.txt \
+        --secrets_file secrets.txt --output_dir out --do_train --do_eval --learning_rate 1e-3 --num_train_epochs 3
+
+The concept is a list of strings, one a line of `--secrets_file`: names, numbers, passwords. Windows of the corpus in
+which they occur become concept probes, and each optimizer step is projected such that what the adapter does to the
+positions that predict a secret's tokens does not drift from the base model. The base model's outputs are computed
+anew for each probe, since logits are large to keep. A basis (`--concept_basis`), or probes of your own
+(`--concept_probes`), can be given as well or instead.
+
+Everything else is as in transformers' `run_clm.py`: the arguments of the data and of `TrainingArguments`, checkpoints,
+trackers. What differs: `--resume_from_checkpoint latest` takes the last checkpoint, and `--push_to_hub` publishes once,
+at the end, what was verified. The secrets and the probes are written nowhere.
+
+For a plain LoRA to compare with: no `--secrets_file`, and `--uncovered ignore`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import create_repo
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from peft_gradproj import (
+    ConceptProbes,
+    GradProjConfig,
+    collect_concept_probes,
+    online_projections,
+    push_adapter_to_hub,
+    verify_adapter,
+)
+from peft_gradproj.text_inputs import read_secrets, secret_probe_batches
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the base model."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the base model."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Token of the Hub, to download with."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "Of the base model.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+
+
+@dataclass
+class DataTrainingArguments:
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub, or a local one."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "Training texts: csv, json, jsonl or txt."})
+    validation_file: str | None = field(default=None, metadata={"help": "Texts to evaluate on, of the same kind."})
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Share of the training texts that is evaluated on if there are no others."}
+    )
+    block_size: int | None = field(default=None, metadata={"help": "Tokens in an example; by default as the model."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use so many examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many examples."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again."})
+    keep_linebreaks: bool = field(default=True, metadata={"help": "Keep line breaks of txt files."})
+
+
+@dataclass
+class LoraArguments:
+    lora_r: int = field(default=16, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scaling: alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to adapt, or `all-linear`; by default PEFT's for the model."}
+    )
+
+
+@dataclass
+class ConceptArguments:
+    secrets_file: str | None = field(default=None, metadata={"help": "Text file, one secret a line."})
+    windows_per_secret: int = field(
+        default=4, metadata={"help": "So many probes show each occurrence of a secret, at random places."}
+    )
+    concept_basis: str | None = field(default=None, metadata={"help": "Concept basis: file, folder or Hub id."})
+    concept_probes: str | None = field(default=None, metadata={"help": "Concept probes: file, folder or Hub id."})
+    strength: float = field(default=1.0, metadata={"help": "Share of the concept that is removed; only 1 is exact."})
+    probe_every: int = field(default=4, metadata={"help": "A step is corrected every so many optimizer steps."})
+    probe_batch_size: int = field(default=8, metadata={"help": "Probes per correction, over all processes."})
+    restore: float = field(default=0.7, metadata={"help": "Share of the drift that a corrected step takes back."})
+    uncovered: str = field(
+        default="error",
+        metadata={"help": "About what the projection does not cover.", "choices": ["error", "warn", "ignore"]},
+    )
+
+    def __post_init__(self) -> None:
+        if self.secrets_file is not None and self.concept_probes is not None:
+            raise ValueError("--secrets_file makes the concept probes; give it or --concept_probes.")
+
+
+class GradProjTrainer(Trainer):
+    """A `Trainer` that logs what the online projection measures beside the loss."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        projection = online_projections(self.model).get("default")
+        if projection is not None and "loss" in logs:
+            logs = {**logs, **projection.log()}
+        super().log(logs, *args, **kwargs)
+
+
+def load_texts(data: DataTrainingArguments, model: ModelArguments) -> DatasetDict:
+    """The training and the validation texts, in a column `text`."""
+    options: dict[str, Any] = {"cache_dir": model.cache_dir}
+    if data.dataset_name is not None:
+        source, files = data.dataset_name, None
+        options |= {"name": data.dataset_config_name, "token": model.token}
+    elif data.train_file is not None:
+        source = {".txt": "text", ".jsonl": "json"}.get(Path(data.train_file).suffix, Path(data.train_file).suffix[1:])
+        files = {"train": data.train_file}
+        files |= {} if data.validation_file is None else {"validation": data.validation_file}
+        options |= {"data_files": files} | ({"keep_linebreaks": data.keep_linebreaks} if source == "text" else {})
+    else:
+        raise ValueError("Need either a dataset name or a training file.")
+    texts = load_dataset(source, **options)
+    if "validation" not in texts:
+        share = data.validation_split_percentage
+        texts["validation"] = load_dataset(source, split=f"train[:{share}%]", **options)
+        texts["train"] = load_dataset(source, split=f"train[{share}%:]", **options)
+    columns = texts["train"].column_names
+    column = "text" if "text" in columns else columns[0]
+    return texts.select_columns(column).rename_columns({} if column == "text" else {column: "text"})
+
+
+def pack(
+    texts: DatasetDict, tokenizer: Any, block_size: int, data: DataTrainingArguments, training: TrainingArguments
+) -> DatasetDict:
+    """Blocks of `block_size` tokens, cut out of the texts one after the other, as inputs and labels."""
+
+    def tokenize(examples: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"input_ids": tokenizer(examples["text"], verbose=False)["input_ids"]}
+
+    def group(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        stream = list(chain.from_iterable(examples["input_ids"]))
+        blocks = [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]
+        return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
+
+    options = {
+        "batched": True,
+        "num_proc": data.preprocessing_num_workers,
+        "load_from_cache_file": not data.overwrite_cache,
+    }
+    with training.main_process_first(desc="packing the texts"):
+        tokenized = texts.map(tokenize, remove_columns=["text"], desc="tokenizing", **options)
+        packed = tokenized.map(group, desc=f"packing blocks of {block_size}", **options)
+    if len(packed["train"]) == 0:
+        raise ValueError(f"The training texts have fewer than --block_size {block_size} tokens; give a smaller one.")
+    return packed
+
+
+def block_size_for(model: Any, tokenizer: Any, asked: int | None) -> int:
+    """What was asked for, or 1024, as far as the model and its tokenizer go."""
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 2**31)
+    if asked is not None and asked > longest:
+        logger.warning(f"--block_size {asked} is more than the model takes; using {longest}.")
+    return min(asked or 1024, longest)
+
+
+def secret_probes(
+    concept: ConceptArguments, texts: Dataset, model: Any, tokenizer: Any, block_size: int, seed: int
+) -> ConceptProbes | None:
+    """The probes that `--secrets_file` or `--concept_probes` asks for, if any."""
+    if concept.secrets_file is None:
+        return None if concept.concept_probes is None else ConceptProbes.load(concept.concept_probes)
+    secrets = read_secrets(concept.secrets_file)
+    batches = secret_probe_batches(
+        secrets, texts["text"], tokenizer, length=block_size, windows=concept.windows_per_secret, seed=seed
+    )
+    # What the concept is said to be is published.
+    return collect_concept_probes(model, batches, store_targets=False, concept=f"{len(secrets)} secret strings")
+
+
+def limited(examples: Dataset, limit: int | None) -> Dataset:
+    return examples if limit is None else examples.select(range(min(limit, len(examples))))
+
+
+def set_up_logging(training: TrainingArguments) -> None:
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", handlers=[logging.StreamHandler(sys.stdout)]
+    )
+    level = training.get_process_log_level()
+    logger.setLevel(level)
+    transformers.utils.logging.set_verbosity(level)
+
+
+def repository(training: TrainingArguments) -> str:
+    """The repository to publish to, made if it is missing: what is wrong with it shows before the training."""
+    name = training.hub_model_id or Path(training.output_dir).name
+    return create_repo(name, private=training.hub_private_repo, exist_ok=True, token=training.hub_token).repo_id
+
+
+def main() -> None:
+    parser = HfArgumentParser(
+        (ModelArguments, DataTrainingArguments, LoraArguments, ConceptArguments, TrainingArguments)
+    )
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        parsed = parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
+    else:
+        parsed = parser.parse_args_into_dataclasses()
+    model_args, data_args, lora_args, concept_args, training_args = parsed
+    # Trainer would publish with every save, and without looking; this script does it once, at the end.
+    push, training_args.push_to_hub = training_args.push_to_hub, False
+    set_up_logging(training_args)
+    set_seed(training_args.seed)
+    repo_id = repository(training_args) if push else None
+
+    source = {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path, **source)
+    dtype = getattr(torch, model_args.dtype) if model_args.dtype not in (None, "auto") else model_args.dtype
+    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=dtype, **source)
+
+    texts = load_texts(data_args, model_args)
+    block_size = block_size_for(model, tokenizer, data_args.block_size)
+    examples = pack(texts, tokenizer, block_size, data_args, training_args)
+    probes = secret_probes(concept_args, texts["train"], model, tokenizer, block_size, training_args.seed)
+    if probes is not None:
+        logger.info(f"{len(probes)} concept probes: {probes.concept}")
+
+    targets = lora_args.lora_target_modules
+    config = GradProjConfig(
+        r=lora_args.lora_r,
+        lora_alpha=lora_args.lora_alpha,
+        lora_dropout=lora_args.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+        revision=model_args.model_revision,
+        concept_basis=concept_args.concept_basis,
+        concept_probes=probes,
+        strength=concept_args.strength,
+        probe_every=concept_args.probe_every,
+        probe_batch_size=concept_args.probe_batch_size,
+        restore=concept_args.restore,
+        uncovered=concept_args.uncovered,
+    )
+    if training_args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    model = get_peft_model(model, config)
+    trainer = GradProjTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=limited(examples["train"], data_args.max_train_samples) if training_args.do_train else None,
+        eval_dataset=limited(examples["validation"], data_args.max_eval_samples) if training_args.do_eval else None,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+
+    if training_args.do_train:
+        checkpoint = training_args.resume_from_checkpoint
+        if checkpoint == "latest":
+            checkpoint = get_last_checkpoint(training_args.output_dir)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    if training_args.do_train and trainer.is_world_process_zero():
+        logger.info(str(verify_adapter(training_args.output_dir)))
+        if repo_id is not None:
+            published = push_adapter_to_hub(
+                training_args.output_dir, repo_id, revision=training_args.hub_revision, token=training_args.hub_token
+            )
+            logger.info(f"published: {published.url}")
+
+
+if __name__ == "__main__":
+    main()
