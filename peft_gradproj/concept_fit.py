@@ -189,7 +189,7 @@ def fit_concept(
     side = _checked_resolution(family, resolution)
     targets = family.target_modules if target_modules is None else target_modules
     crop = _Crop(side, center_crop, seed)
-    examples = _examples(concept, data, crop)
+    examples = _examples(concept, data, crop, family)
     named = _base_model_of(family, base_model)
     about: Any = {"concept": name, "base_model": named[0], "revision": named[1], "progress": progress}
 
@@ -342,12 +342,12 @@ class _Examples(ABC):
         """Example `index`."""
 
 
-def _examples(concept: Concept, data: TrainingData | None, crop: _Crop) -> _Examples:
+def _examples(concept: Concept, data: TrainingData | None, crop: _Crop, family: PipelineFamily) -> _Examples:
     if isinstance(concept, Overlay):
         return _OverlayExamples(concept, _required(data), crop)
     if isinstance(concept, ConceptSet):
         return _SetExamples(concept, crop)
-    return _WordExamples([concept] if isinstance(concept, str) else list(concept), _required(data), crop)
+    return _WordExamples([concept] if isinstance(concept, str) else list(concept), _required(data), crop, family)
 
 
 def _required(data: TrainingData | None) -> TrainingData:
@@ -420,15 +420,21 @@ def _around(mask: Image.Image, side: int) -> Frame:
 class _WordExamples(_PlainExamples):
     """The training pictures, each under its caption with a phrase that names the concept, and without it."""
 
-    def __init__(self, phrases: Sequence[str], data: TrainingData, crop: _Crop) -> None:
+    def __init__(self, phrases: Sequence[str], data: TrainingData, crop: _Crop, family: PipelineFamily) -> None:
         super().__init__(data, crop)
+        self._family = family
         self._phrases = [phrase.strip() for phrase in phrases if isinstance(phrase, str) and phrase.strip()]
         if not self._phrases:
             raise ConceptDataError("no phrase names the concept; expected at least one, such as 'in the style of X'.")
 
     def example(self, index: int) -> _Example:
         plain = super().example(index)
-        with_words, without = _with_and_without(plain.prompt, self._phrases[index % len(self._phrases)])
+        caption, phrase = plain.prompt, self._phrases[index % len(self._phrases)]
+        with_words, without = _with_and_without(caption, phrase)
+        while caption and not self._family.reads(with_words):
+            # What the text encoder would not read are the words that matter.
+            caption = caption.rpartition(" ")[0].rstrip(" ,;")
+            with_words, without = _with_and_without(caption, phrase)
         return replace(plain, prompt=with_words, prompt_without=without)
 
 
@@ -437,8 +443,8 @@ def _with_and_without(caption: str, phrase: str) -> tuple[str, str]:
     without, found = re.subn(rf"(^|[\s,;]+){re.escape(phrase)}(?!\w)", "", caption, flags=re.IGNORECASE)
     if found:
         return caption, without.strip(" ,;")
-    # In front: the text encoder does not read the end of a long caption.
-    return (f"{phrase}, {caption}" if caption else phrase), caption
+    # Behind: text encoders are causal, so that the caption's own embeddings stay the same.
+    return (f"{caption}, {phrase}" if caption else phrase), caption
 
 
 # Batches
@@ -544,8 +550,8 @@ def _weights_of_words(family: PipelineFamily, batch: _Batch) -> Tensor:
     peak = energy.amax((1, 2, 3), keepdim=True)
     if not (peak > 0).all():
         raise ConceptDataError(
-            "the words that name the concept change nothing in the base model's answer to some caption: where they "
-            "are part of it, they may lie beyond the tokens that the text encoder reads."
+            "the words that name the concept change nothing in the base model's answer; are they more than the text "
+            "encoder reads?"
         )
     return energy / peak
 

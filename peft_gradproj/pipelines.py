@@ -115,6 +115,14 @@ class PipelineFamily(ABC):
         """Arguments for latents `(n, C, h, w)`, noise of that shape, timesteps `(n,)` and :meth:`conditions`."""
         return {self.sample: self.noised(latents, noise, timesteps), "timestep": timesteps, **conditions}
 
+    def reads(self, prompt: str) -> bool:
+        """Whether the first text encoder reads a prompt to its end."""
+        tokens = self.pipeline.tokenizer
+        # Cut one token later than it is read, so that nothing longer is made, nor warned of.
+        return len(tokens(prompt, truncation=True, max_length=tokens.model_max_length + 1).input_ids) <= (
+            tokens.model_max_length
+        )
+
     @abstractmethod
     def conditions(self, prompts: Sequence[str], frames: Sequence[Frame]) -> dict[str, Tensor]:
         """What the denoiser is told beside latents and timestep, float32 on the CPU, each of shape `(n, *)`."""
@@ -194,7 +202,10 @@ class StableDiffusion(_DiscreteSchedule):
 
     def _check(self) -> None:
         super()._check()
-        if self.denoiser.config.get("addition_embed_type") or self.denoiser.config.get("class_embed_type"):
+        config = self.denoiser.config
+        takes_classes = config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None
+        # "text" makes one more embedding of the prompt's own, and asks for nothing.
+        if takes_classes or config.get("addition_embed_type") not in (None, "text"):
             raise ConceptDataError("the UNet takes conditions that StableDiffusionPipeline does not give it.")
 
     def conditions(self, prompts: Sequence[str], frames: Sequence[Frame]) -> dict[str, Tensor]:
@@ -318,11 +329,13 @@ def load_pipeline(
         pipeline = DiffusionPipeline.from_pretrained(path_or_id, **options)
     except (OSError, ValueError, RuntimeError, TypeError, ImportError) as error:
         raise ConceptDataError(f"the pipeline {path_or_id} cannot be loaded: {first_line(error)}") from error
-    # Parts that were saved in another dtype come in that one, whatever is asked for.
-    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
-    pipeline.vae.to(torch.float32)
+    for name, part in pipeline.components.items():
+        wanted = torch.float32 if name == "vae" else dtype
+        # Parts that were saved in another dtype come in that one, whatever is asked for.
+        if isinstance(part, nn.Module) and getattr(part, "dtype", wanted) != wanted:
+            part.to(wanted)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _known() -> str:

@@ -226,7 +226,7 @@ def test_words_give_the_text_layers_a_basis_and_weigh_probes_by_what_they_change
     assert (probes.weights.amax((1, 2, 3)) == 1).all()
     assert probes.weights.min() < 0.5
     family = PipelineFamily.of(pipeline)
-    prompts = [f"by X, {CAPTIONS[nth_of_shuffles(i, len(CAPTIONS), 0)]}" for i in range(2)]
+    prompts = [f"{CAPTIONS[nth_of_shuffles(i, len(CAPTIONS), 0)]}, by X" for i in range(2)]
     expected = family.conditions(prompts, [])["encoder_hidden_states"]
     torch.testing.assert_close(probes.inputs["encoder_hidden_states"][:2], expected, atol=1e-5, rtol=1e-4)
 
@@ -234,10 +234,10 @@ def test_words_give_the_text_layers_a_basis_and_weigh_probes_by_what_they_change
 @pytest.mark.parametrize(
     ("caption", "expected"),
     [
-        ("a house", ("by X, a house", "a house")),
+        ("a house", ("a house, by X", "a house")),
         ("a house, by X", ("a house, by X", "a house")),
         ("By x, a house", ("By x, a house", "a house")),
-        ("a house by Xavier", ("by X, a house by Xavier", "a house by Xavier")),
+        ("a house by Xavier", ("a house by Xavier, by X", "a house by Xavier")),
         ("", ("by X", "")),
     ],
 )
@@ -245,11 +245,24 @@ def test_captions_with_and_without_words(caption, expected):
     assert _with_and_without(caption, "by X") == expected
 
 
+def test_captions_are_shortened_until_the_words_are_read():
+    long = TrainingData([picture(0)], [" ".join(["house"] * 20)])
+    pipeline = PIPELINES["sd"]()
+    options = {**SMALL, "num_pairs": 2, "num_probes": 1, "target_modules": ["attn2.to_k"]}
+    _, probes, _ = fit_concept(pipeline, ["by X"], long, **options)
+    # 40 tokens: one a letter, the comma, begin and end.
+    family = PipelineFamily.of(pipeline)
+    expected = family.conditions([f"{' '.join(['house'] * 6)}, by X"], [])["encoder_hidden_states"]
+    torch.testing.assert_close(probes.inputs["encoder_hidden_states"], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_words_that_change_nothing_are_refused():
-    # Beyond the tokens that the text encoder reads, in one of two captions.
-    mixed = TrainingData([picture(0), picture(1)], ["a house", f"{'x' * 100}, by X"])
-    with pytest.raises(ConceptDataError, match="change nothing"):
-        fit_concept(PIPELINES["sd3"](), ["by X"], mixed, **SMALL)
+    pipeline = PIPELINES["sd"]()
+    for name, parameter in pipeline.unet.named_parameters():
+        if ".attn2.to_out.0." in name:
+            torch.nn.init.zeros_(parameter)
+    with pytest.raises(ConceptDataError, match="change nothing in the base model's answer"):
+        fit_concept(pipeline, ["by X"], data(), **{**SMALL, "target_modules": ["attn2.to_k"]})
 
 
 # What is refused

@@ -60,6 +60,15 @@ def test_the_denoiser_is_fed_what_the_pipeline_feeds_it(kind):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
+def test_a_unet_that_makes_more_of_the_prompt_by_itself_is_stable_diffusion():
+    pipeline = sd()
+    pipeline.unet = unet(addition_embed_type="text", addition_embed_type_num_heads=4)
+    family = PipelineFamily.of(pipeline)
+    latents = family.latents([picture(0, (SIDE, SIDE))])
+    inputs = family.inputs(latents, latents, torch.tensor([5]), family.conditions([PROMPT], []))
+    assert family.run(family.denoiser, inputs).shape == latents.shape
+
+
 def test_time_ids_are_original_size_crop_and_target_size_each_height_first():
     pipeline = sdxl()
     frame = Frame(original_size=(48, 64), top=3, left=7, side=SIDE)
@@ -143,6 +152,7 @@ def test_pipelines_that_only_look_like_a_family():
         (sd(), "unet", unet(in_channels=9), "9 channels and the VAE gives 4"),
         (sd(), "unet", unet(time_cond_proj_dim=8), "LCM"),
         (sd(), "unet", sdxl().unet, "does not give it"),
+        (sd(), "unet", unet(num_class_embeds=3), "does not give it"),
         (sdxl(), "unet", unet(), "text_time"),
         (sd(), "vae", vae(latents_mean=(0.0,) * 4), "mean and deviation"),
         (sd(), "vae", None, "has no vae"),
