@@ -1,4 +1,4 @@
-"""Windows of a corpus in which secrets occur: which positions predict a secret's tokens, whatever the tokenizer does."""
+"""Windows of a corpus in which secrets occur, and which positions predict a secret's tokens."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_no_secrets_and_empty_ones_are_refused(secrets, message):
 
 
 def test_a_tokenizer_that_does_not_tell_its_characters_is_refused():
-    with pytest.raises(ConceptDataError, match="ByT5Tokenizer.*fast"):
+    with pytest.raises(ConceptDataError, match=r"ByT5Tokenizer.*fast"):
         find_secrets(["4821"], CORPUS, ByT5Tokenizer())
 
 

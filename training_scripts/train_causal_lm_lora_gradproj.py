@@ -11,7 +11,8 @@ anew for each probe, since logits are large to keep. A basis (`--concept_basis`)
 
 Everything else is as in transformers' `run_clm.py`: the arguments of the data and of `TrainingArguments`, checkpoints,
 trackers. What differs: `--resume_from_checkpoint latest` takes the last checkpoint, and `--push_to_hub` publishes once,
-at the end, what was verified. The secrets and the probes are written nowhere.
+at the end, what was verified. The secrets and the probes are written nowhere. Each step is corrected, and in full:
+greedy decoding completes a secret as soon as its tokens are a little likelier than others.
 
 For a plain LoRA to compare with: no `--secrets_file`, and `--uncovered ignore`.
 """
@@ -106,9 +107,9 @@ class ConceptArguments:
     concept_basis: str | None = field(default=None, metadata={"help": "Concept basis: file, folder or Hub id."})
     concept_probes: str | None = field(default=None, metadata={"help": "Concept probes: file, folder or Hub id."})
     strength: float = field(default=1.0, metadata={"help": "Share of the concept that is removed; only 1 is exact."})
-    probe_every: int = field(default=4, metadata={"help": "A step is corrected every so many optimizer steps."})
+    probe_every: int = field(default=1, metadata={"help": "A step is corrected every so many optimizer steps."})
     probe_batch_size: int = field(default=8, metadata={"help": "Probes per correction, over all processes."})
-    restore: float = field(default=0.7, metadata={"help": "Share of the drift that a corrected step takes back."})
+    restore: float = field(default=1.0, metadata={"help": "Share of the drift that a corrected step takes back."})
     uncovered: str = field(
         default="error",
         metadata={"help": "About what the projection does not cover.", "choices": ["error", "warn", "ignore"]},
