@@ -30,7 +30,8 @@ __all__ = ["REFIT_TOLERANCE", "Difference", "Recipe", "largest_sine", "refit_bas
 
 REFIT_TOLERANCE = 0.05
 """Largest sine of a principal angle that rounding explains. Other hardware, thread counts and precisions round
-otherwise, which turns directions the more, the closer the energies of the last one kept and the first one left are."""
+otherwise, which turns directions the more, the closer the energies of the last one kept and the first one left are. In
+half precision some may turn further."""
 
 _MAX_RANK = 4096
 _MAX_POSITIONS = 2**20
@@ -59,6 +60,9 @@ class Recipe:
 
     custom_call: bool
     """Whether the publisher called the model by code of his own, which is not published."""
+
+    dtype: str | None
+    """Of the model that it was fitted on."""
 
     @classmethod
     def of(cls, fit: Mapping[str, Any] | None) -> Recipe:
@@ -94,7 +98,18 @@ class Recipe:
             bool(fit.get("derived")),
             digest if isinstance(digest, str) else None,
             fit.get("run_model") == "custom",
+            dtype if isinstance(dtype := fit.get("dtype"), str) else None,
         )
+
+    @property
+    def caveats(self) -> str:
+        """Why an honest basis may not be found again, for the end of a sentence; empty if there is no reason."""
+        reasons = []
+        if self.dtype in ("float16", "bfloat16"):
+            reasons.append(f"it was fitted in {self.dtype}, whose rounding may turn directions further")
+        if self.custom_call:
+            reasons.append("the publisher called the model by code of his own, which is not published")
+        return "".join(f"; {reason}" for reason in reasons)
 
 
 def _is_number(value: Any) -> bool:

@@ -855,10 +855,9 @@ def _check_refit(
         return [Check("refit", "orthogonality", False, f"the recipe gives no basis: {error}")]
     adapted = {module for parsed in layers.values() for module in parsed.pairs}
     found, worst = refit_differences(folder.basis.layers, refitted, adapted, tolerance=tolerance)
-    hint = "; the publisher called the model by code of his own, which is not published" if recipe.custom_call else ""
     failures = [
-        Check("refit", "orthogonality", False, difference.detail + hint, difference.layer, difference.sine, tolerance)
-        for difference in found
+        Check("refit", "orthogonality", False, each.detail + recipe.caveats, each.layer, each.sine, tolerance)
+        for each in found
     ]
     summary = (
         f"fitted anew, the basis is the published one up to a sine of {worst:.2g}; up to {tolerance:g} is rounding"

@@ -27,6 +27,7 @@ from published_folders import (
     honest_folder,
 )
 from safetensors.torch import load_file, save_file
+from tiny_models import LLAMA_TARGETS, basis_for, tiny_llama
 
 from peft_gradproj import ConceptBasis, GradProjConfig, LayerBasis, push_adapter_to_hub, verify_adapter
 from peft_gradproj.adapter_folder import write_sidecars
@@ -466,6 +467,21 @@ def test_pefts_own_push_keeps_the_text_of_a_card_on_the_hub(hub, tmp_path):
     assert "Written on the Hub." in card
     assert "license: mit" in card
     assert f"$ gradproj verify {NAME}\n" in card
+
+
+@pytest.mark.parametrize("while_saving", [False, True])
+def test_transformers_own_push_publishes_the_same_files(hub, tmp_path, while_saving):
+    model = tiny_llama()
+    basis = basis_for(model, LLAMA_TARGETS)
+    model.add_adapter(GradProjConfig(r=4, target_modules=LLAMA_TARGETS, concept_basis=basis))
+    if while_saving:
+        model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id=NAME)
+    else:
+        model.push_to_hub(NAME)
+    # Where the model generates text, transformers adds how.
+    assert set(hub.files(NAME)) - {"generation_config.json"} == PUBLISHED
+    assert verify_adapter(NAME).ok
+    assert f"$ gradproj verify {NAME}\n" in hub.files(NAME)["README.md"].decode()
 
 
 STOCK = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from contextlib import suppress
@@ -189,6 +190,17 @@ def test_a_call_by_code_of_the_publishers_is_told(base, tmp_path):
     report = verify_adapter(publish(base, basis, tmp_path / "out"), base_model=base, refit=pairs())
     assert False in {passed for passed, _ in of_refit(report)}
     assert "by code of his own" in refit_details(report)
+
+
+def test_other_rounding_is_allowed_for_and_half_precision_is_told(base, tmp_path):
+    halves = [
+        [{"sample": batch["sample"].bfloat16()} for batch in half] for half in (pairs().concept, pairs().reference)
+    ]
+    batches = ContrastBatches(*halves)
+    folder = publish(base, fitted(copy.deepcopy(base).bfloat16(), batches), tmp_path / "out")
+    assert verify_adapter(folder, base_model=base, refit=batches).ok
+    report = verify_adapter(folder, base_model=base, refit=batches, refit_tolerance=1e-5)
+    assert "it was fitted in bfloat16" in refit_details(report)
 
 
 # What cannot be done
