@@ -76,7 +76,7 @@ def test_adapters_of_one_seed_see_the_same_pictures_noise_and_timesteps():
 
     from peft_gradproj.demo.training import TrainingSet, training_steps
 
-    data = TrainingSet(torch.randn(10, 4, 4, 4), torch.randn(10, 3, 2))
+    data = TrainingSet(torch.randn(10, 4, 4, 4), torch.randn(10, 3, 2), torch.ones(10, 1, 4, 4))
     models = [_Probe(), _Probe(), _Probe()]
     for model, seed in zip(models, (0, 0, 1), strict=True):
         steps = training_steps(model, data, DDPMScheduler(), replace(SETTINGS, batch_size=4, seed=seed))
@@ -88,6 +88,27 @@ def test_adapters_of_one_seed_see_the_same_pictures_noise_and_timesteps():
     # Every picture is seen before one is seen twice.
     seen = torch.cat([asked[2] for asked in one])[:10]
     assert len({tuple(row.flatten().tolist()) for row in seen}) == 10
+
+
+def test_the_loss_does_not_count_where_the_weights_are_zero():
+    from diffusers import DDPMScheduler
+
+    from peft_gradproj.demo.training import TrainingSet, training_steps
+
+    latents, weights = torch.randn(8, 4, 4, 4), torch.ones(8, 1, 4, 4)
+    weights[..., :2] = 0
+    hidden = latents.clone()
+    hidden[..., :2] = 100.0
+    models = [_Probe(), _Probe(), _Probe()]
+    sets = [(latents, weights), (hidden, weights), (hidden, torch.ones_like(weights))]
+    losses = []
+    for model, (pictures, counted) in zip(models, sets, strict=True):
+        data = TrainingSet(pictures, torch.zeros(8, 3, 2), counted)
+        losses.append(next(training_steps(model, data, DDPMScheduler(), replace(SETTINGS, batch_size=8))))
+    one, same, other = (model.weight.item() for model in models)
+    assert one == same
+    assert losses[0] == losses[1] != losses[2]
+    assert one != other or losses[2] > 10 * losses[0]
 
 
 @pytest.mark.slow

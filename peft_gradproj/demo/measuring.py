@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..concepts import ConceptSet, Overlay
-from ..diffusion_inputs import LatentPairs, concept_probe_batches, encode_concept_set, encode_images, encode_prompts
+from ..diffusion_inputs import (
+    LatentPairs,
+    concept_probe_batches,
+    decode_latents,
+    encode_concept_set,
+    encode_images,
+    encode_prompts,
+    latent_weights,
+    pictures_to_tensor,
+)
 from ..evaluation.denoising import DenoisingQuestions, denoising_losses
 from ..evaluation.detector import ConceptDetector
 from ..evaluation.fidelity import PromptFidelity
 from ..evaluation.figures import Estimate, Share, share_of_drop
 from ..projection import drift
 from .data import StampedData
+from .settings import DemoSettings
 
-__all__ = ["Figures", "Judges", "Questions", "compare"]
+__all__ = ["Figures", "Judges", "Questions", "compare", "mask_shares", "train_judges"]
 
 TRAINING_PICTURES = 128
 """So many of the training pictures are asked about."""
@@ -30,6 +41,55 @@ class Judges:
 
     detector: ConceptDetector
     fidelity: PromptFidelity
+
+
+def mask_shares(marks: Tensor, data: StampedData) -> dict[str, float]:
+    """How well the masks `(N, 1, h, w)` cover the stamps: the share of stamped latents that is marked, and of others.
+
+    Neighbours of stamped latents are not counted among the others, since masks are widened on purpose.
+    """
+    size = (marks.shape[-2], marks.shape[-1])
+    stamps = (pictures_to_tensor(data.masks) + 1) / 2
+    stamped, near = (latent_weights(stamps, size, dilation=d) > 0.5 for d in (0, 2))
+    return {"stamped": float(marks[stamped].mean()), "elsewhere": float(marks[~near].mean())}
+
+
+def train_judges(
+    pipeline: Any,
+    logos: dict[str, Overlay],
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    settings: DemoSettings,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Judges:
+    """Train and calibrate the judges on real pictures, as the pipeline's VAE shows them."""
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def distort(pixels: Tensor) -> Tensor:
+        return decode_latents(pipeline, encode_images(pipeline, pixels))
+
+    # Wherever a sample may show it.
+    logos = {name: replace(logo, across=(0.0, 1.0), down=(0.0, 1.0)) for name, logo in logos.items()}
+    detector = ConceptDetector.fit(
+        logos[settings.logo],
+        pictures,
+        distractors=[logo for name, logo in logos.items() if name != settings.logo],
+        distort=distort,
+        steps=settings.detector_steps,
+        scenes=settings.detector_scenes,
+        seed=settings.seed,
+        progress=progress,
+    )
+    fidelity = PromptFidelity.fit(
+        pictures,
+        captions,
+        overlays=list(logos.values()),
+        distort=distort,
+        steps=settings.fidelity_steps,
+        seed=settings.seed,
+        progress=lambda done: progress(settings.detector_steps + done),
+    )
+    return Judges(detector, fidelity)
 
 
 class Questions:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,7 +24,13 @@ class Stages:
     @contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[Callable[[int], None]]:
         """Run a stage; call what is yielded with the number of steps done."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        with self.stages(name, {name: total}) as progress:
+            yield lambda done: progress(name, done)
+
+    @contextmanager
+    def stages(self, title: str, totals: Mapping[str, int]) -> Iterator[Callable[[str, int], None]]:
+        """Run parts of a stage side by side; call what is yielded with a part's name and its number of steps done."""
+        wall, cpu = time.perf_counter(), _cpu_seconds()
         columns = (
             TextColumn("{task.description:<44}"),
             BarColumn(),
@@ -32,7 +39,12 @@ class Stages:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(name, total=total)
-            yield lambda done: progress.update(task, completed=done)
-        self.seconds[name] = (time.perf_counter() - wall, time.process_time() - cpu)
-        self.console.print(f"{name:<44} {self.seconds[name][0]:6.1f} s ({self.seconds[name][1]:.0f} s of CPU)")
+            tasks = {name: progress.add_task(name, total=total) for name, total in totals.items()}
+            yield lambda name, done: progress.update(tasks[name], completed=done)
+        self.seconds[title] = (time.perf_counter() - wall, _cpu_seconds() - cpu)
+        self.console.print(f"{title:<44} {self.seconds[title][0]:6.1f} s ({self.seconds[title][1]:.0f} s of CPU)")
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])

@@ -34,6 +34,8 @@ class DemoReport:
     """Threshold and error rates."""
     real_fidelity: tuple[Share, Share]
     """Top-1 and top-5 accuracy of the prompt classifier on real pictures under fresh distortion."""
+    masks: dict[str, float]
+    """Of the latents that a stamp covers, the share that was masked; and of the others, beyond the margin."""
     verification: VerificationReport
     losses: dict[str, list[float]]
     """Training loss of each step, by adapter."""
@@ -51,6 +53,7 @@ class DemoReport:
         settings: DemoSettings,
         figures: dict[str, Figures],
         judges: Judges,
+        masks: dict[str, float],
         verification: VerificationReport,
         runs: Mapping[str, TrainingRun],
         step_seconds: dict[str, float],
@@ -67,9 +70,10 @@ class DemoReport:
                 "misses": detector.errors.misses,
             },
             real_fidelity=(judges.fidelity.top(1), judges.fidelity.top(5)),
+            masks=masks,
             verification=verification,
-            losses={name: run.losses for name, run in runs.items()},
-            checkpoints={name: run.checkpoints for name, run in runs.items()},
+            losses={name: run.history.losses for name, run in runs.items()},
+            checkpoints={name: run.history.checkpoints for name, run in runs.items()},
             step_seconds=step_seconds,
             stage_seconds=stage_seconds,
             versions={
@@ -96,6 +100,7 @@ class DemoReport:
             "figures": {name: _plain(figures) for name, figures in self.figures.items()},
             "detector": _plain(self.detector),
             "real_fidelity": {"top1": _plain(self.real_fidelity[0]), "top5": _plain(self.real_fidelity[1])},
+            "masks": self.masks,
             "verification": self.verification.to_dict(),
             "step_ratios": self.step_ratios(),
             "step_seconds": self.step_seconds,

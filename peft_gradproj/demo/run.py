@@ -1,21 +1,24 @@
 """The demo's story: fine-tune on stamped pictures with the stamp forbidden, save a plain LoRA, verify it, compare.
 
-Of the three adapters, *plain* is stock LoRA on the stamped pictures, *ours* the same with a concept basis and concept
-probes made from the logo file alone, and *oracle* stock LoRA on the pictures as they were before they were stamped:
-what could be learned if nobody had stamped them. All start from the same weights and see the same pictures, noise and
-timesteps in the same order.
+Of the three adapters, *plain* is stock LoRA on the stamped pictures, *ours* the same with a concept basis, concept
+probes and masks made from the logo file alone, and *oracle* stock LoRA on the pictures as they were before they were
+stamped: what could be learned if nobody had stamped them. All start from the same weights and see the same pictures,
+noise and timesteps in the same order.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..basis import ConceptBasis
@@ -24,20 +27,19 @@ from ..config import GradProjConfig
 from ..diffusion_inputs import (
     concept_probe_batches,
     contrast_batches,
-    decode_latents,
     encode_concept_set,
     encode_images,
     encode_prompts,
     noise_schedule,
 )
-from ..evaluation.detector import ConceptDetector
-from ..evaluation.fidelity import PromptFidelity
 from ..fitting import fit_concept_basis
+from ..masks import mark_concept, places
 from ..probes import ConceptProbes, collect_concept_probes
 from ..saving import save_sidecars
 from ..verification import VerificationReport, verify_adapter
 from .data import StampedData, load_logos, load_pictures, stamp
-from .measuring import Figures, Judges, Questions, compare
+from .jobs import Job, quieten_libraries, run_jobs
+from .measuring import Figures, Judges, Questions, compare, mask_shares, train_judges
 from .page import write_page
 from .progress import Stages
 from .report import DemoReport
@@ -50,6 +52,8 @@ __all__ = ["run_demo"]
 
 BASE_MODEL_NAME = "peft_gradproj/demo/assets/base_model"
 """What the published files call the base model: it is part of this package."""
+
+TITLES = {"ours": "ours", "plain": "plain LoRA", "oracle": "oracle: never stamped"}
 
 
 def run_demo(
@@ -86,10 +90,12 @@ def run_demo(
 
 @dataclass(frozen=True)
 class _Protection:
-    """What is made from the logo file: both are needed before training only."""
+    """What is made from the logo file and the training pictures, before training."""
 
     basis: ConceptBasis
     probes: ConceptProbes
+    marks: Tensor
+    """Where the logo was found in the training pictures, `(N, 1, h, w)`: 1 there, 0 elsewhere."""
 
 
 class _Demo:
@@ -107,26 +113,30 @@ class _Demo:
         logo.image.save(self.output / "logo.png")
         questions = Questions(self.pipeline, data, logo, self.schedule, self.settings.seed)
 
-        protection = self.protect(data, logo)
-        runs = self.train_all(data, protection, questions)
+        protection = self.protect(data)
+        runs, judges = self.train_all(data, protection, questions, self.judging(logos, pictures, captions))
         folder = self.save(runs["ours"])
         report = verify_adapter(folder)
         prompts = self.prompts(data)
         samples = self.sample_all(runs, folder, prompts)
-        judges = self.judges(logos, pictures, captions)
         with self.stages.stage("measure"):
             unets = {"base": self.pipeline.unet, **{name: run.unet for name, run in runs.items()}}
             figures = compare(unets, samples, prompts, questions, judges)
         seconds = self.step_times(data, protection)
-        return self.report(data, logo, runs, report, prompts, samples, judges, figures, seconds)
+        masks = mask_shares(protection.marks, data)
+        return self.report(data, logo, runs, masks, report, prompts, samples, judges, figures, seconds)
 
-    def protect(self, data: StampedData, logo: Overlay) -> _Protection:
-        """Make basis and probes as a user would: from the logo file and the training pictures, stamped as they are."""
+    def protect(self, data: StampedData) -> _Protection:
+        """Make masks, basis and probes as a user would: from the logo file and the training pictures as they are."""
         settings, unet = self.settings, self.pipeline.unet
+        logo = Overlay.open(self.output / "logo.png", scale=settings.logo_scale, angle=settings.logo_angle)
+        with self.stages.stage("find the logo in the training pictures", 2 * settings.mask_steps) as progress:
+            found = self.find(logo, data, progress)
+        across, down = places(found)
+        logo = replace(logo, across=across, down=down)
         with self.stages.stage("paste the logo, fit basis, collect probes", 2) as progress:
-            overlay = replace(logo, image=Overlay.open(self.output / "logo.png").image)
             concepts = ConceptSet.from_overlay(
-                overlay,
+                logo,
                 data.pictures,
                 data.captions,
                 count=max(settings.basis_pairs, settings.probes),
@@ -146,10 +156,28 @@ class _Demo:
                 seed=settings.seed,
             )
             progress(1)
-            pairs = encode_concept_set(self.pipeline, concepts[: settings.probes])
+            pairs = encode_concept_set(self.pipeline, concepts[: settings.probes], dilation=settings.probe_dilation)
             batches = concept_probe_batches(pairs, self.schedule, batch_size=64, seed=settings.seed + 1)
             probes = collect_concept_probes(unet, batches, concept=f"the {settings.logo} logo", progress=False)
-        return _Protection(basis, probes)
+        marks = F.max_pool2d(found, 3, stride=1, padding=1)  # a latent depends on its neighbours' pixels
+        return _Protection(basis, probes, marks)
+
+    def find(self, logo: Overlay, data: StampedData, progress: Callable[[int], None]) -> Tensor:
+        """Where the logo is in the training pictures, by two networks that each learned from the other half."""
+        settings = self.settings
+        folds = [torch.arange(len(data.pictures))[half::2] for half in range(2)]
+        pasted = []
+        for half, fold in enumerate(folds):
+            pictures, captions = ([values[i] for i in fold] for values in (data.pictures, data.captions))
+            concepts = ConceptSet.from_overlay(
+                logo, pictures, captions, count=settings.mask_pairs, seed=2 * settings.seed + half
+            )
+            pairs = encode_concept_set(self.pipeline, concepts, dilation=0)
+            pasted.append((pairs.with_concept, pairs.weights))
+        latents = encode_images(self.pipeline, data.pictures)
+        return mark_concept(
+            latents, pasted, folds, dilation=0, steps=settings.mask_steps, seed=settings.seed, progress=progress
+        )
 
     def lora_options(self, basis: ConceptBasis) -> dict[str, Any]:
         """The same adapted layers for all: those that have a basis."""
@@ -173,23 +201,31 @@ class _Demo:
             probe_seed=settings.seed,
         )
 
-    def train_all(self, data: StampedData, protection: _Protection, questions: Questions) -> dict[str, TrainingRun]:
+    def train_all(
+        self, data: StampedData, protection: _Protection, questions: Questions, judging: Job
+    ) -> tuple[dict[str, TrainingRun], Judges]:
+        """The three adapters, and the judges beside them."""
+        settings, unet = self.settings, self.pipeline.unet
         embeddings = encode_prompts(self.pipeline, data.captions)
-        stamped = TrainingSet(encode_images(self.pipeline, data.pictures), embeddings)
-        clean = TrainingSet(encode_images(self.pipeline, data.clean), embeddings)
+        stamped, clean = (encode_images(self.pipeline, pictures) for pictures in (data.pictures, data.clean))
+        everywhere = torch.ones_like(protection.marks)
+        training = {
+            "ours": TrainingSet(stamped, embeddings, everywhere - protection.marks),
+            "plain": TrainingSet(stamped, embeddings, everywhere),
+            "oracle": TrainingSet(clean, embeddings, everywhere),
+        }
+        configs = {name: self.config(name, protection) for name in training}
+        jobs = []
+        for name, config in configs.items():
+            run = partial(train, unet, config, training[name], self.schedule, settings, questions.brief)
+            jobs.append(Job(f"train {TITLES[name]}", settings.steps, run))
+        *trained, judges = run_jobs([*jobs, judging], self.stages, "train and judge, side by side")
         runs = {}
-        for name, title in (("plain", "plain LoRA"), ("ours", "ours"), ("oracle", "oracle: never stamped")):
-            unet = adapted(self.pipeline.unet, self.config(name, protection), self.settings.seed)
-            with self.stages.stage(f"train {title}", self.settings.steps) as progress:
-                runs[name] = train(
-                    unet,
-                    clean if name == "oracle" else stamped,
-                    self.schedule,
-                    self.settings,
-                    measure=questions.brief,
-                    progress=progress,
-                )
-        return runs
+        for (name, config), (weights, history) in zip(configs.items(), trained, strict=True):
+            adapter = adapted(unet, config, settings.seed)
+            adapter.load_state_dict(weights, strict=False)
+            runs[name] = TrainingRun(adapter.eval(), history)
+        return runs, judges
 
     def save(self, run: TrainingRun) -> Path:
         """Save as diffusers' training scripts do, then the sidecars."""
@@ -227,49 +263,20 @@ class _Demo:
                 samples[name] = sample(pipeline, prompts, self.settings, progress)
         return samples
 
-    def judges(self, logos: dict[str, Overlay], noto: list[Any], captions: list[str]) -> Judges:
-        """Train the detector and the classifier on both families of pictures, as the VAE shows them."""
+    def judging(self, logos: dict[str, Overlay], noto: list[Any], captions: list[str]) -> Job:
+        """The detector and the classifier learn from both families of pictures."""
         settings = self.settings
         fluent, fluent_captions = load_pictures(ASSETS / "fluent.parquet", settings.pictures)
         pictures = [picture.convert("RGB") for picture in fluent + noto]
-
-        @torch.autocast("cpu", torch.bfloat16)
-        def distort(pixels: Tensor) -> Tensor:
-            return decode_latents(self.pipeline, encode_images(self.pipeline, pixels))
-
-        # Wherever a sample may show it.
-        logos = {name: replace(logo, across=(0.0, 1.0), down=(0.0, 1.0)) for name, logo in logos.items()}
-        others = [logo for name, logo in logos.items() if name != settings.logo]
-        with self.stages.stage("train and calibrate the logo detector", settings.detector_steps) as progress:
-            detector = ConceptDetector.fit(
-                logos[settings.logo],
-                pictures,
-                distractors=others,
-                distort=distort,
-                steps=settings.detector_steps,
-                scenes=settings.detector_scenes,
-                seed=settings.seed,
-                progress=progress,
-            )
-        with self.stages.stage("train the prompt classifier", settings.fidelity_steps) as progress:
-            fidelity = PromptFidelity.fit(
-                pictures,
-                fluent_captions + captions,
-                overlays=list(logos.values()),
-                distort=distort,
-                steps=settings.fidelity_steps,
-                seed=settings.seed,
-                progress=progress,
-            )
-        return Judges(detector, fidelity)
+        train = partial(train_judges, self.pipeline, logos, pictures, fluent_captions + captions, settings)
+        return Job("train and calibrate the judges", settings.detector_steps + settings.fidelity_steps, train)
 
     def step_times(self, data: StampedData, protection: _Protection) -> dict[str, float]:
         names = ("plain", "subspace alone", "online alone", "ours")
         unets = {n: adapted(self.pipeline.unet, self.config(n, protection), self.settings.seed) for n in names}
-        subset = data.pictures[:64]
-        training = TrainingSet(
-            encode_images(self.pipeline, subset), encode_prompts(self.pipeline, data.captions[: len(subset)])
-        )
+        latents = encode_images(self.pipeline, data.pictures[:64])
+        embeddings = encode_prompts(self.pipeline, data.captions[: len(latents)])
+        training = TrainingSet(latents, embeddings, torch.ones_like(latents[:, :1]))
         with self.stages.stage("time the steps side by side", self.settings.timing_rounds + 1) as progress:
             return step_times(unets, training, self.schedule, self.settings, progress)
 
@@ -278,6 +285,7 @@ class _Demo:
         data: StampedData,
         logo: Overlay,
         runs: dict[str, TrainingRun],
+        masks: dict[str, float],
         verification: VerificationReport,
         prompts: list[str],
         samples: dict[str, Tensor],
@@ -289,6 +297,7 @@ class _Demo:
             settings=self.settings,
             figures=figures,
             judges=judges,
+            masks=masks,
             verification=verification,
             runs=runs,
             step_seconds=seconds,
@@ -300,18 +309,14 @@ class _Demo:
 
 
 def _load(base_model: Path) -> Any:
-    """The base model in float32, without the chatter of loading, which would hide the progress bars."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # Only now: importing diffusers already warns of what this pipeline does not need.
+    """The base model in float32."""
+    quieten_libraries()
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
+    from diffusers.models.attention_processor import AttnProcessor
 
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(base_model).to(torch.float32)
+    # Fused attention, the default, is slower than matrix products on a CPU: its backward takes a fifth of a step.
+    pipeline.unet.set_attn_processor(AttnProcessor())
     pipeline.unet.requires_grad_(False).eval()
     return pipeline
 

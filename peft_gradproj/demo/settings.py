@@ -8,7 +8,7 @@ from pathlib import Path
 __all__ = ["ASSETS", "DEFAULT_LOGO", "DemoSettings"]
 
 ASSETS = Path(__file__).parent / "assets"
-DEFAULT_LOGO = "chrome"
+DEFAULT_LOGO = "youtube"
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class DemoSettings:
     held_out: int = 64
     """Pictures of the new style that nothing is trained on."""
     stamped_share: float = 0.75
-    logo_scale: tuple[float, float] = (0.36, 0.5)
-    """Longer side of the logo, as a share of the picture's side: 23 to 32 pixels of 64."""
-    logo_across: tuple[float, float] = (0.5, 1.0)
-    logo_down: tuple[float, float] = (0.5, 1.0)
-    """Where the logo is stamped: somewhere in the lower right, as watermarks are."""
+    logo_scale: tuple[float, float] = (0.3, 0.38)
+    """Longer side of the logo, as a share of the picture's side: 19 to 24 pixels of 64."""
+    logo_across: tuple[float, float] = (0.85, 1.0)
+    logo_down: tuple[float, float] = (0.85, 1.0)
+    """Where the logo is stamped: near the lower right corner, as watermarks are."""
     logo_angle: tuple[float, float] = (-8.0, 8.0)
 
     rank: int = 16
-    steps: int = 700
+    steps: int = 800
     batch_size: int = 16
     learning_rate: float = 3e-3
     target_modules: str = (
@@ -42,10 +42,15 @@ class DemoSettings:
 
     basis_rank: int = 8
     basis_pairs: int = 96
+    mask_pairs: int = 384
+    """Pictures onto which the logo is pasted, for each of the two networks that find it."""
+    mask_steps: int = 200
     probes: int = 768
+    probe_dilation: int = 1
+    """By how many latents the probes' weights are wider than the logo."""
     probe_every: int = 4
     probe_batch_size: int = 8
-    probe_history: int = 4
+    probe_history: int = 1
     restore: float = 0.7
 
     samples: int = 96
@@ -69,6 +74,8 @@ class DemoSettings:
             pictures=64,
             held_out=8,
             basis_pairs=32,
+            mask_pairs=32,
+            mask_steps=60,
             probes=32,
             samples=4,
             sampling_steps=3,

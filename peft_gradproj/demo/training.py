@@ -9,22 +9,31 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion_inputs import noised_inputs
 from ..evaluation.denoising import training_target
 from .settings import DemoSettings
 
-__all__ = ["TrainingRun", "TrainingSet", "adapted", "train", "training_steps"]
+__all__ = ["History", "TrainingRun", "TrainingSet", "adapted", "train", "training_steps"]
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Latents `(N, C, h, w)` and prompt embeddings `(N, tokens, width)`."""
+    """Latents `(N, C, h, w)`, prompt embeddings `(N, tokens, width)`, and where the loss counts, `(N, 1, h, w)`."""
 
     latents: Tensor
     embeddings: Tensor
+    weights: Tensor
+
+
+@dataclass
+class History:
+    """What was seen during a training."""
+
+    losses: list[float] = field(default_factory=list)
+    checkpoints: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """Step, and what `measure` said after it."""
 
 
 @dataclass
@@ -32,9 +41,7 @@ class TrainingRun:
     """A trained adapter, inside its UNet, and what was seen on the way."""
 
     unet: Any
-    losses: list[float] = field(default_factory=list)
-    checkpoints: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    """Step, and what `measure` said after it."""
+    history: History
 
 
 def adapted(unet: Any, config: Any, seed: int) -> Any:
@@ -58,7 +65,8 @@ def training_steps(unet: Any, data: TrainingSet, schedule: Any, settings: DemoSe
         timesteps = torch.randint(schedule.config.num_train_timesteps, (len(index),), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             answer = unet(**noised_inputs(latents, embeddings, noise, timesteps, schedule)).sample
-        loss = F.mse_loss(answer.float(), training_target(schedule, latents, noise, timesteps))
+        error = answer.float() - training_target(schedule, latents, noise, timesteps)
+        loss = (data.weights[index] * error.square()).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -74,26 +82,27 @@ def _rate(steps: int, step: int) -> float:
 
 def train(
     unet: Any,
+    config: Any,
     data: TrainingSet,
     schedule: Any,
     settings: DemoSettings,
-    *,
     measure: Callable[[Any], dict[str, float]],
     progress: Callable[[int], None],
-) -> TrainingRun:
-    """Train for the settings' steps, measuring now and then."""
-    run = TrainingRun(unet, checkpoints=[(0, measure(unet))])
+) -> tuple[dict[str, Tensor], History]:
+    """Train an adapter of `config` on a UNet for the settings' steps, measuring now and then; returns its weights."""
+    unet = adapted(unet, config, settings.seed)
+    history = History(checkpoints=[(0, measure(unet))])
     every = max(1, settings.steps // settings.checkpoints)
     steps = training_steps(unet, data, schedule, settings)
     for step in range(1, settings.steps + 1):
-        run.losses.append(next(steps))
+        history.losses.append(next(steps))
         if step % every == 0:
             unet.eval()
-            run.checkpoints.append((step, measure(unet)))
+            history.checkpoints.append((step, measure(unet)))
             unet.train()
         progress(step)
-    unet.eval()
-    return run
+    weights = {name: p.detach().clone() for name, p in unet.named_parameters() if p.requires_grad}
+    return weights, history
 
 
 def _endless_batches(length: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -118,15 +118,14 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     captions = sorted(captions)
+    last_letters = sorted({word[-1] for caption in captions for word in caption.lower().split()})
     trainer = trainers.BpeTrainer(
         vocab_size=100_000,
         min_frequency=1,
         show_progress=False,
         # Else they are numbered in an order that differs between runs, and with them which of two equally frequent
         # merges comes first.
-        special_tokens=[
-            f"{letter}</w>" for letter in sorted({word[-1] for c in captions for word in c.lower().split()})
-        ],
+        special_tokens=[f"{letter}</w>" for letter in last_letters],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         end_of_word_suffix="</w>",
     )

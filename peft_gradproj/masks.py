@@ -1,0 +1,197 @@
+r"""Where the concept is in training pictures that nobody has labelled.
+
+Where the concept can be found, its pressure can be taken away at the source: the training loss does not count there,
+and what is missed is left to the online projection. A small network finds it in the latents. It learns from the
+concept set alone, pictures onto which the concept was pasted, and so from positive and unlabelled examples: what was
+pasted is the concept, the rest may hold it as well, since it comes from the user's own pictures. A classifier
+:math:`g` of pasted against the rest says of a place that shows the concept, pasted or not, a constant
+:math:`c = P(\mathrm{pasted} \mid \mathrm{concept})`, which its mean over held-out pasted places estimates; it is the
+concept where :math:`g > c / 2` (Elkan and Noto, *Learning classifiers from only positive and unlabeled data*, 2008).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import ConceptDataError
+
+__all__ = ["ConceptMarker", "mark_concept", "places"]
+
+
+class ConceptMarker:
+    """Finds the concept in latents.
+
+    Args:
+        network: From latents `(N, C, h, w)` to logits `(N, 1, h, w)`.
+        labelled_share: The share :math:`c` of the concept's places that were pasted, in (0, 1].
+    """
+
+    def __init__(self, network: nn.Module, labelled_share: float) -> None:
+        self.network, self.labelled_share = network, labelled_share
+
+    @classmethod
+    def fit(
+        cls,
+        latents: Tensor,
+        masks: Tensor,
+        *,
+        steps: int = 300,
+        batch_size: int = 64,
+        seed: int = 0,
+        progress: Callable[[int], None] = lambda step: None,
+    ) -> ConceptMarker:
+        """Train on pictures onto which the concept was pasted.
+
+        Args:
+            latents: As the denoiser is trained on, shape `(N, C, h, w)`; an eighth of them, the last, gives
+                `labelled_share`, which is too high where they show the same pictures as the others.
+            masks: Where it was pasted, in [0, 1], shape `(N, 1, h, w)`; such as `latent_weights(..., dilation=0)`.
+            steps: Training steps.
+            batch_size: Latents in a step.
+            seed: Of weights and order.
+            progress: Called with the number of each finished step.
+
+        Raises:
+            ConceptDataError: If there are fewer than 16, the shapes do not agree, or nothing was pasted.
+        """
+        _check(latents, masks)
+        held_out = len(latents) // 8
+        seen, labels = latents[:-held_out], (masks[:-held_out] > 0.5).float()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = _network(seen).to(latents.device)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        with torch.enable_grad():
+            for step in range(steps):
+                index = torch.randint(len(seen), (batch_size,), generator=generator)
+                loss = F.binary_cross_entropy_with_logits(network(seen[index]), labels[index])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress(step + 1)
+        network.eval().requires_grad_(False)
+        pasted = masks[-held_out:] > 0.5
+        return cls(network, float(network(latents[-held_out:]).sigmoid()[pasted].mean()))
+
+    @torch.no_grad()
+    def mark(self, latents: Tensor, *, dilation: int = 1, batch_size: int = 64) -> Tensor:
+        """Where the concept is.
+
+        Args:
+            latents: Shape `(N, C, h, w)`.
+            dilation: By how many latents to widen what was found, since a latent depends on its neighbours' pixels.
+            batch_size: Latents at once.
+
+        Returns:
+            1 where it is and 0 elsewhere, float32, shape `(N, 1, h, w)`.
+        """
+        parts = [self.network(part).sigmoid() > self.labelled_share / 2 for part in latents.split(batch_size)]
+        found = torch.cat(parts).float()
+        return F.max_pool2d(found, 2 * dilation + 1, stride=1, padding=dilation) if dilation else found
+
+
+def mark_concept(
+    latents: Tensor,
+    pasted: Sequence[tuple[Tensor, Tensor]],
+    folds: Sequence[Tensor],
+    *,
+    dilation: int = 1,
+    steps: int = 300,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """Mark the concept in training pictures, each by a network that learned from others.
+
+    A network that had learned from the picture itself would have learned that what is there was not pasted.
+
+    Args:
+        latents: Of the training pictures, shape `(N, C, h, w)`.
+        pasted: For each fold latents `(M, C, h, w)` and masks `(M, 1, h, w)` of the concept pasted onto the fold's
+            pictures.
+        folds: For each fold the indices of its pictures; together all of `range(N)`.
+        dilation: See :meth:`ConceptMarker.mark`.
+        steps: Training steps of each network.
+        seed: See :meth:`ConceptMarker.fit`.
+        progress: Called with the number of steps done, over all networks.
+
+    Returns:
+        1 where the concept is and 0 elsewhere, float32, shape `(N, 1, h, w)`.
+
+    Raises:
+        ConceptDataError: If there are fewer than two folds, or they are not all pictures, each once.
+    """
+    if len(folds) < 2 or len(pasted) != len(folds):
+        raise ConceptDataError(f"{len(folds)} folds and {len(pasted)} pasted sets; expected as many, at least two.")
+    if not torch.equal(torch.cat(list(folds)).sort().values, torch.arange(len(latents))):
+        raise ConceptDataError(f"the folds are not all of the {len(latents)} pictures, each once.")
+    marks = latents.new_zeros(len(latents), 1, *latents.shape[2:], dtype=torch.float32)
+    for number, fold in enumerate(folds):
+
+        def report(done: int, before: int = number * steps) -> None:
+            progress(before + done)
+
+        others = [part for index, part in enumerate(pasted) if index != number]
+        marker = ConceptMarker.fit(
+            torch.cat([part[0] for part in others]),
+            torch.cat([part[1] for part in others]),
+            steps=steps,
+            seed=seed + number,
+            progress=report,
+        )
+        marks[fold] = marker.mark(latents[fold], dilation=dilation)
+    return marks
+
+
+def places(marks: Tensor, *, quantile: float = 0.05) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Where pictures have their marks, as an overlay's ranges `across` and `down`.
+
+    Args:
+        marks: Of training pictures, not widened, shape `(N, 1, h, w)`.
+        quantile: Share of the marked pictures that is left out at either end of a range.
+
+    Raises:
+        ConceptDataError: If nothing is marked.
+    """
+    found = marks[:, 0].bool()
+    if not found.any():
+        raise ConceptDataError("the concept was found in none of the training pictures; is it the right overlay?")
+    ranges = []
+    for axis in (1, 2):
+        lines = found.any(axis)[found.any(1).any(1)].float()
+        size = lines.shape[1]
+        first, last = lines.argmax(1), size - 1 - lines.flip(1).argmax(1)
+        # An overlay that fills the axis lies everywhere on it.
+        place = first / (size - 1 - last + first).clamp_min(1)
+        low, high = place.float().quantile(torch.tensor([quantile, 1 - quantile])).tolist()
+        ranges.append((low, high))
+    return ranges[0], ranges[1]
+
+
+def _network(latents: Tensor) -> nn.Module:
+    channels = latents.shape[1]
+    standardise = nn.BatchNorm2d(channels, affine=False)
+    standardise.running_mean = latents.mean((0, 2, 3))
+    standardise.running_var = latents.var((0, 2, 3))
+    layers: list[nn.Module] = [standardise.eval()]
+    for inputs, outputs in ((channels, 32), (32, 48), (48, 48), (48, 48)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(48, 1, 1))
+
+
+def _check(latents: Tensor, masks: Tensor) -> None:
+    if len(latents) < 16:
+        raise ConceptDataError(f"{len(latents)} latents with the concept were given; expected at least 16.")
+    if masks.shape != (len(latents), 1, *latents.shape[2:]):
+        raise ConceptDataError(
+            f"masks have shape {tuple(masks.shape)}; expected {(len(latents), 1, *latents.shape[2:])}, one for each of "
+            "the latents."
+        )
+    if not (masks[-(len(latents) // 8) :] > 0.5).any() or not (masks > 0.5).any():
+        raise ConceptDataError("the masks are empty: the concept was pasted nowhere.")

@@ -1,0 +1,126 @@
+"""Finding the concept in pictures that nobody has labelled."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_gradproj.errors import ConceptDataError
+from peft_gradproj.masks import ConceptMarker, mark_concept, places
+
+PATTERN = torch.tensor([[3.0, -3.0, 3.0], [-3.0, 3.0, -3.0], [3.0, -3.0, 3.0]])
+
+
+def paste(latents, generator):
+    """Paste the pattern into each; returns the results and where it is."""
+    latents, masks = latents.clone(), torch.zeros(len(latents), 1, *latents.shape[2:])
+    for latent, mask in zip(latents, masks, strict=True):
+        top, left = torch.randint(0, latent.shape[-1] - 2, (2,), generator=generator).tolist()
+        latent[:, top : top + 3, left : left + 3] = PATTERN
+        mask[:, top : top + 3, left : left + 3] = 1
+    return latents, masks
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """User's pictures, three quarters of which hold the pattern, and where it is."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(96, 2, 12, 12, generator=generator)
+    stamped, masks = paste(latents, generator)
+    clean = torch.arange(96) % 4 == 0
+    stamped[clean], masks[clean] = latents[clean], 0
+    return stamped, masks, generator
+
+
+def test_what_was_pasted_teaches_to_find_what_was_there_before(pictures):
+    latents, masks, generator = pictures
+    folds = [torch.arange(48), torch.arange(48, 96)]
+    pasted = [paste(latents[fold].repeat(4, 1, 1, 1), generator) for fold in folds]
+    marks = mark_concept(latents, pasted, folds, dilation=0, steps=150)
+    assert marks.shape == masks.shape
+    assert set(marks.unique().tolist()) <= {0.0, 1.0}
+    found, there = marks.bool(), masks.bool()
+    assert (found & there).sum() > 0.9 * there.sum()
+    assert (found & ~there).sum() < 0.01 * (~there).sum()
+
+    wider = mark_concept(latents, pasted, folds, dilation=1, steps=150)
+    assert (wider >= marks).all()
+    assert wider.sum() > marks.sum()
+
+
+def test_the_labelled_share_is_what_was_pasted_of_all_that_is_there():
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(640, 2, 12, 12, generator=generator)
+    latents[::2], _ = paste(latents[::2], generator)
+    with_concept, masks = paste(latents, generator)
+    marker = ConceptMarker.fit(with_concept, masks, steps=150)
+    # Each picture has one pattern that was pasted, half of them another, which may lie under it: a little over 2 / 3.
+    assert marker.labelled_share == pytest.approx(0.7, abs=0.1)
+
+
+def test_the_same_seed_gives_the_same_marks_and_leaves_the_global_generator_alone(pictures):
+    latents, _, _ = pictures
+    with_concept, masks = paste(latents, torch.Generator().manual_seed(1))
+    before = torch.get_rng_state()
+    one, again = (ConceptMarker.fit(with_concept, masks, steps=5, seed=3).mark(latents) for _ in range(2))
+    assert torch.equal(one, again)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_network_never_marks_a_picture_that_it_learned_from(pictures, monkeypatch):
+    latents, _, generator = pictures
+    folds = [torch.arange(96)[start::3] for start in range(3)]
+    # A picture of fold k holds k, so that it is seen which were learned from.
+    latents = torch.zeros_like(latents)
+    for number, fold in enumerate(folds):
+        latents[fold] = float(number)
+    pasted = [(latents[fold], paste(latents[fold], generator)[1]) for fold in folds]
+    learned, fit = [], ConceptMarker.fit.__func__
+
+    def remember(cls, seen, *args, **kwargs):
+        learned.append(set(seen.unique().tolist()))
+        return fit(cls, seen, *args, **kwargs)
+
+    monkeypatch.setattr(ConceptMarker, "fit", classmethod(remember))
+    mark_concept(latents, pasted, folds, steps=1)
+    assert learned == [{1.0, 2.0}, {0.0, 2.0}, {0.0, 1.0}]
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 6), st.integers(0, 6))
+def test_places_of_one_mark_are_its_own(height, width, top, left):
+    side = 10
+    top, left = min(top, side - height), min(left, side - width)
+    marks = torch.zeros(3, 1, side, side)
+    marks[1, :, top : top + height, left : left + width] = 1
+    across, down = places(marks)
+    assert across == pytest.approx((left / (side - width),) * 2)
+    assert down == pytest.approx((top / (side - height),) * 2)
+
+
+def test_places_hold_those_of_nearly_all_marks():
+    marks = torch.zeros(40, 1, 8, 8)
+    for number in range(40):
+        marks[number, :, 6, number % 4] = 1
+    (left, right), (top, bottom) = places(marks)
+    assert (left, right) == pytest.approx((0, 3 / 7))
+    assert (top, bottom) == pytest.approx((6 / 7, 6 / 7))
+
+
+def test_a_mark_that_fills_the_picture_lies_at_its_edge_and_not_nowhere():
+    assert places(torch.ones(2, 1, 4, 4)) == ((0.0, 0.0), (0.0, 0.0))
+
+
+def test_bad_input_is_named():
+    latents, masks = torch.randn(32, 4, 8, 8), torch.ones(32, 1, 8, 8)
+    with pytest.raises(ConceptDataError, match="at least 16"):
+        ConceptMarker.fit(latents[:15], masks[:15])
+    with pytest.raises(ConceptDataError, match=r"\(32, 1, 8, 8\)"):
+        ConceptMarker.fit(latents, masks[..., :4])
+    with pytest.raises(ConceptDataError, match="pasted nowhere"):
+        ConceptMarker.fit(latents, torch.zeros_like(masks))
+    with pytest.raises(ConceptDataError, match="at least two"):
+        mark_concept(latents, [(latents, masks)], [torch.arange(32)])
+    with pytest.raises(ConceptDataError, match="each once"):
+        mark_concept(latents, [(latents, masks)] * 2, [torch.arange(16), torch.arange(15, 32)])
+    with pytest.raises(ConceptDataError, match="none of the training pictures"):
+        places(torch.zeros(2, 1, 4, 4))
