@@ -46,12 +46,12 @@ class DemoSettings:
     """Pictures onto which the logo is pasted, for each of the two networks that find it."""
     mask_steps: int = 200
     probes: int = 768
-    probe_dilation: int = 1
+    probe_dilation: int = 0
     """By how many latents the probes' weights are wider than the logo."""
     probe_every: int = 4
     probe_batch_size: int = 8
     probe_history: int = 1
-    restore: float = 0.7
+    restore: float = 0.5
 
     samples: int = 96
     sampling_steps: int = 20
