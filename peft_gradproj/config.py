@@ -91,6 +91,13 @@ class GradProjConfig(LoraConfig):
         self._check_given()
         self.report_uncovered(self._escaping_options())
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A process that unpickles this, such as a spawned worker, may not know the type yet.
+        return {name: value for name, value in self.__dict__.items() if name != "peft_type"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, peft_type=register())
+
     def _check_values(self) -> None:
         expected = {
             "strength": (0.0 <= self.strength <= 1.0, "a number in [0, 1]"),

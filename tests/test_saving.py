@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,7 +16,7 @@ from helpers import LAYERS, saved_leakage, small_net_basis, train, trainable
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_gradproj import ConceptProbes, GradProjConfig, save_sidecars, verify_adapter
+from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, LayerBasis, save_sidecars, verify_adapter
 from peft_gradproj.errors import AdapterFolderError
 
 STOCK_LOAD = """
@@ -156,3 +157,16 @@ def test_an_adapter_with_probes_only_names_its_concept_and_is_not_called_verifie
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "gradproj.json").read_text())["concept"] == "a planted pattern"
     assert verify_adapter(tmp_path).status == "could not be checked"
+
+
+def test_a_process_that_does_not_know_the_type_yet_can_unpickle_a_config(tmp_path):
+    basis = ConceptBasis({"layer": LayerBasis(input=torch.eye(4)[:, :1])})
+    config = GradProjConfig(r=2, target_modules=["layer"], concept_basis=basis, strength=0.5)
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(config))
+    code = (
+        "import pickle, sys; c = pickle.load(open(sys.argv[1], 'rb')); "
+        "print(c.peft_type.value, c.strength, c.concept_basis['layer'].input.shape)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "config.pkl")]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert answer.strip() == "GRADPROJ 0.5 torch.Size([4, 1])"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .report import DemoReport
     from .run import run_demo
     from .settings import DemoSettings
+
+# PEFT imports it where it is installed, and it then tells of kernels that are not needed here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __all__ = ["DemoReport", "DemoSettings", "run_demo"]
 

@@ -34,6 +34,7 @@ from ..diffusion_inputs import (
 )
 from ..fitting import fit_concept_basis
 from ..masks import mark_concept, places
+from ..online import detach_online_projection
 from ..probes import ConceptProbes, collect_concept_probes
 from ..saving import save_sidecars
 from ..verification import VerificationReport, verify_adapter
@@ -224,6 +225,8 @@ class _Demo:
         for (name, config), (weights, history) in zip(configs.items(), trained, strict=True):
             adapter = adapted(unet, config, settings.seed)
             adapter.load_state_dict(weights, strict=False)
+            # It is not trained here, where others are.
+            detach_online_projection(adapter, "default")
             runs[name] = TrainingRun(adapter.eval(), history)
         return runs, judges
 
