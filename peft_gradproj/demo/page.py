@@ -125,7 +125,7 @@ def _curves(report: DemoReport) -> str:
         steps, measured = zip(*report.checkpoints[name], strict=True)
         for axis, kind in ((middle, "style"), (right, "logo")):
             axis.plot(steps, [values[kind] for values in measured], color=colour, marker="o", markersize=3)
-    titles = ("training loss (smoothed)", "pictures without the logo: may fall", "where the logo is: no lower than the oracle")
+    titles = ("training loss (smoothed)", "pictures without the logo: may fall", "where the logo is: as the oracle")
     for axis, title in zip((left, middle, right), titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
