@@ -23,8 +23,9 @@ from torch import Tensor
 
 from .errors import ConceptDataError
 from .files import read_tensor_file, write_atomically
+from .model_arguments import flatten_arguments
 
-__all__ = ["FORMAT_VERSION", "BatchesDigest", "ContrastBatches", "nested"]
+__all__ = ["FORMAT_VERSION", "BatchesDigest", "ContrastBatches"]
 
 FORMAT_VERSION = "1"
 
@@ -143,36 +144,12 @@ class BatchesDigest:
         return hashlib.sha256("".join(sha.hexdigest() for sha in self._halves.values()).encode()).hexdigest()
 
 
-def nested(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A batch as the model takes it: names with dots become mappings.
-
-    Raises:
-        ConceptDataError: If a name is that of a tensor and of a mapping.
-    """
-    result: dict[str, Any] = {}
-    for name, tensor in batch.items():
-        *parents, last = name.split(".")
-        inner = result
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                break
-        if not isinstance(inner, dict) or last in inner:
-            raise ConceptDataError(f"the argument {name} of a batch is a tensor and a mapping at once; refused.")
-        inner[last] = tensor
-    return result
-
-
-def _flat(batch: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors by names with dots; arguments that are `None` are left out."""
+def _flat(batch: Any) -> dict[str, Tensor]:
+    """Tensors by names with dots."""
     if not isinstance(batch, Mapping):
         raise ConceptDataError(f"a batch is a {type(batch).__name__}; expected a mapping of tensors by argument.")
-    flat: dict[str, Tensor] = {}
-    for name, value in batch.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        elif isinstance(value, Tensor):
-            flat[f"{prefix}{name}"] = value
-        elif value is not None:
-            raise ConceptDataError(f"{prefix}{name} is a {type(value).__name__}; expected a tensor.")
+    flat = flatten_arguments(batch)
+    for name, value in flat.items():
+        if not isinstance(value, Tensor):
+            raise ConceptDataError(f"{name} is a {type(value).__name__}; expected a tensor.")
     return flat

@@ -28,6 +28,7 @@ __all__ = [
     "concept_probe_batches",
     "contrast_batches",
     "decode_latents",
+    "dilated",
     "encode_concept_set",
     "encode_images",
     "encode_prompts",
@@ -36,6 +37,7 @@ __all__ = [
     "noised_inputs",
     "pictures_to_tensor",
     "tensor_to_pictures",
+    "training_target",
 ]
 
 
@@ -91,8 +93,12 @@ def latent_weights(masks: Tensor, size: tuple[int, int], *, dilation: int = 1) -
     Returns:
         In [0, 1], shape `(N, 1, *size)`: the largest value of the mask within each latent's cell, widened.
     """
-    weights = F.adaptive_max_pool2d(masks, size)
-    return F.max_pool2d(weights, 2 * dilation + 1, stride=1, padding=dilation) if dilation else weights
+    return dilated(F.adaptive_max_pool2d(masks, size), dilation)
+
+
+def dilated(masks: Tensor, by: int) -> Tensor:
+    """Masks `(N, 1, h, w)`, widened by so many places on all sides."""
+    return F.max_pool2d(masks, 2 * by + 1, stride=1, padding=by) if by else masks
 
 
 @torch.no_grad()
@@ -153,6 +159,24 @@ def noised_inputs(
     """Keyword arguments of the UNet for latents `(N, C, h, w)`, noise of that shape, and timesteps `(N,)`."""
     sample = schedule.add_noise(latents, noise, timesteps)
     return {"sample": sample, "timestep": timesteps, "encoder_hidden_states": embeddings}
+
+
+def training_target(schedule: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is trained to answer under a schedule, shape of `latents`.
+
+    The noise (`epsilon`), the velocity (`v_prediction`) or the latents (`sample`).
+
+    Raises:
+        ValueError: If the schedule's prediction type is unknown.
+    """
+    kind = schedule.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return schedule.get_velocity(latents, noise, timesteps)
+    if kind == "sample":
+        return latents
+    raise ValueError(f"the schedule's prediction type is {kind!r}; expected epsilon, v_prediction or sample.")
 
 
 def concept_probe_batches(

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .diffusion_inputs import dilated
 from .errors import ConceptDataError
+from .small_networks import fit_network
 
 __all__ = ["ConceptMarker", "mark_concept", "places"]
 
@@ -65,18 +67,14 @@ class ConceptMarker:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = _network(seen).to(latents.device)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+
+        def loss() -> Tensor:
+            index = torch.randint(len(seen), (batch_size,), generator=generator)
+            return F.binary_cross_entropy_with_logits(network(seen[index]), labels[index])
+
         with torch.enable_grad():
-            for step in range(steps):
-                index = torch.randint(len(seen), (batch_size,), generator=generator)
-                loss = F.binary_cross_entropy_with_logits(network(seen[index]), labels[index])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                progress(step + 1)
-        network.eval().requires_grad_(False)
+            fit_network(network, loss, steps=steps, learning_rate=3e-3, progress=progress)
+        network.requires_grad_(False)
         pasted = masks[-held_out:] > 0.5
         return cls(network, float(network(latents[-held_out:]).sigmoid()[pasted].mean()))
 
@@ -93,8 +91,7 @@ class ConceptMarker:
             1 where it is and 0 elsewhere, float32, shape `(N, 1, h, w)`.
         """
         parts = [self.network(part).sigmoid() > self.labelled_share / 2 for part in latents.split(batch_size)]
-        found = torch.cat(parts).float()
-        return F.max_pool2d(found, 2 * dilation + 1, stride=1, padding=dilation) if dilation else found
+        return dilated(torch.cat(parts).float(), dilation)
 
 
 def mark_concept(
@@ -131,7 +128,7 @@ def mark_concept(
         raise ConceptDataError(f"{len(folds)} folds and {len(pasted)} pasted sets; expected as many, at least two.")
     if not torch.equal(torch.cat(list(folds)).sort().values, torch.arange(len(latents))):
         raise ConceptDataError(f"the folds are not all of the {len(latents)} pictures, each once.")
-    marks = latents.new_zeros(len(latents), 1, *latents.shape[2:], dtype=torch.float32)
+    masks = latents.new_zeros(len(latents), 1, *latents.shape[2:], dtype=torch.float32)
     for number, fold in enumerate(folds):
 
         def report(done: int, before: int = number * steps) -> None:
@@ -145,21 +142,21 @@ def mark_concept(
             seed=seed + number,
             progress=report,
         )
-        marks[fold] = marker.mark(latents[fold], dilation=dilation)
-    return marks
+        masks[fold] = marker.mark(latents[fold], dilation=dilation)
+    return masks
 
 
-def places(marks: Tensor, *, quantile: float = 0.05) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Where pictures have their marks, as an overlay's ranges `across` and `down`.
+def places(masks: Tensor, *, quantile: float = 0.05) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Where pictures show the concept, as an overlay's ranges `across` and `down`.
 
     Args:
-        marks: Of training pictures, not widened, shape `(N, 1, h, w)`.
-        quantile: Share of the marked pictures that is left out at either end of a range.
+        masks: Of training pictures, not widened, shape `(N, 1, h, w)`.
+        quantile: Share of the pictures that show it which is left out at either end of a range.
 
     Raises:
-        ConceptDataError: If nothing is marked.
+        ConceptDataError: If all masks are empty.
     """
-    found = marks[:, 0].bool()
+    found = masks[:, 0].bool()
     if not found.any():
         raise ConceptDataError("the concept was found in none of the training pictures; is it the right overlay?")
     ranges = []
@@ -174,13 +171,25 @@ def places(marks: Tensor, *, quantile: float = 0.05) -> tuple[tuple[float, float
     return ranges[0], ranges[1]
 
 
+class _Standardise(nn.Module):
+    """Brings channels to the mean 0 and the deviation 1 that they have in given latents `(N, C, h, w)`."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, latents: Tensor) -> None:
+        super().__init__()
+        deviation, mean = torch.std_mean(latents, (0, 2, 3), keepdim=True)
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation.clamp_min(1e-3))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return (latents - self.mean) / self.deviation
+
+
 def _network(latents: Tensor) -> nn.Module:
-    channels = latents.shape[1]
-    standardise = nn.BatchNorm2d(channels, affine=False)
-    standardise.running_mean = latents.mean((0, 2, 3))
-    standardise.running_var = latents.var((0, 2, 3))
-    layers: list[nn.Module] = [standardise.eval()]
-    for inputs, outputs in ((channels, 32), (32, 48), (48, 48), (48, 48)):
+    layers: list[nn.Module] = [_Standardise(latents)]
+    for inputs, outputs in ((latents.shape[1], 32), (32, 48), (48, 48), (48, 48)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()]
     return nn.Sequential(*layers, nn.Conv2d(48, 1, 1))
 

@@ -14,16 +14,17 @@ Batches are flat mappings: a name with a dot is an entry of a nested argument, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .diffusion_inputs import encode_images, encode_prompts, noise_schedule
+from .diffusion_inputs import encode_images, encode_prompts, noise_schedule, training_target
 from .errors import ConceptDataError
-from .probes import ConceptProbes, call_model, placement
+from .model_arguments import place_arguments
+from .probes import call_model, placement
 from .training_data import Frame, first_line
 
 __all__ = ["FAMILIES", "PipelineFamily", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "load_pipeline"]
@@ -104,8 +105,7 @@ class PipelineFamily(ABC):
 
     def placed(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """A batch as the denoiser takes it: nested, on its device, in its dtype, which timesteps never take."""
-        count = next(iter(inputs.values())).shape[0]
-        return ConceptProbes(inputs).batch(range(count), *placement(self.denoiser)).inputs
+        return place_arguments(inputs, *placement(self.denoiser))
 
     def latents(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Latents as the denoiser sees them, float32 on the CPU, shape `(n, C, h, w)`."""
@@ -186,12 +186,7 @@ class _DiscreteSchedule(PipelineFamily):
         return self.schedule.add_noise(latents, noise, timesteps)
 
     def loss_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        targets: dict[str, Callable[[], Tensor]] = {
-            "epsilon": lambda: noise,
-            "sample": lambda: latents,
-            "v_prediction": lambda: self.schedule.get_velocity(latents, noise, timesteps),
-        }
-        return targets[self.schedule.config.prediction_type]()
+        return training_target(self.schedule, latents, noise, timesteps)
 
 
 class StableDiffusion(_DiscreteSchedule):

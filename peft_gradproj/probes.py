@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from .base_models import identify, layer_widths
 from .errors import ConceptDataError
 from .files import locate_file, read_tensor_file, write_atomically
+from .model_arguments import flatten_arguments, nest_arguments, place_arguments
 
 __all__ = [
     "FORMAT_VERSION",
@@ -116,7 +117,7 @@ class ConceptProbes:
         run_model: RunModel | None = None,
         widths: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        self.inputs: dict[str, Tensor] = {name: _frozen(name, x) for name, x in _flatten(inputs).items()}
+        self.inputs: dict[str, Tensor] = {name: _frozen(name, x) for name, x in flatten_arguments(inputs).items()}
         self.targets = None if targets is None else _frozen("targets", targets)
         self.weights = None if weights is None else _frozen("weights", weights)
         self.loss_targets = None if loss_targets is None else _frozen("loss_targets", loss_targets)
@@ -131,6 +132,7 @@ class ConceptProbes:
     def _check_numbers(self) -> None:
         if not self.inputs:
             raise ConceptDataError("concept probes without inputs; expected a tensor for each argument of the model.")
+        nest_arguments(self.inputs)  # refuses names that exclude each other
         numbers = {name: x.shape[0] for name, x in self._tensors().items() if name != "weights"}
         if len(set(numbers.values())) > 1:
             raise ConceptDataError(f"concept probes of unequal number: {numbers}; expected one first dimension.")
@@ -209,13 +211,10 @@ class ConceptProbes:
         def pick(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[index].to(device)
 
-        def cast(x: Tensor) -> Tensor:
-            return x if dtype is None or not x.is_floating_point() or x.ndim < 2 else x.to(dtype)
-
         shared = self.weights is not None and self.weights.shape[0] == 1
         weights = self.weights.to(device) if shared and self.weights is not None else pick(self.weights)
-        inputs = {name: cast(x[index]).to(device) for name, x in self.inputs.items()}
-        return ProbeBatch(_nest(inputs), pick(self.targets), weights, pick(self.loss_targets))
+        inputs = place_arguments({name: x[index] for name, x in self.inputs.items()}, device, dtype)
+        return ProbeBatch(inputs, pick(self.targets), weights, pick(self.loss_targets))
 
     def select(self, indices: Tensor | Sequence[int]) -> ConceptProbes:
         """The probes at `indices`, shape `(m,)`."""
@@ -346,27 +345,6 @@ def _parsed_widths(text: str, path: Path) -> dict[str, Sequence[int]]:
     ):
         raise ConceptDataError(f"{path}: the header's widths are not pairs of numbers by layer; collect it anew.")
     return widths
-
-
-def _flatten(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        elif value is not None:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _nest(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in inputs.items():
-        *parents, last = name.split(".")
-        inner = nested
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[last] = value
-    return nested
 
 
 def _frozen(name: str, x: Any) -> Tensor:

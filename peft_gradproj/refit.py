@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .basis import ConceptBasis
-from .contrast import ContrastBatches, nested
+from .contrast import ContrastBatches
 from .errors import BehaviourError, ConceptBasisError, GradProjError
 from .fitting import fit_concept_basis
+from .model_arguments import place_arguments
 from .probes import placement
 from .untrusted import printable
 
@@ -174,13 +175,7 @@ def refit_basis(recipe: Recipe, model: nn.Module, batches: ContrastBatches) -> C
 
 
 def _run_model(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-    device, dtype = placement(model)
-
-    def placed(x: Tensor) -> Tensor:
-        # Timesteps keep their dtype: 999 is not a bfloat16 number.
-        return x.to(device, dtype) if x.is_floating_point() and x.ndim > 1 else x.to(device)
-
-    return model(**nested({name: placed(x) for name, x in batch.items()}))
+    return model(**place_arguments(batch, *placement(model)))
 
 
 # The comparison

@@ -10,8 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from peft_gradproj.concepts import Overlay
+from peft_gradproj.diffusion_inputs import training_target
 from peft_gradproj.errors import ConceptDataError
-from peft_gradproj.evaluation.denoising import DenoisingQuestions, denoising_loss, denoising_losses, training_target
+from peft_gradproj.evaluation.denoising import DenoisingQuestions, denoising_loss, denoising_losses
 from peft_gradproj.evaluation.detector import ConceptDetector, _threshold
 from peft_gradproj.evaluation.fidelity import PromptFidelity
 from peft_gradproj.evaluation.figures import Share, share_of_drop

@@ -36,16 +36,16 @@ def test_what_was_pasted_teaches_to_find_what_was_there_before(pictures):
     latents, masks, generator = pictures
     folds = [torch.arange(48), torch.arange(48, 96)]
     pasted = [paste(latents[fold].repeat(4, 1, 1, 1), generator) for fold in folds]
-    marks = mark_concept(latents, pasted, folds, dilation=0, steps=150)
-    assert marks.shape == masks.shape
-    assert set(marks.unique().tolist()) <= {0.0, 1.0}
-    found, there = marks.bool(), masks.bool()
+    found_masks = mark_concept(latents, pasted, folds, dilation=0, steps=150)
+    assert found_masks.shape == masks.shape
+    assert set(found_masks.unique().tolist()) <= {0.0, 1.0}
+    found, there = found_masks.bool(), masks.bool()
     assert (found & there).sum() > 0.9 * there.sum()
     assert (found & ~there).sum() < 0.01 * (~there).sum()
 
     wider = mark_concept(latents, pasted, folds, dilation=1, steps=150)
-    assert (wider >= marks).all()
-    assert wider.sum() > marks.sum()
+    assert (wider >= found_masks).all()
+    assert wider.sum() > found_masks.sum()
 
 
 def test_the_labelled_share_is_what_was_pasted_of_all_that_is_there():
@@ -90,18 +90,18 @@ def test_a_network_never_marks_a_picture_that_it_learned_from(pictures, monkeypa
 def test_places_of_one_mark_are_its_own(height, width, top, left):
     side = 10
     top, left = min(top, side - height), min(left, side - width)
-    marks = torch.zeros(3, 1, side, side)
-    marks[1, :, top : top + height, left : left + width] = 1
-    across, down = places(marks)
+    masks = torch.zeros(3, 1, side, side)
+    masks[1, :, top : top + height, left : left + width] = 1
+    across, down = places(masks)
     assert across == pytest.approx((left / (side - width),) * 2)
     assert down == pytest.approx((top / (side - height),) * 2)
 
 
 def test_places_hold_those_of_nearly_all_marks():
-    marks = torch.zeros(40, 1, 8, 8)
+    masks = torch.zeros(40, 1, 8, 8)
     for number in range(40):
-        marks[number, :, 6, number % 4] = 1
-    (left, right), (top, bottom) = places(marks)
+        masks[number, :, 6, number % 4] = 1
+    (left, right), (top, bottom) = places(masks)
     assert (left, right) == pytest.approx((0, 3 / 7))
     assert (top, bottom) == pytest.approx((6 / 7, 6 / 7))
 

@@ -36,8 +36,9 @@ from peft_gradproj import (
 from peft_gradproj.adapter_folder import write_sidecars
 from peft_gradproj.cli import main
 from peft_gradproj.concepts import Overlay
-from peft_gradproj.contrast import FORMAT_VERSION, BatchesDigest, nested
+from peft_gradproj.contrast import FORMAT_VERSION, BatchesDigest
 from peft_gradproj.errors import BehaviourError, ConceptBasisError, ConceptDataError
+from peft_gradproj.model_arguments import nest_arguments
 from peft_gradproj.refit import Recipe, largest_sine
 from peft_gradproj.verification import VerificationReport
 
@@ -283,7 +284,7 @@ def test_nested_arguments_shared_tensors_and_any_dtype_survive(tmp_path):
     batches = ContrastBatches([batch], [batch])
     loaded = ContrastBatches.load(batches.save(tmp_path / "contrast.safetensors"))
     assert loaded.digest() == batches.digest()
-    back = nested(loaded.reference[0])
+    back = nest_arguments(loaded.reference[0])
     assert back["added"].keys() == {"text"}
     assert torch.equal(back["added"]["text"], half)
     assert torch.equal(back["timestep"], shared)
@@ -341,7 +342,7 @@ def test_malformed_files_are_refused(tmp_path, name):
 def test_an_argument_cannot_be_a_tensor_and_a_mapping():
     for names in (("a", "a.b"), ("a.b", "a"), ("a.b", "a.b.c")):
         with pytest.raises(ConceptDataError, match="at once"):
-            nested({name: torch.ones(1) for name in names})
+            nest_arguments({name: torch.ones(1) for name in names})
 
 
 @given(position=st.integers(0), byte=st.integers(0, 255))

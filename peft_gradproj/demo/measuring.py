@@ -43,15 +43,15 @@ class Judges:
     fidelity: PromptFidelity
 
 
-def mask_shares(marks: Tensor, data: StampedData) -> dict[str, float]:
-    """How well the masks `(N, 1, h, w)` cover the stamps: the share of stamped latents that is marked, and of others.
+def mask_shares(masks: Tensor, data: StampedData) -> dict[str, float]:
+    """How well masks `(N, 1, h, w)` cover the stamps: the share of stamped latents that is masked, and of others.
 
     Neighbours of stamped latents are not counted among the others, since masks are widened on purpose.
     """
-    size = (marks.shape[-2], marks.shape[-1])
+    size = (masks.shape[-2], masks.shape[-1])
     stamps = (pictures_to_tensor(data.masks) + 1) / 2
     stamped, near = (latent_weights(stamps, size, dilation=d) > 0.5 for d in (0, 2))
-    return {"stamped": float(marks[stamped].mean()), "elsewhere": float(marks[~near].mean())}
+    return {"stamped": float(masks[stamped].mean()), "elsewhere": float(masks[~near].mean())}
 
 
 def train_judges(

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..basis import ConceptBasis
@@ -27,6 +26,7 @@ from ..config import GradProjConfig
 from ..diffusion_inputs import (
     concept_probe_batches,
     contrast_batches,
+    dilated,
     encode_concept_set,
     encode_images,
     encode_prompts,
@@ -95,7 +95,7 @@ class _Protection:
 
     basis: ConceptBasis
     probes: ConceptProbes
-    marks: Tensor
+    masks: Tensor
     """Where the logo was found in the training pictures, `(N, 1, h, w)`: 1 there, 0 elsewhere."""
 
 
@@ -124,7 +124,7 @@ class _Demo:
             unets = {"base": self.pipeline.unet, **{name: run.unet for name, run in runs.items()}}
             figures = compare(unets, samples, prompts, questions, judges)
         seconds = self.step_times(data, protection)
-        masks = mask_shares(protection.marks, data)
+        masks = mask_shares(protection.masks, data)
         return self.report(data, logo, runs, masks, report, prompts, samples, judges, figures, seconds)
 
     def protect(self, data: StampedData) -> _Protection:
@@ -160,8 +160,8 @@ class _Demo:
             pairs = encode_concept_set(self.pipeline, concepts[: settings.probes], dilation=settings.probe_dilation)
             batches = concept_probe_batches(pairs, self.schedule, batch_size=64, seed=settings.seed + 1)
             probes = collect_concept_probes(unet, batches, concept=f"the {settings.logo} logo", progress=False)
-        marks = F.max_pool2d(found, 3, stride=1, padding=1)  # a latent depends on its neighbours' pixels
-        return _Protection(basis, probes, marks)
+        # A latent depends on its neighbours' pixels.
+        return _Protection(basis, probes, dilated(found, 1))
 
     def find(self, logo: Overlay, data: StampedData, progress: Callable[[int], None]) -> Tensor:
         """Where the logo is in the training pictures, by two networks that each learned from the other half."""
@@ -209,9 +209,9 @@ class _Demo:
         settings, unet = self.settings, self.pipeline.unet
         embeddings = encode_prompts(self.pipeline, data.captions)
         stamped, clean = (encode_images(self.pipeline, pictures) for pictures in (data.pictures, data.clean))
-        everywhere = torch.ones_like(protection.marks)
+        everywhere = torch.ones_like(protection.masks)
         training = {
-            "ours": TrainingSet(stamped, embeddings, everywhere - protection.marks),
+            "ours": TrainingSet(stamped, embeddings, everywhere - protection.masks),
             "plain": TrainingSet(stamped, embeddings, everywhere),
             "oracle": TrainingSet(clean, embeddings, everywhere),
         }

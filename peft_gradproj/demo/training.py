@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion_inputs import noised_inputs
-from ..evaluation.denoising import training_target
+from ..diffusion_inputs import noised_inputs, training_target
 from .settings import DemoSettings
 
 __all__ = ["History", "TrainingRun", "TrainingSet", "adapted", "train", "training_steps"]

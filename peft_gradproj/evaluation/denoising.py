@@ -1,7 +1,6 @@
 r"""Denoising losses on fixed noise and timesteps, so that models can be compared on the same questions.
 
-:math:`L = \sum w\,(f(z_t, t, c) - y)^2 / \sum w` with the training target :math:`y` of the schedule: the noise
-(`epsilon`), the velocity (`v_prediction`) or the latents (`sample`).
+:math:`L = \sum w\,(f(z_t, t, c) - y)^2 / \sum w` with the training target :math:`y` of the schedule.
 """
 
 from __future__ import annotations
@@ -12,25 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion_inputs import noised_inputs
+from ..diffusion_inputs import noised_inputs, training_target
 
-__all__ = ["DenoisingQuestions", "denoising_loss", "denoising_losses", "training_target"]
-
-
-def training_target(schedule: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet is trained to answer under a schedule, shape of `latents`.
-
-    Raises:
-        ValueError: If the schedule's prediction type is unknown.
-    """
-    kind = schedule.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return schedule.get_velocity(latents, noise, timesteps)
-    if kind == "sample":
-        return latents
-    raise ValueError(f"the schedule's prediction type is {kind!r}; expected epsilon, v_prediction or sample.")
+__all__ = ["DenoisingQuestions", "denoising_loss", "denoising_losses"]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..concepts import Overlay
 from ..diffusion_inputs import pictures_to_tensor
 from ..errors import ConceptDataError
+from ..small_networks import batch_indices, blur, conv_block, fit_network, jitter_pictures, shift_colours
 from .figures import Share
-from .networks import batch_indices, blur, conv_block, fit_network, jitter_pictures, shift_colours
 
 __all__ = ["PromptFidelity"]
 

@@ -1,4 +1,4 @@
-"""What the small networks of the evaluation share: blocks, augmentations on tensors, a training loop."""
+"""What the small networks that find the concept, or judge samples, share: blocks, augmentations, a training loop."""
 
 from __future__ import annotations
 
