@@ -262,6 +262,11 @@ class ConceptBasis(Mapping[str, LayerBasis]):
         layers = {name: self._layers[name] for name in names}
         return ConceptBasis(layers, self._concept, self._base_model, self._revision, fit)
 
+    def part(self, prefix: str) -> ConceptBasis | None:
+        """The layers whose names begin with `prefix`, such as `text_encoder.`, without it; `None` if there are none."""
+        layers = {name.removeprefix(prefix): layer for name, layer in self.items() if name.startswith(prefix)}
+        return self.with_layers(layers) if layers else None
+
     def with_layers(self, layers: Mapping[str, LayerBasis]) -> ConceptBasis:
         """A basis of other layers that is, in all else, this one: concept, base model, revision and fit.
 

@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from .diffusion_inputs import training_target
 from .hub import push_adapter_to_hub
 from .online import online_projections
 from .saving import save_sidecars
@@ -30,19 +34,24 @@ from .verification import verify_adapter
 
 __all__ = [
     "LoraCheckpoints",
+    "Parts",
+    "Schedule",
     "add_concept_arguments",
     "add_training_arguments",
     "concept_options",
     "draws",
     "finish",
+    "load_parts",
     "loading_options",
     "make_accelerator",
+    "make_dataloader",
     "make_optimizer",
+    "make_schedule",
     "noised",
     "repository",
     "saved_checkpoints",
+    "seeded_batches",
     "square_crop",
-    "telemetry",
     "validate",
 ]
 
@@ -175,7 +184,96 @@ def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], pro
     return kind(parameters, args.learning_rate * scale, betas, args.adam_epsilon, args.adam_weight_decay)
 
 
+class Parts(NamedTuple):
+    """The parts of Stable Diffusion that a training takes."""
+
+    schedule: Any
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    unet: Any
+
+
+def load_parts(args: argparse.Namespace, accelerator: Accelerator) -> Parts:
+    """The base model, frozen, on the device and in the dtype of the mixed precision."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    loading = loading_options(args)
+    without_weights = {name: value for name, value in loading.items() if name != "variant"}
+    parts = Parts(
+        DDPMScheduler.from_pretrained(**without_weights, subfolder="scheduler"),
+        CLIPTokenizer.from_pretrained(**without_weights, subfolder="tokenizer"),
+        CLIPTextModel.from_pretrained(**loading, subfolder="text_encoder"),
+        AutoencoderKL.from_pretrained(**loading, subfolder="vae"),
+        UNet2DConditionModel.from_pretrained(**loading, subfolder="unet"),
+    )
+    dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
+    for model in (parts.text_encoder, parts.vae, parts.unet):
+        model.requires_grad_(False).to(accelerator.device, dtype=dtype)
+    return parts
+
+
+def make_dataloader(args: argparse.Namespace, dataset: Any) -> DataLoader:
+    """Shuffled batches of a data set that has `collate`."""
+    return DataLoader(
+        dataset,
+        shuffle=True,
+        collate_fn=dataset.collate,
+        batch_size=args.train_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+
+
+class Schedule(NamedTuple):
+    """How long a training is, and its learning rates."""
+
+    lr_scheduler: Any
+    steps_per_epoch: int
+    max_train_steps: int
+
+
+def make_schedule(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, dataloader: DataLoader, processes: int, **options: Any
+) -> Schedule:
+    """Count optimizer steps, and make the schedule of learning rates over them.
+
+    Args:
+        args: The flags.
+        optimizer: Whose learning rates are scheduled.
+        dataloader: As it was before `accelerator.prepare`.
+        processes: So many share its batches.
+        **options: Further arguments of diffusers' `get_scheduler`.
+    """
+    from diffusers.optimization import get_scheduler
+
+    steps_per_epoch = math.ceil(math.ceil(len(dataloader) / processes) / args.gradient_accumulation_steps)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps * processes,
+        num_training_steps=max_train_steps * processes,
+        **options,
+    )
+    return Schedule(lr_scheduler, steps_per_epoch, max_train_steps)
+
+
 # What is drawn
+
+
+def seeded_batches(
+    dataloader: Any, args: argparse.Namespace, accelerator: Accelerator, *, epoch: int, skipped: int
+) -> Iterator[Any]:
+    """The batches of an epoch after the first `skipped`, with a seed of its own set before each.
+
+    So a resumed run draws what an uninterrupted one does.
+    """
+    dataloader.set_epoch(epoch)
+    batches = skip_first_batches(dataloader, skipped) if skipped else dataloader
+    for position, batch in enumerate(batches, start=skipped):
+        torch.manual_seed(draws(args.seed, epoch, position, accelerator.process_index).getrandbits(63))
+        yield batch
 
 
 def draws(*key: object) -> random.Random:
@@ -209,7 +307,7 @@ def noised(schedule: Any, latents: Tensor, *, offset: float = 0.0) -> tuple[Tens
     kind = schedule.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise ValueError(f"Unknown prediction type {kind}; expected epsilon or v_prediction.")
-    target = noise if kind == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
+    target = training_target(schedule, latents, noise, timesteps)
     return schedule.add_noise(latents, noise, timesteps), timesteps, target
 
 
@@ -303,13 +401,7 @@ class LoraCheckpoints:
         return _step_of(found[0])
 
 
-# Telemetry, validation, publication
-
-
-def telemetry(model: nn.Module) -> dict[str, float]:
-    """What the online projection of a bare model measured last, for a tracker; empty without concept probes."""
-    projection = online_projections(model).get("default")
-    return {} if projection is None else projection.log()
+# Validation, publication
 
 
 def validate(

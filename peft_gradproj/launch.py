@@ -149,8 +149,8 @@ class LaunchedRun:
     def _converted_text_encoder(self, config: LoraConfig, model: nn.Module, names: set[str]) -> Any:
         self.text_encoders += 1
         prefix = f"text_encoder{'' if self.text_encoders == 1 else f'_{self.text_encoders}'}."
-        part = None if self.basis is None else _part(self.basis, prefix, names)
-        if part is not None:
+        part = None if self.basis is None else self.basis.part(prefix)
+        if part is not None and any(name in names for name in part):
             return self._projected(config, part, None)
         self._let_through(model, prefix)
         return config
@@ -283,14 +283,6 @@ class LaunchedRun:
             return original(*args, **kwargs)
 
         return upload
-
-
-def _part(basis: ConceptBasis, prefix: str, names: set[str]) -> ConceptBasis | None:
-    """The layers of `basis` under `prefix`, without it; `None` if the model has none of them."""
-    layers = {name.removeprefix(prefix): layer for name, layer in basis.items() if name.startswith(prefix)}
-    if not any(name in names for name in layers):
-        return None
-    return basis.with_layers(layers)
 
 
 def _takes(model: nn.Module, inputs: Any) -> bool:

@@ -58,6 +58,7 @@ __all__ = [
     "attach_online_projection",
     "detach_online_projection",
     "online_projections",
+    "telemetry",
 ]
 
 Rule = Literal["half-space", "orthogonal"]
@@ -747,6 +748,12 @@ def detach_online_projection(model: nn.Module, adapter_name: str) -> None:
     projection = _registry.get(model, {}).pop(adapter_name, None)
     if projection is not None:
         projection.detach()
+
+
+def telemetry(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """What the online projection of an adapter measured last, for a tracker; empty if it has none."""
+    projection = online_projections(model).get(adapter_name)
+    return {} if projection is None else projection.log()
 
 
 def online_projections(model: nn.Module) -> dict[str, OnlineProjection]:

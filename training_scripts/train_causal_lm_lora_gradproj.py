@@ -48,10 +48,10 @@ from peft_gradproj import (
     ConceptProbes,
     GradProjConfig,
     collect_concept_probes,
-    online_projections,
     push_adapter_to_hub,
     verify_adapter,
 )
+from peft_gradproj.online import telemetry
 from peft_gradproj.text_inputs import read_secrets, secret_probe_batches
 
 logger = logging.getLogger(__name__)
@@ -124,10 +124,7 @@ class GradProjTrainer(Trainer):
     """A `Trainer` that logs what the online projection measures beside the loss."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        projection = online_projections(self.model).get("default")
-        if projection is not None and "loss" in logs:
-            logs = {**logs, **projection.log()}
-        super().log(logs, *args, **kwargs)
+        super().log({**logs, **telemetry(self.model)} if "loss" in logs else logs, *args, **kwargs)
 
 
 def load_texts(data: DataTrainingArguments, model: ModelArguments) -> DatasetDict:

@@ -22,20 +22,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, skip_first_batches
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params, free_memory
 from peft import LoraConfig
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from peft_gradproj import GradProjConfig
 from peft_gradproj.diffusion_inputs import pictures_to_tensor
@@ -47,15 +44,19 @@ from peft_gradproj.diffusion_training import (
     concept_options,
     draws,
     finish,
+    load_parts,
     loading_options,
     make_accelerator,
+    make_dataloader,
     make_optimizer,
+    make_schedule,
     noised,
     repository,
+    seeded_batches,
     square_crop,
-    telemetry,
     validate,
 )
+from peft_gradproj.online import telemetry
 
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -167,9 +168,9 @@ def add_adapters(args: argparse.Namespace, unet: Any, text_encoder: Any) -> None
     config = GradProjConfig(**lora, target_modules=args.lora_layers.split(","), **concept_options(args))
     if args.train_text_encoder:
         prefix, basis = "text_encoder.", config.concept_basis
-        layers = {name.removeprefix(prefix): layer for name, layer in (basis or {}).items() if name.startswith(prefix)}
-        if layers:
-            options = {**concept_options(args), "concept_basis": basis.with_layers(layers), "concept_probes": None}
+        part = None if basis is None else basis.part(prefix)
+        if part is not None:
+            options = {**concept_options(args), "concept_basis": part, "concept_probes": None}
             text_config = GradProjConfig(**lora, target_modules=TEXT_ENCODER_LAYERS, **options)
             text_encoder.add_adapter(text_config)
             config.uncovered_parts += [f"{part} of the text encoder" for part in text_config.uncovered_parts]
@@ -196,16 +197,7 @@ def main() -> None:
         sample_class_pictures(args, accelerator)
 
     # The base model, frozen, and the adapters.
-    weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
-    loading = loading_options(args)
-    without_weights = {name: value for name, value in loading.items() if name != "variant"}
-    noise_scheduler = DDPMScheduler.from_pretrained(**without_weights, subfolder="scheduler")
-    tokenizer = CLIPTokenizer.from_pretrained(**without_weights, subfolder="tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(**loading, subfolder="text_encoder")
-    vae = AutoencoderKL.from_pretrained(**loading, subfolder="vae")
-    unet = UNet2DConditionModel.from_pretrained(**loading, subfolder="unet")
-    for model in (text_encoder, vae, unet):
-        model.requires_grad_(False).to(accelerator.device, dtype=weight_dtype)
+    noise_scheduler, tokenizer, text_encoder, vae, unet = load_parts(args, accelerator)
     add_adapters(args, unet, text_encoder)
     trained = [unet, text_encoder] if args.train_text_encoder else [unet]
     # Adam's steps are too small for bfloat16, and a loss scaler does not unscale float16.
@@ -217,25 +209,11 @@ def main() -> None:
 
     # Pictures, optimizer, schedule.
     train_dataset = SubjectPictures(tokenizer, args)
-    train_dataloader = torch.utils.data.DataLoader(
-        train_dataset,
-        shuffle=True,
-        collate_fn=train_dataset.collate,
-        batch_size=args.train_batch_size,
-        num_workers=args.dataloader_num_workers,
-    )
+    train_dataloader = make_dataloader(args, train_dataset)
     lora_parameters = [parameter for model in trained for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(args, lora_parameters, accelerator.num_processes)
-    batches_per_epoch = math.ceil(len(train_dataloader) / accelerator.num_processes)
-    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=max_train_steps * accelerator.num_processes,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
+    lr_scheduler, steps_per_epoch, max_train_steps = make_schedule(
+        args, optimizer, train_dataloader, accelerator.num_processes, num_cycles=args.lr_num_cycles, power=args.lr_power
     )
     *trained, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
         *trained, optimizer, train_dataloader, lr_scheduler
@@ -254,20 +232,16 @@ def main() -> None:
         for model in trained:
             model.train()
         train_dataset.epoch = epoch
-        train_dataloader.set_epoch(epoch)
-        batches = skip_first_batches(train_dataloader, skipped) if skipped else train_dataloader
         train_loss = 0.0
-        for position, batch in enumerate(batches, start=skipped):
-            # A seed of its own for each batch, so that a resumed run draws what an uninterrupted one does.
-            torch.manual_seed(draws(args.seed, epoch, position, accelerator.process_index).getrandbits(63))
+        for batch in seeded_batches(train_dataloader, args, accelerator, epoch=epoch, skipped=skipped):
             with accelerator.accumulate(*trained):
                 with torch.no_grad():
-                    latents = vae.encode(batch["pixel_values"].to(weight_dtype)).latent_dist.sample()
+                    latents = vae.encode(batch["pixel_values"].to(vae.dtype)).latent_dist.sample()
                     latents = latents * vae.config.scaling_factor
                 with torch.set_grad_enabled(args.train_text_encoder):
                     embeddings = text_encoder(batch["input_ids"], return_dict=False)[0]
                 noisy_latents, timesteps, target = noised(noise_scheduler, latents)
-                prediction = unet(noisy_latents, timesteps, embeddings.to(weight_dtype), return_dict=False)[0]
+                prediction = unet(noisy_latents, timesteps, embeddings.to(vae.dtype), return_dict=False)[0]
                 loss = dreambooth_loss(prediction, target, prior_weight)
                 train_loss += accelerator.reduce(loss.detach(), "mean").item() / args.gradient_accumulation_steps
                 accelerator.backward(loss)
@@ -291,7 +265,8 @@ def main() -> None:
         if accelerator.is_main_process and args.validation_prompt and epoch % args.validation_epochs == 0:
             bare_text_encoder = accelerator.unwrap_model(text_encoder).eval()
             parts = {"unet": checkpoints.unet.eval(), "vae": vae, "text_encoder": bare_text_encoder}
-            validate(DiffusionPipeline.from_pretrained(**loading, **parts), args, accelerator, global_step)
+            pipeline = DiffusionPipeline.from_pretrained(**loading_options(args), **parts)
+            validate(pipeline, args, accelerator, global_step)
         epoch, skipped = epoch + 1, 0
 
     finish(checkpoints, args, global_step, repo_id)

@@ -15,38 +15,37 @@ verified and nothing else; `--seed` has a default, and a resumed run ends as an 
 from __future__ import annotations
 
 import argparse
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import skip_first_batches
 from datasets import load_dataset
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params, compute_snr
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from peft_gradproj import GradProjConfig
 from peft_gradproj.diffusion_inputs import pictures_to_tensor
 from peft_gradproj.diffusion_training import (
-    WEIGHT_DTYPES,
     LoraCheckpoints,
     add_concept_arguments,
     add_training_arguments,
     concept_options,
     draws,
     finish,
+    load_parts,
     loading_options,
     make_accelerator,
+    make_dataloader,
     make_optimizer,
+    make_schedule,
     noised,
     repository,
+    seeded_batches,
     square_crop,
-    telemetry,
     validate,
 )
+from peft_gradproj.online import telemetry
 
 
 def parse_args() -> argparse.Namespace:
@@ -135,18 +134,9 @@ def main() -> None:
     repo_id = repository(args, accelerator)
 
     # The base model, frozen, and the adapter.
-    weight_dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
-    loading = loading_options(args)
-    without_weights = {name: value for name, value in loading.items() if name != "variant"}
-    noise_scheduler = DDPMScheduler.from_pretrained(**without_weights, subfolder="scheduler")
+    noise_scheduler, tokenizer, text_encoder, vae, unet = load_parts(args, accelerator)
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
-    tokenizer = CLIPTokenizer.from_pretrained(**without_weights, subfolder="tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(**loading, subfolder="text_encoder")
-    vae = AutoencoderKL.from_pretrained(**loading, subfolder="vae")
-    unet = UNet2DConditionModel.from_pretrained(**loading, subfolder="unet")
-    for model in (text_encoder, vae, unet):
-        model.requires_grad_(False).to(accelerator.device, dtype=weight_dtype)
     unet.add_adapter(
         GradProjConfig(
             r=args.rank,
@@ -166,23 +156,11 @@ def main() -> None:
     # Pictures, optimizer, schedule.
     with accelerator.main_process_first():
         train_dataset = load_pictures(args, tokenizer)
-    train_dataloader = torch.utils.data.DataLoader(
-        train_dataset,
-        shuffle=True,
-        collate_fn=train_dataset.collate,
-        batch_size=args.train_batch_size,
-        num_workers=args.dataloader_num_workers,
-    )
+    train_dataloader = make_dataloader(args, train_dataset)
     lora_parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(args, lora_parameters, accelerator.num_processes)
-    batches_per_epoch = math.ceil(len(train_dataloader) / accelerator.num_processes)
-    steps_per_epoch = math.ceil(batches_per_epoch / args.gradient_accumulation_steps)
-    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=max_train_steps * accelerator.num_processes,
+    lr_scheduler, steps_per_epoch, max_train_steps = make_schedule(
+        args, optimizer, train_dataloader, accelerator.num_processes
     )
     unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
         unet, optimizer, train_dataloader, lr_scheduler
@@ -198,15 +176,11 @@ def main() -> None:
     while global_step < max_train_steps:
         unet.train()
         train_dataset.epoch = epoch
-        train_dataloader.set_epoch(epoch)
-        batches = skip_first_batches(train_dataloader, skipped) if skipped else train_dataloader
         train_loss = 0.0
-        for position, batch in enumerate(batches, start=skipped):
-            # A seed of its own for each batch, so that a resumed run draws what an uninterrupted one does.
-            torch.manual_seed(draws(args.seed, epoch, position, accelerator.process_index).getrandbits(63))
+        for batch in seeded_batches(train_dataloader, args, accelerator, epoch=epoch, skipped=skipped):
             with accelerator.accumulate(unet):
                 with torch.no_grad():
-                    latents = vae.encode(batch["pixel_values"].to(weight_dtype)).latent_dist.sample()
+                    latents = vae.encode(batch["pixel_values"].to(vae.dtype)).latent_dist.sample()
                     latents = latents * vae.config.scaling_factor
                     embeddings = text_encoder(batch["input_ids"], return_dict=False)[0]
                 noisy_latents, timesteps, target = noised(noise_scheduler, latents, offset=args.noise_offset)
@@ -233,7 +207,8 @@ def main() -> None:
                 break
         if accelerator.is_main_process and args.validation_prompt and epoch % args.validation_epochs == 0:
             parts = {"unet": checkpoints.unet.eval(), "vae": vae, "text_encoder": text_encoder}
-            validate(DiffusionPipeline.from_pretrained(**loading, **parts), args, accelerator, global_step)
+            pipeline = DiffusionPipeline.from_pretrained(**loading_options(args), **parts)
+            validate(pipeline, args, accelerator, global_step)
         epoch, skipped = epoch + 1, 0
 
     finish(checkpoints, args, global_step, repo_id)
