@@ -7,7 +7,7 @@ import torch
 from distributed_case import PROBE_OPTIONS, adapted_net, small_probes
 from helpers import saved_leakage, small_net_basis, train, trainable
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from tiny_models import FLOORS, LLAMA_TARGETS, basis_for, folder_leakage
+from tiny_models import FLOORS, LLAMA_TARGETS, basis_for, folder_leakage, tiny_llama
 from torch import nn
 
 from peft_gradproj import GradProjConfig, collect_concept_probes, online_projections, verify_adapter
@@ -73,17 +73,7 @@ def test_an_8_bit_optimizer_is_retracted_and_corrected_by_the_probes(tmp_path):
 
 def llama():
     """As small as the blocks of 4-bit layers allow."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config)
+    return tiny_llama(hidden_size=64, intermediate_size=64)
 
 
 def quantised_llama(folder, bits: int):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from tiny_models import FLOORS, UNET_TARGETS, basis_for, folder_leakage, tiny_unet, unet_inputs
+from tiny_models import FLOORS, UNET_TARGETS, basis_for, folder_leakage, tiny_text_encoder, tiny_unet, unet_inputs
 
 from peft_gradproj import ConceptBasis, collect_concept_probes, verify_adapter
 from peft_gradproj.launch import launch
@@ -68,15 +68,7 @@ def check_whole_and_resumed(script: str, base: Path, folder: Path, options: dict
 
 
 def tiny_sdxl_unet():
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    return tiny_unet(
         cross_attention_dim=24,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
@@ -86,21 +78,8 @@ def tiny_sdxl_unet():
     )
 
 
-def tiny_text_encoder(cls: type):
-    from transformers import CLIPTextConfig
-
-    config = CLIPTextConfig(
-        vocab_size=32,
-        hidden_size=12,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        projection_dim=10,
-        bos_token_id=1,
-        eos_token_id=31,
-    )
-    return cls(config)
+def tiny_sdxl_text_encoder(kind: type):
+    return tiny_text_encoder(kind, projection_dim=10, bos_token_id=1, eos_token_id=31)
 
 
 def sdxl_inputs(n: int) -> dict:
@@ -118,8 +97,8 @@ def test_a_script_for_sdxl_trains_its_unet_and_both_text_encoders_with_projectio
 
     models = {
         "unet": tiny_sdxl_unet(),
-        "text_encoder": tiny_text_encoder(CLIPTextModel),
-        "text_encoder_2": tiny_text_encoder(CLIPTextModelWithProjection),
+        "text_encoder": tiny_sdxl_text_encoder(CLIPTextModel),
+        "text_encoder_2": tiny_sdxl_text_encoder(CLIPTextModelWithProjection),
     }
     layers = {}
     for name, model in models.items():

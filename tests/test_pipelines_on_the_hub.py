@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from tiny_models import UNET_TARGETS, basis_for, tiny_unet
+from tiny_models import UNET_TARGETS, basis_for, tiny_text_encoder, tiny_unet
 from torch import Tensor, nn
 
 from peft_gradproj import ConceptBasis, push_adapter_to_hub, verify_adapter
@@ -24,17 +24,8 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 def sdxl_unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    return tiny_unet(
         cross_attention_dim=24,
-        attention_head_dim=4,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=36,
@@ -44,21 +35,12 @@ def sdxl_unet() -> nn.Module:
 def sdxl_pipeline() -> Any:
     """Stable Diffusion XL in small, with random weights."""
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    text = CLIPTextConfig(
-        vocab_size=32,
-        hidden_size=12,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        projection_dim=12,
-    )
     return StableDiffusionXLPipeline(
         vae=None,
-        text_encoder=CLIPTextModel(text),
-        text_encoder_2=CLIPTextModelWithProjection(text),
+        text_encoder=tiny_text_encoder(CLIPTextModel, projection_dim=12),
+        text_encoder_2=tiny_text_encoder(CLIPTextModelWithProjection, projection_dim=12),
         tokenizer=None,
         tokenizer_2=None,
         unet=sdxl_unet(),

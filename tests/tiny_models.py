@@ -20,38 +20,54 @@ FLOORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """What rounding to a dtype may leave of leakage."""
 
 
-def tiny_unet() -> Any:
+def tiny_unet(**options: Any) -> Any:
+    """A UNet of Stable Diffusion; `options` of its config go before the ones here."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=4,
-    )
+    given = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 12,
+        "attention_head_dim": 4,
+    }
+    return UNet2DConditionModel(**{**given, **options})
 
 
-def tiny_llama(vocabulary: int = 32) -> Any:
+def tiny_text_encoder(kind: Any, **options: Any) -> Any:
+    """A CLIP text encoder of a class of transformers, likewise."""
+    from transformers import CLIPTextConfig
+
+    given = {
+        "vocab_size": 32,
+        "hidden_size": 12,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+    }
+    return kind(CLIPTextConfig(**{**given, **options}))
+
+
+def tiny_llama(vocabulary: int = 32, **options: Any) -> Any:
+    """A causal language model, likewise."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
+    given = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **{**given, **options}))
 
 
 def unet_inputs(n: int = 2, seed: int = 0) -> dict[str, Tensor]:

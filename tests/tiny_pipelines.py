@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tiny_models import tiny_text_encoder, tiny_unet
 
 SIDE = 32
 WORDS = 12
@@ -28,20 +29,15 @@ def tokenizer() -> Any:
 
 
 def text_encoder(kind: Any, tokens: Any) -> Any:
-    from transformers import CLIPTextConfig
-
-    config = CLIPTextConfig(
+    return tiny_text_encoder(
+        kind,
         vocab_size=len(tokens),
         hidden_size=WORDS,
-        intermediate_size=16,
         projection_dim=WORDS,
-        num_hidden_layers=2,
-        num_attention_heads=2,
         max_position_embeddings=TOKENS,
         bos_token_id=tokens.bos_token_id,
         eos_token_id=tokens.eos_token_id,
-    )
-    return kind(config).eval()
+    ).eval()
 
 
 def vae(**options: Any) -> Any:
@@ -59,21 +55,7 @@ def vae(**options: Any) -> Any:
 
 
 def unet(**options: Any) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        **{
-            "sample_size": SIDE // 2,
-            "block_out_channels": (8, 16),
-            "norm_num_groups": 4,
-            "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "cross_attention_dim": WORDS,
-            "attention_head_dim": 4,
-            **options,
-        }
-    ).eval()
+    return tiny_unet(**{"sample_size": SIDE // 2, "cross_attention_dim": WORDS, **options}).eval()
 
 
 def sd(**scheduler: Any) -> Any:
