@@ -37,6 +37,7 @@ __all__ = [
     "load_probes",
     "loaded_adapter",
     "measure_behaviour",
+    "measure_drift",
 ]
 
 DRIFT_TOLERANCE = 0.5
@@ -106,13 +107,30 @@ def measure_behaviour(
     Raises:
         BehaviourError: If the adapter does not fit the base model, or the probes do not.
     """
+    with loaded_adapter(folder, pairs, model) as faults:
+        return measure_drift(model, probes, reference, batch_size=batch_size), faults
+
+
+def measure_drift(
+    model: nn.Module, probes: ConceptProbes, reference: ConceptProbes | None = None, *, batch_size: int = 8
+) -> BehaviourResult:
+    """Measure the drift of whatever adapters `model` carries; those that are switched off do not count.
+
+    Args:
+        model: The base model with its adapters, if any.
+        probes: What shows the concept.
+        reference: What is free of it.
+        batch_size: Probes at a time, which bounds the memory.
+
+    Raises:
+        BehaviourError: If the model cannot be run on the probes.
+    """
     if batch_size < 1:
         raise BehaviourError(f"batch_size={batch_size}; expected at least 1.")
-    with loaded_adapter(folder, pairs, model) as faults:
-        drift, energy, mismatch = _drift(model, probes, batch_size)
-        other = None if reference is None else _drift(model, reference, batch_size)[0]
+    drift, energy, mismatch = _drift(model, probes, batch_size)
+    other = None if reference is None else _drift(model, reference, batch_size)[0]
     count = 0 if reference is None else len(reference)
-    return BehaviourResult(len(probes), drift, energy, mismatch, count, other), faults
+    return BehaviourResult(len(probes), drift, energy, mismatch, count, other)
 
 
 # Drift

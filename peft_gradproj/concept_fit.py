@@ -42,7 +42,7 @@ from .pipelines import PipelineFamily, load_pipeline
 from .probes import ConceptProbes, adapters_disabled, collect_concept_probes, evaluation_mode
 from .training_data import Frame, TrainingData, draw_frame, load_table, read_pictures
 
-__all__ = ["Concept", "FitReport", "fit_concept", "load_concept"]
+__all__ = ["Concept", "ConceptExample", "FitReport", "concept_examples", "fit_concept", "load_concept", "read_phrases"]
 
 Concept = Overlay | ConceptSet | Sequence[str]
 """An overlay, a set of pairs or of pictures with masks, or phrases that name the concept."""
@@ -306,7 +306,7 @@ def _step_seconds(family: PipelineFamily, probes: ConceptProbes, count: int) -> 
 
 
 @dataclass(frozen=True)
-class _Example:
+class ConceptExample:
     """A square picture that shows the concept, and what else is known of it."""
 
     picture: Image.Image
@@ -338,8 +338,27 @@ class _Examples(ABC):
     """Whether each can be contrasted with itself without the concept."""
 
     @abstractmethod
-    def example(self, index: int) -> _Example:
+    def example(self, index: int) -> ConceptExample:
         """Example `index`."""
+
+
+def concept_examples(
+    family: PipelineFamily,
+    concept: Concept,
+    data: TrainingData | None = None,
+    *,
+    count: int,
+    resolution: int | None = None,
+    center_crop: bool = False,
+    seed: int = 0,
+) -> list[ConceptExample]:
+    """The first `count` examples of a concept as :func:`fit_concept` makes them with this seed; arguments as there.
+
+    Raises:
+        ConceptDataError: If the concept and the data do not give examples of it.
+    """
+    examples = _examples(concept, data, _Crop(_checked_resolution(family, resolution), center_crop, seed), family)
+    return [examples.example(index) for index in range(count)]
 
 
 def _examples(concept: Concept, data: TrainingData | None, crop: _Crop, family: PipelineFamily) -> _Examples:
@@ -362,10 +381,10 @@ class _PlainExamples(_Examples):
     def __init__(self, data: TrainingData, crop: _Crop) -> None:
         self._data, self._crop = data, crop
 
-    def example(self, index: int) -> _Example:
+    def example(self, index: int) -> ConceptExample:
         picture, caption = self._data[nth_of_shuffles(index, len(self._data), self._crop.seed)]
         frame = self._crop.frame(picture, index)
-        return _Example(frame.apply(picture), caption, frame)
+        return ConceptExample(frame.apply(picture), caption, frame)
 
 
 class _OverlayExamples(_PlainExamples):
@@ -375,7 +394,7 @@ class _OverlayExamples(_PlainExamples):
         super().__init__(data, crop)
         self._overlay = overlay
 
-    def example(self, index: int) -> _Example:
+    def example(self, index: int) -> ConceptExample:
         plain = super().example(index)
         generator = np.random.default_rng([self._crop.seed, 1, index])
         pasted, mask = self._overlay.paste(plain.picture, self._overlay.place(plain.picture.size, generator))
@@ -389,7 +408,7 @@ class _SetExamples(_Examples):
         self._concepts, self._crop = concepts, crop
         self.paired = concepts.paired
 
-    def example(self, index: int) -> _Example:
+    def example(self, index: int) -> ConceptExample:
         number = nth_of_shuffles(index, len(self._concepts), self._crop.seed)
         pair = self._concepts[number]
         frame = self._crop.frame(pair.with_concept, index)
@@ -403,7 +422,7 @@ class _SetExamples(_Examples):
                 f"example {number}: nothing is left of the mask at a resolution of {self._crop.side}; it is too small."
             )
         without = None if pair.without is None else frame.apply(pair.without)
-        return _Example(frame.apply(pair.with_concept), pair.prompt, frame, without, mask=mask)
+        return ConceptExample(frame.apply(pair.with_concept), pair.prompt, frame, without, mask=mask)
 
 
 def _around(mask: Image.Image, side: int) -> Frame:
@@ -427,7 +446,7 @@ class _WordExamples(_PlainExamples):
         if not self._phrases:
             raise ConceptDataError("no phrase names the concept; expected at least one, such as 'in the style of X'.")
 
-    def example(self, index: int) -> _Example:
+    def example(self, index: int) -> ConceptExample:
         plain = super().example(index)
         caption, phrase = plain.prompt, self._phrases[index % len(self._phrases)]
         with_words, without = _with_and_without(caption, phrase)
@@ -477,7 +496,7 @@ class _Batches(Iterable[_Batch]):
         for indices in self._indices:
             yield self._batch([self._examples.example(index) for index in indices], generator)
 
-    def _batch(self, examples: Sequence[_Example], generator: torch.Generator) -> _Batch:
+    def _batch(self, examples: Sequence[ConceptExample], generator: torch.Generator) -> _Batch:
         family = self._family
         latents = family.latents([example.picture for example in examples])
         noise = torch.randn(latents.shape, generator=generator)
@@ -564,6 +583,7 @@ def load_concept(
     overlay: str | Path | None = None,
     pairs: str | Path | None = None,
     masks: str | Path | None = None,
+    pictures: str | Path | None = None,
     prompts: Sequence[str] = (),
     ranges: Mapping[str, tuple[float, float] | None] | None = None,
     data: TrainingData | None = None,
@@ -577,17 +597,18 @@ def load_concept(
         overlay: A picture with an alpha channel.
         pairs: An imagefolder or data set with the columns `image`, which shows the concept, and `without`.
         masks: One with the columns `image` and `mask`, white where the concept is.
+        pictures: One with the column `image`, whose pictures show the concept all over, such as a style.
         prompts: Phrases that name the concept, or files with one a line.
         ranges: Ranges of the overlay; `None` for what it has by default.
-        data: Where pairs and masks have no captions, theirs are drawn from here.
-        image_column: Column of the pictures of pairs and masks.
+        data: Where pictures have no captions, theirs are drawn from here.
+        image_column: Column of the pictures, but for an overlay.
         caption_column: Column of their captions.
         cache_dir: Where `datasets` keeps what it has prepared.
 
     Raises:
         ConceptDataError: If none or several forms are given, or there is no such concept.
     """
-    forms = {"overlay": overlay, "pairs": pairs, "masks": masks, "prompts": prompts}
+    forms = {"overlay": overlay, "pairs": pairs, "masks": masks, "pictures": pictures, "prompts": prompts}
     given = [form for form, value in forms.items() if value]
     if len(given) != 1:
         raise ConceptDataError(
@@ -596,13 +617,16 @@ def load_concept(
     if overlay is not None:
         return _opened(overlay, {name: values for name, values in (ranges or {}).items() if values is not None})
     if prompts:
-        return [phrase for prompt in prompts for phrase in _phrases(prompt)]
-    other = "without" if pairs else "mask"
-    table = load_table(str(pairs or masks), (image_column, other), cache_dir=cache_dir)
-    captions = _captions(table, caption_column, data, str(pairs or masks))
-    pictures, others = read_pictures(table, image_column), read_pictures(table, other)
+        return [phrase for prompt in prompts for phrase in read_phrases(prompt)]
+    source = str(pairs or masks or pictures)
+    other = "without" if pairs else "mask" if masks else None
+    table = load_table(source, [image_column] if other is None else [image_column, other], cache_dir=cache_dir)
+    captions = _captions(table, caption_column, data, source)
+    images = list(read_pictures(table, image_column))
+    if other is None:
+        return ConceptSet.from_masks(images, [Image.new("L", image.size, 255) for image in images], captions)
     make: Callable[..., ConceptSet] = ConceptSet.from_pairs if pairs else ConceptSet.from_masks
-    return make(list(pictures), list(others), captions)
+    return make(images, list(read_pictures(table, other)), captions)
 
 
 def _opened(path: str | Path, ranges: Mapping[str, tuple[float, float]]) -> Overlay:
@@ -612,7 +636,12 @@ def _opened(path: str | Path, ranges: Mapping[str, tuple[float, float]]) -> Over
         raise ConceptDataError(f"the overlay {path} cannot be read: {error}") from error
 
 
-def _phrases(prompt: str) -> list[str]:
+def read_phrases(prompt: str) -> list[str]:
+    """The lines of a file, if `prompt` is one, else `prompt` itself; blank ones are left out.
+
+    Raises:
+        ConceptDataError: If nothing is left, or the file cannot be read.
+    """
     try:
         lines = Path(prompt).read_text(encoding="utf-8").splitlines() if os.path.isfile(prompt) else [prompt]
     except (OSError, UnicodeDecodeError) as error:
