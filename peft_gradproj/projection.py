@@ -22,6 +22,7 @@ Reference: arXiv 2512.11194, "Gradient Projection Enables Selective Learning in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ __all__ = [
     "coordinates",
     "drift",
     "drift_terms",
+    "full_precision",
     "half_space_coefficient",
     "inner",
     "leakage",
@@ -189,6 +191,12 @@ def truncation_rank(energies: Tensor, *, rank: int | None = None, energy: float 
 # Subspace projection
 
 
+def full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Without autocast, which would silently run products in bfloat16, whose rounding is the leak that we exclude."""
+    # Entering torch.autocast takes as long as a small product.
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 def remove_component(
     weight: Tensor, basis: Tensor, *, side: str, strength: float = 1.0, target: Tensor | None = None
 ) -> Tensor:
@@ -221,13 +229,14 @@ def remove_component(
             f"{tuple(weight.shape)}."
         )
     dtype = _compute_dtype(weight)
-    basis = basis.to(dtype)
-    excess = coordinates(weight, basis, side=side).to(dtype)
-    if target is not None:
-        excess = excess - target.to(dtype)
-    with torch.autocast(weight.device.type, enabled=False):
-        component = excess @ basis.mT if side == "right" else basis @ excess
-        return (weight.to(dtype) - strength * component).to(weight.dtype)
+    with full_precision(weight.device.type):
+        wide, basis = weight.to(dtype), basis.to(dtype)
+        excess = wide @ basis if side == "right" else basis.mT @ wide
+        if target is not None:
+            excess = excess - target.to(dtype)
+        # One call, since this is done for every adapted layer in every forward, where calls cost more than products.
+        factors = (excess, basis.mT) if side == "right" else (basis, excess)
+        return torch.addmm(wide, *factors, alpha=-strength).to(weight.dtype)
 
 
 def coordinates(weight: Tensor, basis: Tensor, *, side: str) -> Tensor:
@@ -242,8 +251,7 @@ def coordinates(weight: Tensor, basis: Tensor, *, side: str) -> Tensor:
         Shape `(m, k)` for `right`, `(k, n)` for `left`, float32 (float64 if an argument is).
     """
     dtype = _compute_dtype(weight, basis)
-    # Autocast would silently run this product in bfloat16, whose rounding is the leak that we exclude.
-    with torch.autocast(weight.device.type, enabled=False):
+    with full_precision(weight.device.type):
         wide, basis = weight.to(dtype), basis.to(dtype)
         return wide @ basis if side == "right" else basis.mT @ wide
 
