@@ -180,8 +180,14 @@ def training_target(schedule: Any, latents: Tensor, noise: Tensor, timesteps: Te
 
 
 def concept_probe_batches(
-    pairs: LatentPairs, schedule: Any, *, repeats: int = 1, batch_size: int = 16, seed: int = 0
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    pairs: LatentPairs,
+    schedule: Any,
+    *,
+    repeats: int = 1,
+    batch_size: int = 16,
+    seed: int = 0,
+    loss_targets: bool = False,
+) -> Iterator[tuple[dict[str, Tensor], Tensor] | tuple[dict[str, Tensor], Tensor, Tensor]]:
     """What `collect_concept_probes` takes: inputs that show the concept, and where it is.
 
     Args:
@@ -190,15 +196,22 @@ def concept_probe_batches(
         repeats: How often each example is used, each time with other noise and another timestep.
         batch_size: Examples in a batch.
         seed: Of noise and timesteps.
+        loss_targets: Add what the model would be trained to answer, which `rule="orthogonal"` needs.
 
     Yields:
-        `(inputs, weights)`, weights with shape `(batch, 1, h, w)`.
+        `(inputs, weights)`, weights with shape `(batch, 1, h, w)`, or `(inputs, weights, loss_targets)`, the last with
+        the latents' shape.
     """
     generator = torch.Generator().manual_seed(seed)
     for index in _repeated_batches(len(pairs), repeats, batch_size):
         noise, timesteps = _noise_and_timesteps(pairs.with_concept[index], schedule, generator)
-        inputs = noised_inputs(pairs.with_concept[index], pairs.embeddings[index], noise, timesteps, schedule)
-        yield inputs, pairs.weights[index]
+        latents, weights = pairs.with_concept[index], pairs.weights[index]
+        inputs = noised_inputs(latents, pairs.embeddings[index], noise, timesteps, schedule)
+        yield (
+            (inputs, weights, training_target(schedule, latents, noise, timesteps))
+            if loss_targets
+            else (inputs, weights)
+        )
 
 
 def contrast_batches(

@@ -98,13 +98,13 @@ class Questions:
     Args:
         pipeline: Encodes the pictures.
         data: The demo's pictures. What was learned of the style is asked on training pictures as they were before the
-            stamp, and on held-out ones; what was learned of the logo on held-out ones that it is pasted onto.
-        logo: Pasted onto them where the logo is asked about.
+            stamp, and on held-out ones.
+        concepts: Pictures that nothing was trained on and that show the concept: what was learned of it is asked there.
         schedule: From `noise_schedule`.
         seed: Of noise, timesteps and places.
     """
 
-    def __init__(self, pipeline: Any, data: StampedData, logo: Overlay, schedule: Any, seed: int) -> None:
+    def __init__(self, pipeline: Any, data: StampedData, concepts: ConceptSet, schedule: Any, seed: int) -> None:
         self.schedule = schedule
         embeddings = encode_prompts(pipeline, data.held_out_captions)
         seen = data.clean[:TRAINING_PICTURES]
@@ -118,8 +118,7 @@ class Questions:
         self.new = DenoisingQuestions.draw(
             encode_images(pipeline, data.held_out), embeddings, schedule, repeats=4, seed=seed + 100
         )
-        stamped = ConceptSet.from_overlay(logo, data.held_out, data.held_out_captions, seed=seed + 101)
-        self.pairs: LatentPairs = encode_concept_set(pipeline, stamped)
+        self.pairs: LatentPairs = encode_concept_set(pipeline, concepts)
         self.logo = DenoisingQuestions.draw(
             self.pairs.with_concept,
             self.pairs.embeddings,
@@ -147,7 +146,7 @@ class Questions:
     def drift(self, unet: Any, base: Any) -> float:
         """Drift on probes of held-out pictures, which the online projection has not seen."""
         values = []
-        for inputs, weights in concept_probe_batches(
+        for inputs, weights, *_ in concept_probe_batches(
             self.pairs, self.schedule, repeats=2, batch_size=64, seed=self.seed
         ):
             values.append(drift(unet(**inputs).sample, base(**inputs).sample, weights))

@@ -112,7 +112,9 @@ class _Demo:
         pictures, captions = load_pictures(ASSETS / "noto.parquet", self.settings.pictures)
         data = stamp(pictures, captions, logo, self.settings)
         logo.image.save(self.output / "logo.png")
-        questions = Questions(self.pipeline, data, logo, self.schedule, self.settings.seed)
+        seed = self.settings.seed
+        concepts = ConceptSet.from_overlay(logo, data.held_out, data.held_out_captions, seed=seed + 101)
+        questions = Questions(self.pipeline, data, concepts, self.schedule, seed)
 
         protection = self.protect(data)
         runs, judges = self.train_all(data, protection, questions, self.judging(logos, pictures, captions))

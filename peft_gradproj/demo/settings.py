@@ -34,6 +34,7 @@ class DemoSettings:
     steps: int = 800
     batch_size: int = 16
     learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
     target_modules: str = (
         r".*\.(attn1\.to_[qkv]|attn2\.to_q|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2)"
     )

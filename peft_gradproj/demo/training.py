@@ -14,7 +14,10 @@ from torch import Tensor
 from ..diffusion_inputs import noised_inputs, training_target
 from .settings import DemoSettings
 
-__all__ = ["History", "TrainingRun", "TrainingSet", "adapted", "train", "training_steps"]
+__all__ = ["History", "Penalty", "TrainingRun", "TrainingSet", "adapted", "train", "training_steps"]
+
+Penalty = Callable[[Any], Tensor]
+"""From the UNet in training to a scalar that joins the loss."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,16 @@ def adapted(unet: Any, config: Any, seed: int) -> Any:
     return unet
 
 
-def training_steps(unet: Any, data: TrainingSet, schedule: Any, settings: DemoSettings) -> Iterator[float]:
-    """Train the adapter inside `unet` without end; yields each step's loss. One seed, one order of data and noise."""
+def training_steps(
+    unet: Any, data: TrainingSet, schedule: Any, settings: DemoSettings, penalty: Penalty | None = None
+) -> Iterator[float]:
+    """Train the adapter inside `unet` without end; yields each step's loss. One seed, one order of data and noise.
+
+    A penalty is added to each step's loss, and not part of what is yielded.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     parameters = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule_rate = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, settings.steps))
     unet.train()
     for index in _endless_batches(len(data.latents), settings.batch_size, generator):
@@ -67,7 +75,7 @@ def training_steps(unet: Any, data: TrainingSet, schedule: Any, settings: DemoSe
         error = answer.float() - training_target(schedule, latents, noise, timesteps)
         loss = (data.weights[index] * error.square()).mean()
         optimizer.zero_grad()
-        loss.backward()
+        (loss if penalty is None else loss + penalty(unet)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule_rate.step()
@@ -87,12 +95,13 @@ def train(
     settings: DemoSettings,
     measure: Callable[[Any], dict[str, float]],
     progress: Callable[[int], None],
+    penalty: Penalty | None = None,
 ) -> tuple[dict[str, Tensor], History]:
     """Train an adapter of `config` on a UNet for the settings' steps, measuring now and then; returns its weights."""
     unet = adapted(unet, config, settings.seed)
     history = History(checkpoints=[(0, measure(unet))])
     every = max(1, settings.steps // settings.checkpoints)
-    steps = training_steps(unet, data, schedule, settings)
+    steps = training_steps(unet, data, schedule, settings, penalty)
     for step in range(1, settings.steps + 1):
         history.losses.append(next(steps))
         if step % every == 0:

@@ -1,14 +1,20 @@
-"""Render icon JSON into the pictures that the demo and its base model use.
+"""Render icon JSON into the pictures that the demo, its base model and the benchmark use.
 
-Reads the icon sets of the npm packages `@iconify-json/fluent-emoji-flat`, `@iconify-json/noto` and
-`@iconify-json/logos` and writes three parquet files with the columns `image`, `name`, `caption`:
+Reads the icon sets of the npm packages `@iconify-json/fluent-emoji-flat`, `@iconify-json/noto`,
+`@iconify-json/openmoji` and `@iconify-json/logos` and writes parquet files with the columns `image`, `name`, `caption`,
+for the demo:
 
 * `fluent.parquet`: the emoji of `emoji_names.txt`, what the base model learns;
 * `noto.parquet`: the same objects under the same captions in another style;
-* `logos.parquet`: a few brand logos with alpha, to be pasted onto pictures.
+* `logos.parquet`: a few brand logos with alpha, to be pasted onto pictures;
+
+and for the benchmark:
+
+* `openmoji.parquet`: the same objects in a third style, which is forbidden there;
+* `characters.parquet`: a few mascots with alpha.
 
 Example:
-    npm install @iconify-json/fluent-emoji-flat @iconify-json/noto @iconify-json/logos
+    npm install @iconify-json/fluent-emoji-flat @iconify-json/noto @iconify-json/openmoji @iconify-json/logos
     python render_pictures.py --iconify node_modules/@iconify-json
 """
 
@@ -26,6 +32,7 @@ from PIL import Image as PILImage
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parents[1] / "peft_gradproj" / "demo" / "assets"
+BENCHMARK_ASSETS = HERE.parents[1] / "benchmarks" / "protection" / "assets"
 
 # Compact, strongly coloured logos: each is still recognised at 16 to 24 pixels.
 LOGOS = (
@@ -40,6 +47,7 @@ LOGOS = (
     "dropbox",
     "airbnb-icon",
 )
+CHARACTERS = ("linux-tux", "gopher", "github-octocat", "reddit-icon", "hadoop", "mailchimp-freddie")
 SUPERSAMPLING = 2
 """Pictures are rendered this many times larger and then reduced, for clean edges."""
 
@@ -51,9 +59,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--iconify",
         type=Path,
         required=True,
-        help="folder that holds the packages fluent-emoji-flat, noto and logos",
+        help="folder that holds the packages fluent-emoji-flat, noto, openmoji and logos",
     )
     parser.add_argument("--output", type=Path, default=ASSETS, help="folder for the parquet files")
+    parser.add_argument(
+        "--benchmark-output", type=Path, default=BENCHMARK_ASSETS, help="folder for the benchmark's parquet files"
+    )
     parser.add_argument("--names", type=Path, default=HERE / "emoji_names.txt", help="names of the emoji to render")
     parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels")
     return parser.parse_args(argv)
@@ -151,7 +162,7 @@ def write_parquet(path: Path, table: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Render the three files."""
+    """Render the files."""
     args = parse_args(argv)
     names = read_names(args.names)
     fluent = IconSet(args.iconify / "fluent-emoji-flat")
@@ -167,6 +178,10 @@ def main(argv: list[str] | None = None) -> None:
     write_parquet(args.output / "fluent.parquet", list(rows(fluent, names, args.size, True)))
     write_parquet(args.output / "noto.parquet", list(rows(noto, names, args.size, True)))
     write_parquet(args.output / "logos.parquet", list(rows(logos, list(LOGOS), args.size, False)))
+    args.benchmark_output.mkdir(parents=True, exist_ok=True)
+    openmoji = IconSet(args.iconify / "openmoji")
+    write_parquet(args.benchmark_output / "openmoji.parquet", list(rows(openmoji, names, args.size, True)))
+    write_parquet(args.benchmark_output / "characters.parquet", list(rows(logos, list(CHARACTERS), args.size, False)))
 
 
 if __name__ == "__main__":

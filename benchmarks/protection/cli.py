@@ -1,0 +1,78 @@
+"""Leak against learning: all methods, concepts, caption regimes and seeds, run by run, resumable.
+
+    python -m benchmarks.protection                          # the whole matrix, some hours on two cores
+    python -m benchmarks.protection --tasks 'style/*'        # a part of it
+    python -m benchmarks.protection --report                 # only the tables and plots of what is there
+
+Each run is one JSON file in the scratch folder, with the adapter's weights beside it; what is there is not run again.
+Run it from the root of the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from peft_gradproj.demo.settings import DemoSettings
+
+from .matrix import MATRIX, Entry
+from .methods import METHODS, SWEEPS
+from .results import write_results
+from .runs import BASE, result_path, run
+from .tasks import TaskKey
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.protection", description=__doc__.splitlines()[0])
+    parser.add_argument("--scratch", type=Path, default=HERE / "scratch", help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the table's JSON and plots")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the page")
+    parser.add_argument("--tasks", default="*", help="pattern of tasks, such as 'logo-*/named-75/*'")
+    parser.add_argument("--methods", default="*", help="pattern of methods")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    parser.add_argument("--quick", action="store_true", help="tiny runs of the same code, whose figures mean nothing")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then write the tables."""
+    args = parse_args(argv)
+    settings = DemoSettings().quick() if args.quick else DemoSettings()
+    wanted = [e for e in MATRIX if fnmatch(str(e.task), args.tasks) and fnmatch(e.method, args.methods)]
+    missing = [e for e in wanted if not result_path(args.scratch, e.task, e.method).exists()]
+    if not args.report:
+        run_all(missing, settings, args.scratch, args.workers)
+    write_results(args.scratch, args.results, args.docs, settings)
+
+
+def run_all(entries: list[Entry], settings: DemoSettings, scratch: Path, workers: int) -> None:
+    """Run entries in worker processes; a failed one is told of at the end, when all others are done."""
+    failed = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        futures = {pool.submit(partial(_run, e.task, e.method, settings, scratch)): e for e in entries}
+        for future in tqdm(as_completed(futures), total=len(futures), desc="runs", smoothing=0):
+            if (error := future.exception()) is not None:
+                failed.append(f"{futures[future].task} {futures[future].method}: {error!r}")
+                tqdm.write(failed[-1])
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(entries)} runs failed:\n" + "\n".join(failed))
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+
+
+def _run(task: TaskKey, method: str, settings: DemoSettings, scratch: Path) -> None:
+    run(task, method, None if method == BASE else {**METHODS, **SWEEPS}[method], settings, scratch)

@@ -1,0 +1,53 @@
+"""Which methods run on which tasks: a matrix that two cores can carry, the most telling first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .methods import MAIN, METHODS, SWEEPS
+from .runs import BASE
+from .tasks import TaskKey
+
+SEEDS = (0, 1, 2)
+TUNED_LOGO = "logo-youtube"
+"""The demo's settings were chosen on it, at seed 0."""
+OTHER_LOGO = "logo-pinterest"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run."""
+
+    task: TaskKey
+    method: str
+
+
+def _entries() -> Iterator[Entry]:
+    # The question that matters most: logos, under both kinds of captions.
+    for seed in SEEDS:
+        for concept, named in ((TUNED_LOGO, False), (TUNED_LOGO, True), (OTHER_LOGO, False)):
+            yield from _row(TaskKey(concept, named, 75, seed), MAIN)
+        if seed == 0:
+            yield from _row(TaskKey(TUNED_LOGO, False, 75, seed), METHODS)
+            for concept in ("style", "identity"):
+                yield from _row(TaskKey(concept, False, 75, seed), MAIN)
+    for seed in SEEDS:
+        for concept in ("style", "identity"):
+            for named in (False, True):
+                yield from _row(TaskKey(concept, named, 75, seed), MAIN)
+        yield from _row(TaskKey(TUNED_LOGO, False, 75, seed), METHODS)
+    for seed in SEEDS:
+        for concept in (TUNED_LOGO, OTHER_LOGO, "style", "identity"):
+            yield from _row(TaskKey(concept, False, 100, seed), MAIN)
+    for concept in (TUNED_LOGO, "identity"):
+        yield from _row(TaskKey(concept, False, 75, 0), SWEEPS)
+
+
+def _row(task: TaskKey, methods: object) -> Iterator[Entry]:
+    for method in (BASE, *methods):  # type: ignore[misc]
+        yield Entry(task, method)
+
+
+MATRIX = tuple(dict.fromkeys(_entries()))
+"""All runs, in the order in which they are made, each once."""

@@ -1,0 +1,109 @@
+"""What is compared: ways to fine-tune with LoRA while a concept is in the training data.
+
+Every method gets the same start, the same pictures, noise and timesteps in the same order, and the same number of
+steps; methods that filter see the pictures that are left more often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+__all__ = ["MAIN", "METHODS", "SWEEPS", "Method"]
+
+Knowledge = Literal["perfect", "missing-20", "found"]
+"""Where the concept is: as it was pasted; the same with a fifth of the pictures missed; as a network found it."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Args:
+        name: Of the row in the tables.
+        clean: Train on the pictures without the concept, under captions that do not name it.
+        filtered: Leave out the pictures that show the concept.
+        masked: Where the concept is, the loss does not count.
+        spaces: Of the subspace projection.
+        online: Whether probes correct the steps.
+        penalty: Weight of the drift on as many probes in every step's loss; 0 for none.
+    """
+
+    name: str
+    clean: bool = False
+    filtered: Knowledge | None = None
+    masked: Knowledge | None = None
+    spaces: tuple[str, ...] = ()
+    online: bool = False
+    penalty: float = 0.0
+    rule: Literal["half-space", "orthogonal"] = "half-space"
+    probe_every: int = 4
+    probe_batch_size: int = 8
+    probe_history: int = 1
+    restore: float = 0.5
+    probes: int = 768
+    basis_rank: int = 8
+    strength: float = 1.0
+    rank: int = 16
+    weight_decay: float = 1e-2
+
+    @property
+    def protected(self) -> bool:
+        """Whether it is one of ours, a GradProj adapter."""
+        return bool(self.spaces) or self.online
+
+
+OURS = Method("ours", masked="found", spaces=("input", "output"), online=True)
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("plain"),
+        Method("oracle", clean=True),
+        OURS,
+        Method("masked, found", masked="found"),
+        Method("online", online=True),
+        Method("masked, found + online", masked="found", online=True),
+        Method("subspace + online", spaces=("input", "output"), online=True),
+        Method("filtered, perfect", filtered="perfect"),
+        Method("filtered, missing 20 %", filtered="missing-20"),
+        Method("filtered, found", filtered="found"),
+        Method("masked, perfect", masked="perfect"),
+        Method("masked, missing 20 %", masked="missing-20"),
+        Method("masked, missing 20 % + online", masked="missing-20", online=True),
+        Method("rank 4, weight decay 1", rank=4, weight_decay=1.0),
+        Method("penalty 0.3", penalty=0.3),
+        Method("literal rule", online=True, rule="orthogonal", probe_every=1),
+        Method("subspace: input", spaces=("input",)),
+        Method("subspace: output", spaces=("output",)),
+        Method("subspace: input and output", spaces=("input", "output")),
+        Method("subspace: rank", spaces=("rank",), basis_rank=4),
+        Method("subspace: gradient", spaces=("gradient",)),
+    )
+}
+
+MAIN = ("plain", "oracle", "ours", "masked, found", "online")
+"""Run on every concept and regime; the others on one logo."""
+
+
+def _varied(name: str, values: Sequence[Any]) -> list[Method]:
+    return [
+        replace(OURS, name=f"ours, {name.replace('_', ' ')} {value}", **{name: value})
+        for value in values
+        if value != getattr(OURS, name)
+    ]
+
+
+SWEEPS = {
+    method.name: method
+    for name, values in {
+        "restore": (0.0, 0.25, 0.5, 0.75, 1.0),
+        "probe_every": (1, 2, 4, 8, 16),
+        "probes": (48, 192, 768),
+        "basis_rank": (4, 8, 16),
+        "strength": (0.0, 0.5, 1.0),
+        "probe_history": (1, 4),
+    }.items()
+    for method in _varied(name, values)
+}

@@ -1,0 +1,191 @@
+"""From runs to a JSON of figures, and from that JSON to a page with tables and plots."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from peft_gradproj.demo.settings import DemoSettings
+from peft_gradproj.evaluation.figures import Share
+
+from .methods import MAIN, METHODS, SWEEPS
+from .runs import BASE, write_json
+from .tasks import TaskKey
+
+COMMAND = "python -m benchmarks.protection"
+FIGURES = ("leak", "kept", "kept_new", "learned", "top1", "top5", "drift")
+LIBRARIES = ("torch", "peft", "diffusers", "transformers")
+
+
+def write_results(scratch: Path, results: Path, docs: Path, settings: DemoSettings) -> None:
+    """Write `protection.json`, and from it `benchmark.md` and its plots."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((scratch / "runs").rglob("*.json"))]
+    content = {
+        "command": COMMAND,
+        "versions": {**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},
+        "threads_per_run": torch.get_num_threads(),
+        "settings": asdict(settings),
+        "rows": rows_of(runs),
+        "detectors": detectors_of(runs),
+    }
+    write_json(results / "protection.json", content)
+    write_page(content, docs)
+
+
+def figures_of(run: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The figures of a run; those relative to base, plain or oracle need theirs on the same task, and are NaN without.
+
+    Args:
+        run: What `runs.run` wrote.
+        others: The runs of all methods on the same task, by method.
+    """
+
+    def share_of_drop(kind: str, yardstick: str) -> float:
+        if run["method"] == BASE or BASE not in others or yardstick not in others:
+            return math.nan
+        base, end = others[BASE]["losses"][kind], others[yardstick]["losses"][kind]
+        return (base - run["losses"][kind]) / (base - end)
+
+    return {
+        "leak": run["leaks"] / run["samples"],
+        "kept": share_of_drop("seen", "oracle"),
+        "kept_new": share_of_drop("new", "oracle"),
+        "learned": share_of_drop("logo", "plain"),
+        "top1": run["top1"] / run["samples"],
+        "top5": run["top5"] / run["samples"],
+        "drift": run["drift"],
+    }
+
+
+def rows_of(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each concept, regime and method: mean and standard deviation over seeds, and each seed's figures."""
+    by_task: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        by_task.setdefault(run["task"], {})[run["method"]] = run
+    cells: dict[tuple[str, bool, int, str], dict[int, dict[str, float]]] = {}
+    masks: dict[tuple[str, bool, int, str], list[dict[str, float]]] = {}
+    for text, methods in by_task.items():
+        key = TaskKey.parse(text)
+        for name, run in methods.items():
+            cell = (key.concept, key.named, key.percent, name)
+            cells.setdefault(cell, {})[key.seed] = figures_of(run, methods)
+            if "masks" in run:
+                masks.setdefault(cell, []).append(run["masks"])
+    rows = []
+    for cell, by_seed in cells.items():
+        concept, named, percent, name = cell
+        rows.append(
+            {
+                "concept": concept,
+                "named": named,
+                "percent": percent,
+                "method": name,
+                "seeds": sorted(by_seed),
+                "mean": {f: _rounded(mean(s[f] for s in by_seed.values())) for f in FIGURES},
+                "deviation": {f: _rounded(_deviation([s[f] for s in by_seed.values()])) for f in FIGURES},
+                "by_seed": {str(s): {f: _rounded(v) for f, v in by_seed[s].items()} for s in sorted(by_seed)},
+                "masks": [{k: _rounded(v) for k, v in m.items()} for m in masks.get(cell, [])],
+            }
+        )
+    order = [BASE, *METHODS, *SWEEPS]
+    return sorted(rows, key=lambda r: (r["concept"], r["named"], r["percent"], order.index(r["method"])))
+
+
+def detectors_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Error rates of each concept's detector on real pictures."""
+    return {TaskKey.parse(run["task"]).concept: run["detector"] for run in runs}
+
+
+def _deviation(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else math.nan
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
+
+
+# The page
+
+
+def write_page(content: Mapping[str, Any], docs: Path) -> None:
+    """Write `benchmark.md` and its plots into the documentation."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    (docs / "images").mkdir(parents=True, exist_ok=True)
+    rows = content["rows"]
+    tables = {}
+    for row in rows:
+        tables.setdefault((row["concept"], row["named"], row["percent"]), []).append(row)
+    ordered = sorted(tables.items(), key=lambda item: (-len(item[1]), item[0]))
+    plot_leak_against_kept(rows, docs / "images" / "leak-against-kept.png")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["figure"] = figure
+    environment.filters["share"] = lambda d: f"{Share(**d).value:.3f} of {d['total']}"
+    text = environment.get_template("benchmark.md.jinja").render(
+        content=content, tables=[(title(key), table) for key, table in ordered], sweeps=set(SWEEPS)
+    )
+    (docs / "benchmark.md").write_text(text, encoding="utf-8")
+
+
+def title(key: tuple[str, bool, int]) -> str:
+    """What a table is about."""
+    concept, named, percent = key
+    return f"{concept}, {'named' if named else 'not named'} in the captions, in {percent} % of the pictures"
+
+
+def figure(row: Mapping[str, Any], name: str) -> str:
+    """Mean over seeds, and the standard deviation where there are several."""
+    value, spread = row["mean"][name], row["deviation"][name]
+    if value is None:
+        return ""
+    text = f"{value:.2f}" if name != "drift" else f"{value:.3f}"
+    return text if spread is None else f"{text} ± {spread:.2f}" if name != "drift" else f"{text} ± {spread:.3f}"
+
+
+def plot_leak_against_kept(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """One panel for each task: leak across, kept up; the best corner is the upper left."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if row["mean"]["kept"] is not None and row["method"] not in SWEEPS]
+    keys = sorted({(row["concept"], row["named"], row["percent"]) for row in shown})
+    columns = min(3, max(1, len(keys)))
+    lines = math.ceil(max(1, len(keys)) / columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(5 * columns, 4 * lines), squeeze=False)
+    for axis, key in zip(axes.flat, keys, strict=False):
+        for row in shown:
+            if (row["concept"], row["named"], row["percent"]) != key:
+                continue
+            main = row["method"] in MAIN
+            axis.errorbar(
+                row["mean"]["leak"],
+                row["mean"]["kept"],
+                xerr=row["deviation"]["leak"],
+                yerr=row["deviation"]["kept"],
+                marker="o" if main else "x",
+                linestyle="",
+                label=row["method"],
+            )
+        axis.set_title(title(key), fontsize=9)
+        axis.set_xlabel("leak")
+        axis.set_ylabel("kept")
+        axis.set_xlim(-0.05, 1.05)
+        axis.legend(fontsize=6, loc="lower right")
+    for axis in axes.flat[len(keys) :]:
+        axis.remove()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,381 @@
+"""One run: a method on a task, trained, sampled, measured, and written as one JSON file beside its weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, LayerBasis
+from peft_gradproj.demo.jobs import quieten_libraries
+from peft_gradproj.demo.measuring import Questions, mask_shares
+from peft_gradproj.demo.sampling import sample
+from peft_gradproj.demo.settings import ASSETS as DEMO_ASSETS
+from peft_gradproj.demo.settings import DemoSettings
+from peft_gradproj.demo.training import Penalty, TrainingSet, adapted, train
+from peft_gradproj.diffusion_inputs import (
+    LatentPairs,
+    concept_probe_batches,
+    contrast_batches,
+    dilated,
+    encode_concept_set,
+    encode_images,
+    encode_prompts,
+    latent_weights,
+    noise_schedule,
+    noised_inputs,
+    pictures_to_tensor,
+    training_target,
+)
+from peft_gradproj.evaluation.figures import Share
+from peft_gradproj.fitting import fit_concept_basis
+from peft_gradproj.masks import mark_concept, places
+from peft_gradproj.online import detach_online_projection
+from peft_gradproj.probes import collect_concept_probes
+from peft_gradproj.projection import drift
+
+from .judges import load_judges
+from .methods import METHODS, Knowledge, Method
+from .tasks import Task, TaskKey, make_task
+
+BASE = "base"
+"""The row of the base model, without an adapter."""
+
+
+@lru_cache(maxsize=1)
+def load_pipeline() -> Any:
+    """The demo's base model, in float32."""
+    quieten_libraries()
+    from diffusers import StableDiffusionPipeline
+    from diffusers.models.attention_processor import AttnProcessor
+
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_ASSETS / "base_model").to(torch.float32)
+    # Its answers are the same; for so few positions the fused one is slower.
+    pipeline.unet.set_attn_processor(AttnProcessor())
+    pipeline.unet.requires_grad_(False)
+    return pipeline
+
+
+class Material:
+    """A task as the model sees it, and what is made of the user's examples.
+
+    Args:
+        key: Which task.
+        settings: Of the demo: sizes, steps, samples.
+        folder: Where what takes long is kept from one process to the next.
+    """
+
+    def __init__(self, key: TaskKey, settings: DemoSettings, folder: Path) -> None:
+        self.pipeline = load_pipeline()
+        self.schedule = noise_schedule(self.pipeline)
+        self.task: Task = make_task(key, settings)
+        self.settings = self.task.settings
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.questions = Questions(self.pipeline, self.task.data, self.task.held_out_concepts, self.schedule, key.seed)
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """Of the training pictures, `(N, C, h, w)`."""
+        return encode_images(self.pipeline, self.task.data.pictures)
+
+    @cached_property
+    def true_masks(self) -> Tensor:
+        """Where the concept really is, `(N, 1, h, w)`, as wide as `found`."""
+        pixels = (pictures_to_tensor(self.task.data.masks) + 1) / 2
+        return latent_weights(pixels, (self.latents.shape[-2], self.latents.shape[-1]), dilation=1).round()
+
+    @cached_property
+    def found(self) -> Tensor:
+        """Where a network finds the concept, `(N, 1, h, w)`."""
+        # A latent depends on its neighbours' pixels.
+        return dilated(self._found_exactly, 1)
+
+    @cached_property
+    def _found_exactly(self) -> Tensor:
+        path = self.folder / "found.safetensors"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                save_file({"found": self._find()}, path)
+        return load_file(path)["found"]
+
+    def _find(self) -> Tensor:
+        settings = self.settings
+        folds = [torch.arange(len(self.latents))[half::2] for half in range(2)]
+        everywhere = self.task.concept.region is None
+        examples = []
+        for half, fold in enumerate(folds):
+            concepts = self.task.examples(fold.tolist(), settings.mask_pairs, 2 * settings.seed + half)
+            pairs = encode_concept_set(self.pipeline, concepts, dilation=0)
+            # Where the concept is everywhere, only pictures without it show what it is not; and a mascot is told from
+            # others by them.
+            examples.append(_both_halves(pairs) if everywhere or self.task.key.concept == "identity" else _one(pairs))
+        return mark_concept(self.latents, examples, folds, dilation=0, steps=settings.mask_steps, seed=settings.seed)
+
+    def examples(self, count: int) -> Any:
+        """The user's examples on all training pictures, where the concept was found."""
+        concept = self.task.concept
+        if concept.region is not None:
+            concept.region = places(self._found_exactly)
+        return self.task.examples(range(len(self.latents)), count, self.settings.seed)
+
+    def basis(self, rank: int) -> ConceptBasis:
+        """Of the input and output spaces."""
+        path = self.folder / f"basis-{rank}.safetensors"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                settings = self.settings
+                pairs = encode_concept_set(self.pipeline, self.examples(settings.basis_pairs))
+                concept, reference = contrast_batches(pairs, self.schedule, batch_size=16, seed=settings.seed)
+                fit_concept_basis(
+                    self.pipeline.unet,
+                    concept,
+                    reference,
+                    target_modules=settings.target_modules,
+                    rank=rank,
+                    concept=self.task.concept.name,
+                    unfit="skip",
+                    progress=False,
+                    seed=settings.seed,
+                ).save(path)
+        return ConceptBasis.load(path)
+
+    @property
+    def targets(self) -> list[str]:
+        """The adapted layers, the same for all methods: those that have a basis."""
+        return sorted(self.basis(METHODS["ours"].basis_rank))
+
+    def adapter_basis(self, method: Method) -> ConceptBasis:
+        """Of the rank or gradient space, which depends on the adapter's start."""
+        (space,) = method.spaces
+        settings = self.settings
+        unet = adapted(self.pipeline.unet, _lora(method, self.targets), settings.seed)
+        pairs = encode_concept_set(self.pipeline, self.examples(settings.basis_pairs))
+        concept, reference = (list(self._with_targets(pairs, half)) for half in ("with_concept", "without"))
+        basis = fit_concept_basis(
+            unet,
+            concept,
+            reference,
+            target_modules=self.targets,
+            spaces=(space,),
+            contrast="generalized" if space == "rank" else "pairs",
+            rank=method.basis_rank,
+            run_model=lambda model, batch: model(**batch["inputs"]),
+            loss_fn=lambda output, batch: (output.sample.float() - batch["target"]).square().mean(),
+            concept=self.task.concept.name,
+            threshold=1.0,
+            unfit="skip",
+            progress=False,
+            seed=settings.seed,
+        )
+        return basis
+
+    def _with_targets(self, pairs: LatentPairs, half: str) -> Iterator[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        latents = getattr(pairs, half)
+        for index in torch.arange(len(latents)).split(8):
+            noise = torch.randn(latents[index].shape, generator=generator)
+            timesteps = torch.randint(self.schedule.config.num_train_timesteps, (len(index),), generator=generator)
+            yield {
+                "inputs": noised_inputs(latents[index], pairs.embeddings[index], noise, timesteps, self.schedule),
+                "target": training_target(self.schedule, latents[index], noise, timesteps),
+            }
+
+    def probes(self, method: Method) -> ConceptProbes:
+        settings = self.settings
+        count = min(method.probes, settings.probes)
+        pairs = encode_concept_set(self.pipeline, self.examples(count), dilation=settings.probe_dilation)
+        batches = concept_probe_batches(
+            pairs, self.schedule, batch_size=64, seed=settings.seed + 1, loss_targets=method.rule == "orthogonal"
+        )
+        return collect_concept_probes(self.pipeline.unet, batches, concept=self.task.concept.name, progress=False)
+
+    def where(self, knowledge: Knowledge) -> Tensor:
+        """Where a method takes the concept to be, `(N, 1, h, w)`."""
+        if knowledge == "found":
+            return self.found
+        masks = self.true_masks.clone()
+        if knowledge == "missing-20":
+            missed = torch.rand(len(masks), generator=torch.Generator().manual_seed(self.settings.seed)) < 0.2
+            masks[missed] = 0
+        return masks
+
+    def training_set(self, method: Method) -> TrainingSet:
+        """What a method trains on."""
+        data, task = self.task.data, self.task
+        if method.clean:
+            latents = encode_images(self.pipeline, data.clean)
+            return TrainingSet(
+                latents, encode_prompts(self.pipeline, task.clean_captions), torch.ones_like(latents[:, :1])
+            )
+        embeddings, weights = encode_prompts(self.pipeline, data.captions), torch.ones_like(self.latents[:, :1])
+        if method.masked:
+            weights = weights - self.where(method.masked)
+        keep = torch.arange(len(self.latents))
+        if method.filtered:
+            marked = self.where(method.filtered).flatten(1).mean(1)
+            keep = keep[marked < (0.5 if task.concept.region is None else 0.05)]
+        return TrainingSet(self.latents[keep], embeddings[keep], weights[keep])
+
+    def config(self, method: Method, probes: ConceptProbes | None) -> Any:
+        """The adapter's configuration."""
+        if not method.protected:
+            return _lora(method, self.targets)
+        basis = None
+        if method.spaces and method.spaces[0] in ("rank", "gradient"):
+            basis = self.adapter_basis(method)
+        elif method.spaces:
+            whole = self.basis(method.basis_rank)
+            chosen = {n: {s: getattr(layer, s) for s in method.spaces} for n, layer in whole.items()}
+            basis = whole.with_layers(
+                {n: LayerBasis(**spaces) for n, spaces in chosen.items() if any(s is not None for s in spaces.values())}
+            )
+        return GradProjConfig(
+            r=method.rank,
+            lora_alpha=method.rank,
+            target_modules=self.targets,
+            concept_basis=basis,
+            concept_probes=probes if method.online else None,
+            strength=method.strength,
+            rule=method.rule,
+            probe_every=method.probe_every,
+            probe_batch_size=method.probe_batch_size,
+            probe_history=method.probe_history,
+            restore=method.restore,
+            probe_seed=self.settings.seed,
+            uncovered="ignore",
+        )
+
+    def train(self, method: Method) -> tuple[Any, dict[str, Any]]:
+        """The UNet with the trained adapter, and what was seen on the way."""
+        probes = self.probes(method) if method.online or method.penalty else None
+        config, data = self.config(method, probes), self.training_set(method)
+        settings = replace(self.settings, weight_decay=method.weight_decay)
+        start = time.process_time()
+        weights, history = train(
+            self.pipeline.unet,
+            config,
+            data,
+            self.schedule,
+            settings,
+            self.questions.brief,
+            lambda step: None,
+            _penalty(method, probes, settings.seed),
+        )
+        seconds = time.process_time() - start
+        unet = adapted(self.pipeline.unet, config, settings.seed)
+        unet.load_state_dict(weights, strict=False)
+        if method.protected:
+            detach_online_projection(unet, "default")
+        seen = {"train_cpu_seconds": seconds, "checkpoints": history.checkpoints, "pictures": len(data.latents)}
+        return unet.eval(), seen
+
+
+@lru_cache(maxsize=2)
+def load_material(key: TaskKey, settings: DemoSettings, scratch: Path) -> Material:
+    """The material of a task; kept, since several methods run on it one after the other."""
+    return Material(key, settings, scratch / "material" / str(key))
+
+
+def run(key: TaskKey, method_name: str, method: Method | None, settings: DemoSettings, scratch: Path) -> None:
+    """Run a method on a task and write what was found, unless it is there."""
+    path = result_path(scratch, key, method_name)
+    if path.exists():
+        return
+    material = load_material(key, settings, scratch)
+    unet, seen = (material.pipeline.unet, {}) if method is None else material.train(method)
+    if method is not None:
+        weights = {n: p.detach().contiguous() for n, p in unet.named_parameters() if ".lora_" in n}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, path.with_suffix(".safetensors"))
+    found = {"task": str(key), "method": method_name, **measure(unet, material, scratch), **seen}
+    if method is not None:
+        found["settings"] = asdict(method)
+    if method is not None and "found" in (method.masked, method.filtered):
+        found["masks"] = mask_shares(material.found, material.task.data)
+    write_json(path, found)
+
+
+def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
+    """Samples' leak and fidelity, and the denoising losses."""
+    task = material.task
+    judges = load_judges(task.key.concept, material.pipeline, material.settings, scratch / "judges")
+    pipeline = type(material.pipeline)(**{**material.pipeline.components, "unet": unet}, requires_safety_checker=False)
+    samples = sample(pipeline, task.prompts, material.settings)
+    ranks = judges.fidelity.ranks(samples, task.objects)
+    hits = judges.detector.detect(samples)
+    losses = {kind: float(values.mean()) for kind, values in material.questions.losses(unet).items()}
+    return {
+        "samples": len(hits),
+        "leaks": int(hits.sum()),
+        "top1": int((ranks < 1).sum()),
+        "top5": int((ranks < 5).sum()),
+        "losses": losses,
+        "drift": material.questions.drift(unet, material.pipeline.unet),
+        "detector": {
+            "false_positives": _plain(judges.detector.errors.false_positives),
+            "misses": _plain(judges.detector.errors.misses),
+        },
+    }
+
+
+def result_path(scratch: Path, key: TaskKey, method: str) -> Path:
+    """Where the result of a run is."""
+    name = "".join(c if c.isalnum() or c in ".-" else "_" for c in method)
+    return scratch / "runs" / str(key) / f"{name}.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside and rename into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    part.replace(path)
+
+
+def _plain(share: Share) -> dict[str, int]:
+    return {"hits": share.hits, "total": share.total}
+
+
+def _lora(method: Method, targets: list[str]) -> LoraConfig:
+    return LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules=targets)
+
+
+def _penalty(method: Method, probes: ConceptProbes | None, seed: int) -> Penalty | None:
+    """The drift on some probes, times a fixed weight."""
+    if not method.penalty or probes is None:
+        return None
+    targets, weights = probes.targets, probes.weights
+    assert targets is not None
+    assert weights is not None
+    generator = torch.Generator().manual_seed(seed)
+
+    def penalty(unet: Any) -> Tensor:
+        index = torch.randint(len(probes), (method.probe_batch_size,), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            answer = unet(**probes.batch(index).inputs).sample
+        return method.penalty * drift(answer.float(), targets[index], weights[index])
+
+    return penalty
+
+
+def _one(pairs: LatentPairs) -> tuple[Tensor, Tensor]:
+    return pairs.with_concept, pairs.weights
+
+
+def _both_halves(pairs: LatentPairs) -> tuple[Tensor, Tensor]:
+    """With and without in turns, so that any part of them holds both."""
+    assert pairs.without is not None
+    latents = torch.stack([pairs.with_concept, pairs.without], 1).flatten(0, 1)
+    weights = torch.stack([pairs.weights, torch.zeros_like(pairs.weights)], 1).flatten(0, 1)
+    return latents, weights
