@@ -38,6 +38,7 @@ __all__ = [
     "loaded_adapter",
     "measure_behaviour",
     "measure_drift",
+    "remove_adapters",
 ]
 
 DRIFT_TOLERANCE = 0.5
@@ -205,7 +206,7 @@ def loaded_adapter(folder: AdapterFolder, pairs: Mapping[str, LoraPair], model: 
                 ) from error
         yield list(_differences(model, pairs))
     finally:
-        _remove(model)
+        remove_adapters(model)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
@@ -267,7 +268,8 @@ def _differences(model: nn.Module, pairs: Mapping[str, LoraPair]) -> Iterator[st
                 break
 
 
-def _remove(model: nn.Module) -> None:
+def remove_adapters(model: nn.Module) -> None:
+    """Take all adapters off a model, whoever put them there, PEFT, diffusers or transformers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):

@@ -160,6 +160,11 @@ def publish(
     private_key: Annotated[
         Path | None, typer.Option("--sign", help="PEM file of the key to sign with what is published.")
     ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base model, to measure behaviour for the model card.")
+    ] = None,
+    probes: Annotated[str | None, typer.Option(help="File of concept probes, for that.")] = None,
+    reference: Annotated[str | None, typer.Option(help="File of probes that are free of the concept.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Verify an adapter, write its model card, and publish both on the Hub in one commit."""
@@ -177,6 +182,9 @@ def publish(
         license=license,
         allow_unverified=allow_unverified,
         private_key=private_key,
+        base_model=base_model,
+        probes=probes,
+        reference=reference,
     )
     _print_json(result.to_dict()) if as_json else _print(result)
 
@@ -326,6 +334,118 @@ def fit(
         seed=seed,
     )
     _print_json(report.to_dict()) if as_json else typer.echo(report)
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="The protected adapter: a file, a folder, or its id on the Hub.")],
+    base: Annotated[
+        str, typer.Option(help="Folder or Hub id of a pipeline of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5.")
+    ],
+    concept: Annotated[
+        str,
+        typer.Option(help="An overlay (file), or a folder or data set of pairs, pictures with masks, or pictures."),
+    ],
+    prompts: Annotated[list[str], typer.Option(help="A prompt, or a file with one a line; may be repeated.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the page, the JSON and the samples.")] = Path(
+        "evaluation"
+    ),
+    plain: Annotated[str | None, typer.Option(help="An adapter without protection, to compare with.")] = None,
+    concept_name: Annotated[str, typer.Option(help="What the concept is called.")] = "",
+    scale: Annotated[
+        tuple[float, float] | None, typer.Option(help="Overlay: its longer side, as a share of the picture's side.")
+    ] = None,
+    angle: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its angle in degrees.")] = None,
+    opacity: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its opacity.")] = None,
+    across: Annotated[
+        tuple[float, float] | None, typer.Option(help="Overlay: where it lies across, 0 at the left edge.")
+    ] = None,
+    down: Annotated[
+        tuple[float, float] | None, typer.Option(help="Overlay: where it lies down, 0 at the upper edge.")
+    ] = None,
+    train_data_dir: Annotated[
+        str | None, typer.Option(help="Pictures that an overlay is pasted onto; those of the reference by default.")
+    ] = None,
+    reference_data_dir: Annotated[
+        str | None, typer.Option(help="Pictures without the concept that show what was to be learned.")
+    ] = None,
+    image_column: Annotated[str, typer.Option(help="Column of the pictures.")] = "image",
+    caption_column: Annotated[str, typer.Option(help="Column of the captions.")] = "text",
+    cache_dir: Annotated[str | None, typer.Option(help="Where data sets are prepared.")] = None,
+    probes: Annotated[str | None, typer.Option(help="File of concept probes.")] = None,
+    reference: Annotated[str | None, typer.Option(help="File of probes that are free of the concept.")] = None,
+    sscd: Annotated[Path | None, typer.Option(help="Copy-detection model, TorchScript or .onnx.")] = None,
+    sscd_threshold: Annotated[float, typer.Option(help="Similarity above which the concept counts as found.")] = 0.75,
+    clip: Annotated[str | None, typer.Option(help="CLIP model for the CLIP score, folder or Hub id.")] = None,
+    kid_features: Annotated[
+        str | None, typer.Option(help="KID's features: TorchScript, or folder or Hub id of a CLIP vision model.")
+    ] = None,
+    samples_per_prompt: Annotated[int, typer.Option(help="Samples of each model for each prompt.")] = 4,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Sampling steps; the pipeline's default.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance; the pipeline's default.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of samples and pictures; the pipeline's default.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples, and examples for the denoiser, at once.")] = 4,
+    num_pictures: Annotated[int, typer.Option(help="Most pictures of the concept and of the reference.")] = 32,
+    timestep_bins: Annotated[int, typer.Option(help="Bins of timesteps of the denoising loss.")] = 10,
+    seed: Annotated[
+        int, typer.Option(help="Seed of everything that is random; samples have it and those after it.")
+    ] = 0,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter on the Hub.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the pipeline on the Hub.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the pipeline's weights, such as fp16.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Where to run; a GPU of CUDA if there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare an adapter with its base model: is the concept in its samples, and what else has it learned?"""
+    from .concept_fit import read_phrases
+    from .evaluation.adapter_evaluation import evaluate_adapter, read_concept
+    from .training_data import TrainingData
+
+    columns: dict[str, Any] = {
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "cache_dir": cache_dir,
+    }
+    data, reference_data = (
+        None if folder is None else TrainingData.load(folder, **columns)
+        for folder in (train_data_dir, reference_data_dir)
+    )
+    ranges = {"scale": scale, "angle": angle, "opacity": opacity, "across": across, "down": down}
+    report = evaluate_adapter(
+        adapter,
+        base,
+        read_concept(concept, ranges=ranges, data=data or reference_data, **columns),
+        [phrase for prompt in prompts for phrase in read_phrases(prompt)],
+        plain=plain,
+        data=data,
+        reference_data=reference_data,
+        probes=probes,
+        reference=reference,
+        sscd=sscd,
+        sscd_threshold=sscd_threshold,
+        clip=clip,
+        kid_features=kid_features,
+        name=concept_name,
+        samples_per_prompt=samples_per_prompt,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        resolution=resolution,
+        batch_size=batch_size,
+        num_pictures=num_pictures,
+        timestep_bins=timestep_bins,
+        seed=seed,
+        revision=revision,
+        base_revision=base_revision,
+        variant=variant,
+        dtype=dtype,
+        device=device,
+        output_dir=output_dir,
+        command=sys.argv,
+    )
+    _print_json(report.to_dict()) if as_json else _print(report)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Estimate", "Share", "share_of_drop"]
+__all__ = ["Estimate", "Share", "mean_estimate", "share_of_drop"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ class Share:
             return math.nan
         p = min(max(self.value, 0.5 / self.total), 1 - 0.5 / self.total)
         return math.sqrt(p * (1 - p) / self.total)
+
+
+def mean_estimate(values: Tensor) -> Estimate:
+    """The mean of independent values with shape `(N,)`; of fewer than two the standard error is NaN."""
+    values = values.double()
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return Estimate(float(values.mean()), error)
 
 
 def share_of_drop(base: Tensor, adapted: Tensor, yardstick: Tensor) -> Estimate:

@@ -1,0 +1,144 @@
+"""LoRA adapters on a pipeline as a stranger puts them there: by PEFT's or diffusers' own loaders, and off again."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..adapter_folder import ADAPTER_CONFIG_NAME, WEIGHT_NAMES
+from ..behaviour import remove_adapters
+from ..errors import AdapterFolderError, BehaviourError
+from ..pipelines import PipelineFamily
+from ..training_data import first_line
+from ..untrusted import printable
+
+__all__ = ["AdapterFile", "adapter_on", "locate_adapter"]
+
+_ADAPTER = "evaluated"
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A file of LoRA weights on this machine."""
+
+    source: str
+    """As it was asked for: a path or a Hub id."""
+    path: Path
+    revision: str | None = None
+    """The commit on the Hub, if it came from there."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What tells it from others, JSON values."""
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return {"source": self.source, "file": self.path.name, "revision": self.revision, "sha256": digest}
+
+
+def locate_adapter(path_or_id: str | Path, *, revision: str | None = None) -> AdapterFile:
+    """The weights of an adapter in a file, a folder, or a repository of the Hub; safetensors only.
+
+    Args:
+        path_or_id: A file, or where `adapter_model.safetensors` or `pytorch_lora_weights.safetensors` is.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        AdapterFolderError: If there are no such weights.
+    """
+    source, path = str(path_or_id), Path(path_or_id)
+    commit = None
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        path = _downloaded(source, revision)
+        commit = path.name
+    elif revision is not None:
+        raise AdapterFolderError(f"a revision was given, but {source} is a path; only the Hub has revisions.")
+    if path.is_file() and path.suffix == ".safetensors":
+        return AdapterFile(source, path)
+    for name in WEIGHT_NAMES:
+        if (path / name).is_file():
+            return AdapterFile(source, path / name, commit)
+    raise AdapterFolderError(
+        f"there is no adapter at {source}: expected a .safetensors file, or a folder or Hub id with "
+        f"{' or '.join(WEIGHT_NAMES)}."
+    )
+
+
+def _downloaded(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    try:
+        names = [*WEIGHT_NAMES, ADAPTER_CONFIG_NAME]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
+    except (OSError, HTTPError, HFValidationError, ValueError) as error:
+        raise AdapterFolderError(
+            f"{repo_id} is neither a path, nor a repository that can be fetched ({type(error).__name__}: "
+            f"{first_line(error)}). Check the name, the revision, your login and the connection."
+        ) from error
+
+
+@contextmanager
+def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
+    """The adapter on the pipeline, and the pipeline as it was afterwards.
+
+    PEFT's layout is loaded onto the denoiser by `PeftModel.from_pretrained`, others by `load_lora_weights`, which may
+    adapt text encoders as well, or, where its tensors are named as in the denoiser, by its `load_lora_adapter`.
+
+    Raises:
+        BehaviourError: If the pipeline has adapters already, or this one does not fit.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    encoders = [getattr(family.pipeline, name, None) for name in _TEXT_ENCODERS]
+    models = [model for model in (family.denoiser, *encoders) if isinstance(model, nn.Module)]
+
+    def adapted() -> bool:
+        return any(isinstance(module, BaseTunerLayer) for model in models for module in model.modules())
+
+    if adapted():
+        raise BehaviourError("the base pipeline carries adapters already; give it without.")
+    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                _load(family, adapter)
+            except Exception as error:
+                raise BehaviourError(
+                    f"the adapter {adapter.source} cannot be loaded onto this pipeline ({type(error).__name__}: "
+                    f"{printable(first_line(error))})."
+                ) from error
+        if not adapted():
+            raise BehaviourError(
+                f"the adapter {adapter.source} adapts no layer of this pipeline; was it trained on another base model?"
+            )
+        yield
+    finally:
+        for model in models:
+            remove_adapters(model)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _load(family: PipelineFamily, adapter: AdapterFile) -> None:
+    folder, name = str(adapter.path.parent), adapter.path.name
+    if name == WEIGHT_NAMES[0]:
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(family.denoiser, folder, adapter_name=_ADAPTER)
+        return
+    from safetensors import safe_open
+
+    with safe_open(adapter.path, framework="pt") as file:
+        roots = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    if roots <= {child for child, _ in family.denoiser.named_children()}:
+        family.denoiser.load_lora_adapter(folder, prefix=None, adapter_name=_ADAPTER, weight_name=name)
+    else:
+        family.pipeline.load_lora_weights(folder, adapter_name=_ADAPTER, weight_name=name, use_safetensors=True)

@@ -1,0 +1,249 @@
+"""Samples, judged by the models that were brought: whether they show the concept, and how good they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..concept_fit import ConceptExample
+from .evaluation_report import Measure
+from .figures import Share, mean_estimate
+from .image_metrics import ClipScorer, CopyDetector, KernelDistance, concept_box, crop_sizes
+
+__all__ = ["Bar", "Judges", "Pictures", "Verdict"]
+
+Bar = Callable[[str, int], Any]
+"""`bar(description, total)` gives a progress bar, as tqdm's."""
+
+FEWEST_FOR_KID = 4
+FILLING = 0.9
+"""A concept whose box has at least this share of its picture's side is no detail to be searched for in crops."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What samples are compared with; squares of one size."""
+
+    concept: Sequence[ConceptExample]
+    reference: Sequence[ConceptExample]
+    """Free of the concept; may be empty."""
+    reference_set: Sequence[Image.Image]
+    """All that there are of these, for likeness to the whole set."""
+
+    @property
+    def side(self) -> int:
+        """In pixels."""
+        return self.concept[0].picture.width
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in samples."""
+
+    measures: tuple[Measure, ...]
+    scores: Mapping[str, Mapping[str, Tensor]]
+    """By measure and model, one for each sample, shape `(N,)`."""
+    crop_sizes: tuple[float, ...]
+    """In which the concept was searched for."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The models that judge; without one, its measures are left out.
+
+    Args:
+        detector: For SSCD similarity.
+        clip: For the CLIP score.
+        kid_features: Where KID's features come from.
+        threshold: Of SSCD similarity, above which the concept counts as found.
+        device: Where KID's features are computed.
+        seed: Of KID's subsets.
+    """
+
+    detector: CopyDetector | None
+    clip: ClipScorer | None
+    kid_features: str | None
+    threshold: float
+    device: str | torch.device
+    seed: int
+
+    @classmethod
+    def load(
+        cls,
+        sscd: str | Path | None,
+        clip: str | None,
+        kid_features: str | None,
+        *,
+        threshold: float,
+        device: str | torch.device,
+        seed: int,
+    ) -> Judges:
+        """Load what is given.
+
+        Raises:
+            BehaviourError: If there is no such model.
+        """
+        return cls(
+            None if sscd is None else CopyDetector(sscd, device=device),
+            None if clip is None else ClipScorer(clip, device=device),
+            kid_features,
+            threshold,
+            device,
+            seed,
+        )
+
+    def judge(
+        self, samples: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], pictures: Pictures, bar: Bar
+    ) -> Verdict:
+        """Judge the samples of all models.
+
+        Args:
+            samples: By model, one for each prompt.
+            prompts: Of the samples.
+            pictures: What they are compared with.
+            bar: Makes progress bars.
+
+        Raises:
+            BehaviourError: If a model does not take pictures.
+        """
+        likeness = _Likeness(self, samples, pictures, bar)
+        clip, clip_scores = self._clip_scores(samples, prompts, pictures, bar)
+        measures = (*likeness.crops(), *likeness.whole(), clip, self._kid(samples, pictures, bar))
+        scores = likeness.scores | ({} if clip_scores is None else {"clip_score": clip_scores})
+        return Verdict(measures, scores, likeness.sizes)
+
+    def _clip_scores(
+        self, samples: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], pictures: Pictures, bar: Bar
+    ) -> tuple[Measure, dict[str, Tensor] | None]:
+        about: Any = {
+            "name": "clip_score",
+            "title": "CLIP score",
+            "about": "rest",
+            "explanation": "100 times the cosine of a picture's and its prompt's embeddings; higher is better. Of "
+            "pictures without the concept, with their own captions.",
+        }
+        if self.clip is None:
+            return Measure(**about, not_measured="no model given (--clip)"), None
+        asked = {name: (drawn, prompts) for name, drawn in samples.items()}
+        if pictures.reference:
+            asked["without"] = ([e.picture for e in pictures.reference], [e.prompt for e in pictures.reference])
+        with bar("CLIP score", sum(len(shown) for shown, _ in asked.values())) as progress:
+            scores = {name: self.clip.scores(*pair, progress=progress.update) for name, pair in asked.items()}
+        measure = Measure(**about, figures={name: mean_estimate(values) for name, values in scores.items()})
+        return measure, {name: scores[name] for name in samples}
+
+    def _kid(self, samples: Mapping[str, Sequence[Image.Image]], pictures: Pictures, bar: Bar) -> Measure:
+        about: Any = {
+            "name": "kid",
+            "title": "KID",
+            "about": "rest",
+            "explanation": f"Kernel inception distance of the samples from {len(pictures.reference_set)} pictures "
+            "without the concept; lower is better, and about 0 the best. It also grows where prompts ask for other "
+            "things than those pictures show.",
+        }
+        reference, fewest = pictures.reference_set, min(map(len, samples.values()))
+        if self.kid_features is None:
+            return Measure(**about, not_measured="no model given (--kid-features)")
+        if not reference:
+            return Measure(**about, not_measured="no pictures without the concept (--reference-data-dir)")
+        if min(fewest, len(reference)) < FEWEST_FOR_KID:
+            return Measure(
+                **about,
+                not_measured=f"{fewest} samples and {len(reference)} pictures; it takes {FEWEST_FOR_KID} of each",
+            )
+        with bar("KID", len(reference) + sum(map(len, samples.values()))) as progress:
+            distance = KernelDistance(
+                self.kid_features, reference, device=self.device, seed=self.seed, progress=progress.update
+            )
+            figures = {name: distance.distance(drawn, progress=progress.update) for name, drawn in samples.items()}
+        return Measure(**about, figures=figures)
+
+
+class _Likeness:
+    """SSCD similarity of samples, and of real pictures, to what shows the concept.
+
+    `sizes` are those of the crops, and `scores` those of the samples, filled as they are measured.
+    """
+
+    def __init__(
+        self, judges: Judges, samples: Mapping[str, Sequence[Image.Image]], pictures: Pictures, bar: Bar
+    ) -> None:
+        self._judges, self._samples, self._pictures, self._bar = judges, samples, pictures, bar
+        # Words are in captions; what is in the pictures below them is not the concept.
+        self._shown = [example for example in pictures.concept if example.prompt_without is None]
+        self._boxes = [concept_box(e.mask) if e.mask else (0, 0, *e.picture.size) for e in self._shown]
+        shares = [(box[2] - box[0]) / min(e.picture.size) for box, e in zip(self._boxes, self._shown, strict=True)]
+        self._fills = bool(shares) and min(shares) >= FILLING
+        self.sizes: tuple[float, ...] = ()
+        self.scores: dict[str, dict[str, Tensor]] = {}
+
+    def crops(self) -> tuple[Measure, ...]:
+        """The most similar crop, of the sizes that the concept has."""
+        fault = "the concept fills its pictures" if self._fills else None
+        if self._shown and not self._fills and self._judges.detector is not None:
+            self.sizes = tuple(crop_sizes(self._boxes, [min(e.picture.size) for e in self._shown]))
+        queries = [e.picture.crop(box) for e, box in zip(self._shown, self._boxes, strict=True)]
+        return self._measured("sscd_crops", "most similar crop", queries, self.sizes, fault)
+
+    def whole(self) -> tuple[Measure, ...]:
+        """The whole picture against whole pictures that show the concept."""
+        return self._measured("sscd_whole", "whole picture", [e.picture for e in self._shown], (1.0,), None)
+
+    def _measured(
+        self, name: str, what: str, queries: Sequence[Image.Image], sizes: Sequence[float], fault: str | None
+    ) -> tuple[Measure, ...]:
+        threshold = self._judges.threshold
+        similarity: Any = {
+            "name": name,
+            "title": f"SSCD similarity, {what}",
+            "about": "concept",
+            "explanation": f"Largest cosine with any of {len(queries)} pictures of the concept, averaged. Real "
+            "pictures are compared with others than themselves, and than what was made of them.",
+        }
+        found: Any = {
+            "name": f"{name}_found",
+            "title": f"concept found, {what}",
+            "about": "concept",
+            "explanation": f"Leak: the share of pictures whose similarity is above {threshold:g}.",
+        }
+        detector = self._judges.detector
+        if detector is None:
+            fault = "no model given (--sscd)"
+        elif not self._shown:
+            fault = "the concept was given in words"
+        if detector is None or fault is not None:
+            return Measure(**similarity, not_measured=fault), Measure(**found, not_measured=fault)
+        real = {
+            "with_concept": [example.picture for example in self._shown],
+            "without": [example.picture for example in self._pictures.reference],
+        }
+        if len(self._shown) == 1:
+            # There is no other to compare it, or what it was made from, with.
+            real = {}
+        asked = {column: shown for column, shown in (*self._samples.items(), *real.items()) if shown}
+        concept = detector.embed(queries)
+        with self._bar(f"SSCD, {what}", sum(map(len, asked.values()))) as progress:
+            scores = {
+                column: detector.scores(shown, concept, sizes=sizes, progress=progress.update)
+                for column, shown in asked.items()
+            }
+        scores |= {column: _of_others(scores[column], real[column], self._shown) for column in real if column in scores}
+        best = {column: matrix.amax(1) for column, matrix in scores.items()}
+        self.scores[name] = {model: best[model] for model in self._samples}
+        return (
+            Measure(**similarity, figures={column: mean_estimate(values) for column, values in best.items()}),
+            Measure(**found, figures={c: Share.of((values > threshold).tolist()) for c, values in best.items()}),
+        )
+
+
+def _of_others(scores: Tensor, shown: Sequence[Image.Image], concept: Sequence[ConceptExample]) -> Tensor:
+    """Scores `(N, M)` of real pictures, -1 with examples of the concept that are the picture, or were made from it."""
+    sources = [{picture.tobytes() for picture in (e.picture, e.without) if picture is not None} for e in concept]
+    pixels = [picture.tobytes() for picture in shown]
+    return scores.masked_fill(torch.tensor([[p in source for source in sources] for p in pixels]), -1.0)

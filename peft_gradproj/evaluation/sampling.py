@@ -1,0 +1,59 @@
+"""Samples of a pipeline, whatever adapter it holds, each from a seed of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+
+from ..diffusion_inputs import decode_latents, tensor_to_pictures
+from ..pipelines import PipelineFamily
+from ..probes import evaluation_mode
+
+__all__ = ["draw_samples"]
+
+
+@torch.no_grad()
+def draw_samples(
+    family: PipelineFamily,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    resolution: int,
+    batch_size: int = 4,
+    progress: Callable[[int], object] = lambda count: None,
+) -> list[Image.Image]:
+    """Sample one picture for each prompt.
+
+    A sample depends on its own prompt and seed alone, but for what batches of another size do to rounding.
+
+    Args:
+        family: The pipeline.
+        prompts: One for each sample.
+        seeds: As many. Noise is drawn on the CPU, so that the same seed gives the same on every device.
+        num_inference_steps: Steps of the pipeline's own scheduler.
+        guidance_scale: Of the pipeline's own guidance.
+        resolution: Side of the pictures, in pixels.
+        batch_size: Samples at once.
+        progress: Called with the number of samples that were just finished.
+    """
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        with evaluation_mode(family.denoiser):
+            answer = family.pipeline(
+                list(prompts[part]),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                height=resolution,
+                width=resolution,
+                # Decoded here, since pipelines in half precision do not decode with a VAE that keeps float32.
+                output_type="latent",
+            )
+        pictures += tensor_to_pictures(decode_latents(family.pipeline, answer.images, batch_size=1).cpu())
+        progress(len(pictures) - start)
+    return pictures
