@@ -2,6 +2,7 @@
 
     python -m benchmarks.protection                          # the whole matrix, some hours on two cores
     python -m benchmarks.protection --tasks 'style/*'        # a part of it
+    python -m benchmarks.protection --attacks                # attack the adapters of runs that are there
     python -m benchmarks.protection --report                 # only the tables and plots of what is there
 
 Each run is one JSON file in the scratch folder, with the adapter's weights beside it; what is there is not run again.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fnmatch import fnmatch
 from functools import partial
@@ -23,7 +25,8 @@ from tqdm import tqdm
 
 from peft_gradproj.demo.settings import DemoSettings
 
-from .matrix import MATRIX, Entry
+from .attack_runs import REVIVAL_STEPS, attack, attack_path
+from .matrix import ATTACKED, MATRIX, Entry
 from .methods import METHODS, SWEEPS
 from .results import write_results
 from .runs import BASE, result_path, run
@@ -41,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", default="*", help="pattern of methods")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--quick", action="store_true", help="tiny runs of the same code, whose figures mean nothing")
+    parser.add_argument("--attacks", action="store_true", help="attack adapters instead of training them")
     parser.add_argument("--report", action="store_true", help="run nothing")
     return parser.parse_args(argv)
 
@@ -49,19 +53,27 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then write the tables."""
     args = parse_args(argv)
     settings = DemoSettings().quick() if args.quick else DemoSettings()
-    wanted = [e for e in MATRIX if fnmatch(str(e.task), args.tasks) and fnmatch(e.method, args.methods)]
-    missing = [e for e in wanted if not result_path(args.scratch, e.task, e.method).exists()]
+    entries = ATTACKED if args.attacks else MATRIX
+    path = attack_path if args.attacks else result_path
+    wanted = [e for e in entries if fnmatch(str(e.task), args.tasks) and fnmatch(e.method, args.methods)]
+    missing = [e for e in wanted if not path(args.scratch, e.task, e.method).exists()]
     if not args.report:
-        run_all(missing, settings, args.scratch, args.workers)
+        run_all(missing, _attack if args.attacks else _run, settings, args.scratch, args.workers)
     write_results(args.scratch, args.results, args.docs, settings)
 
 
-def run_all(entries: list[Entry], settings: DemoSettings, scratch: Path, workers: int) -> None:
+def run_all(
+    entries: list[Entry],
+    do: Callable[[TaskKey, str, DemoSettings, Path], None],
+    settings: DemoSettings,
+    scratch: Path,
+    workers: int,
+) -> None:
     """Run entries in worker processes; a failed one is told of at the end, when all others are done."""
     failed = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        futures = {pool.submit(partial(_run, e.task, e.method, settings, scratch)): e for e in entries}
+        futures = {pool.submit(partial(do, e.task, e.method, settings, scratch)): e for e in entries}
         for future in tqdm(as_completed(futures), total=len(futures), desc="runs", smoothing=0):
             if (error := future.exception()) is not None:
                 failed.append(f"{futures[future].task} {futures[future].method}: {error!r}")
@@ -76,3 +88,9 @@ def _start_worker() -> None:
 
 def _run(task: TaskKey, method: str, settings: DemoSettings, scratch: Path) -> None:
     run(task, method, None if method == BASE else {**METHODS, **SWEEPS}[method], settings, scratch)
+
+
+def _attack(task: TaskKey, method: str, settings: DemoSettings, scratch: Path) -> None:
+    # The adapter is trained first, where that was not done yet.
+    _run(task, method, settings, scratch)
+    attack(task, method, settings, scratch, min(REVIVAL_STEPS, settings.steps))

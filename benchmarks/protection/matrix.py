@@ -12,7 +12,7 @@ from .tasks import TaskKey
 SEEDS = (0, 1, 2)
 TUNED_LOGO = "logo-youtube"
 """The demo's settings were chosen on it, at seed 0."""
-OTHER_LOGO = "logo-pinterest"
+OTHER_LOGO = "logo-spotify"
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,10 @@ def _row(task: TaskKey, methods: object) -> Iterator[Entry]:
 
 MATRIX = tuple(dict.fromkeys(_entries()))
 """All runs, in the order in which they are made, each once."""
+
+ATTACKED = tuple(
+    Entry(TaskKey(TUNED_LOGO, False, 75, seed), method)
+    for seed in SEEDS
+    for method in (BASE, "plain", "oracle", "masked, found", "online", "ours")
+)
+"""The runs whose adapters are attacked."""

@@ -122,7 +122,7 @@ def write_page(content: Mapping[str, Any], docs: Path) -> None:
 
     (docs / "images").mkdir(parents=True, exist_ok=True)
     rows = content["rows"]
-    tables = {}
+    tables: dict[tuple[str, bool, int], list[Any]] = {}
     for row in rows:
         tables.setdefault((row["concept"], row["named"], row["percent"]), []).append(row)
     ordered = sorted(tables.items(), key=lambda item: (-len(item[1]), item[0]))

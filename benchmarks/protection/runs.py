@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, LayerBasis
-from peft_gradproj.demo.jobs import quieten_libraries
 from peft_gradproj.demo.measuring import Questions, mask_shares
+from peft_gradproj.demo.pipeline import load_pipeline, with_unet
 from peft_gradproj.demo.sampling import sample
-from peft_gradproj.demo.settings import ASSETS as DEMO_ASSETS
 from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.demo.training import Penalty, TrainingSet, adapted, train
 from peft_gradproj.diffusion_inputs import (
@@ -53,17 +52,9 @@ BASE = "base"
 
 
 @lru_cache(maxsize=1)
-def load_pipeline() -> Any:
-    """The demo's base model, in float32."""
-    quieten_libraries()
-    from diffusers import StableDiffusionPipeline
-    from diffusers.models.attention_processor import AttnProcessor
-
-    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_ASSETS / "base_model").to(torch.float32)
-    # Its answers are the same; for so few positions the fused one is slower.
-    pipeline.unet.set_attn_processor(AttnProcessor())
-    pipeline.unet.requires_grad_(False)
-    return pipeline
+def base_pipeline() -> Any:
+    """The demo's base model, once in a process."""
+    return load_pipeline()
 
 
 class Material:
@@ -76,7 +67,7 @@ class Material:
     """
 
     def __init__(self, key: TaskKey, settings: DemoSettings, folder: Path) -> None:
-        self.pipeline = load_pipeline()
+        self.pipeline = base_pipeline()
         self.schedule = noise_schedule(self.pipeline)
         self.task: Task = make_task(key, settings)
         self.settings = self.task.settings
@@ -159,7 +150,7 @@ class Material:
         """Of the rank or gradient space, which depends on the adapter's start."""
         (space,) = method.spaces
         settings = self.settings
-        unet = adapted(self.pipeline.unet, _lora(method, self.targets), settings.seed)
+        unet = adapted(self.pipeline.unet, lora_config(method, self.targets), settings.seed)
         pairs = encode_concept_set(self.pipeline, self.examples(settings.basis_pairs))
         concept, reference = (list(self._with_targets(pairs, half)) for half in ("with_concept", "without"))
         basis = fit_concept_basis(
@@ -230,7 +221,7 @@ class Material:
     def config(self, method: Method, probes: ConceptProbes | None) -> Any:
         """The adapter's configuration."""
         if not method.protected:
-            return _lora(method, self.targets)
+            return lora_config(method, self.targets)
         basis = None
         if method.spaces and method.spaces[0] in ("rank", "gradient"):
             basis = self.adapter_basis(method)
@@ -310,8 +301,7 @@ def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
     """Samples' leak and fidelity, and the denoising losses."""
     task = material.task
     judges = load_judges(task.key.concept, material.pipeline, material.settings, scratch / "judges")
-    pipeline = type(material.pipeline)(**{**material.pipeline.components, "unet": unet}, requires_safety_checker=False)
-    samples = sample(pipeline, task.prompts, material.settings)
+    samples = sample(with_unet(material.pipeline, unet), task.prompts, material.settings)
     ranks = judges.fidelity.ranks(samples, task.objects)
     hits = judges.detector.detect(samples)
     losses = {kind: float(values.mean()) for kind, values in material.questions.losses(unet).items()}
@@ -347,7 +337,8 @@ def _plain(share: Share) -> dict[str, int]:
     return {"hits": share.hits, "total": share.total}
 
 
-def _lora(method: Method, targets: list[str]) -> LoraConfig:
+def lora_config(method: Method, targets: list[str]) -> LoraConfig:
+    """Stock LoRA of a method's rank."""
     return LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules=targets)
 
 

@@ -39,9 +39,10 @@ from ..probes import ConceptProbes, collect_concept_probes
 from ..saving import save_sidecars
 from ..verification import VerificationReport, verify_adapter
 from .data import StampedData, load_logos, load_pictures, stamp
-from .jobs import Job, quieten_libraries, run_jobs
+from .jobs import Job, run_jobs
 from .measuring import Figures, Judges, Questions, compare, mask_shares, train_judges
 from .page import write_page
+from .pipeline import BASE_MODEL, load_pipeline, with_unet
 from .progress import Stages
 from .report import DemoReport
 from .sampling import sample
@@ -86,7 +87,7 @@ def run_demo(
     settings = replace(settings, steps=steps or settings.steps)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    return _Demo(settings, output, Path(base_model or ASSETS / "base_model")).run()
+    return _Demo(settings, output, Path(base_model or BASE_MODEL)).run()
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class _Protection:
 class _Demo:
     def __init__(self, settings: DemoSettings, output: Path, base_model: Path) -> None:
         self.settings, self.output = settings, output
-        self.pipeline = _load(base_model)
+        self.pipeline = load_pipeline(base_model)
         self.schedule = noise_schedule(self.pipeline)
         self.stages = Stages()
 
@@ -264,7 +265,7 @@ class _Demo:
                 if name == "ours":
                     pipeline = _reloaded(self.pipeline, folder)
                 elif name != "base":
-                    pipeline = _with_unet(self.pipeline, runs[name].unet)
+                    pipeline = with_unet(self.pipeline, runs[name].unet)
                 samples[name] = sample(pipeline, prompts, self.settings, progress)
         return samples
 
@@ -313,26 +314,8 @@ class _Demo:
         return report
 
 
-def _load(base_model: Path) -> Any:
-    """The base model in float32."""
-    quieten_libraries()
-    from diffusers import StableDiffusionPipeline
-    from diffusers.models.attention_processor import AttnProcessor
-
-    pipeline = StableDiffusionPipeline.from_pretrained(base_model).to(torch.float32)
-    # Fused attention, the default, is slower than matrix products on a CPU: its backward takes a fifth of a step.
-    pipeline.unet.set_attn_processor(AttnProcessor())
-    pipeline.unet.requires_grad_(False).eval()
-    return pipeline
-
-
-def _with_unet(pipeline: Any, unet: Any) -> Any:
-    """The same pipeline around another UNet."""
-    return type(pipeline)(**{**pipeline.components, "unet": unet}, requires_safety_checker=False)
-
-
 def _reloaded(pipeline: Any, folder: Path) -> Any:
     """A fresh pipeline with the saved adapter, loaded by stock diffusers."""
-    fresh = _with_unet(pipeline, copy.deepcopy(pipeline.unet))
+    fresh = with_unet(pipeline, copy.deepcopy(pipeline.unet))
     fresh.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     return fresh

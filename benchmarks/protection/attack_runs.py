@@ -1,0 +1,198 @@
+"""The attacks of `peft_gradproj.evaluation` on trained adapters of the matrix, each run one JSON file beside theirs.
+
+Attackers have what is published, a plain LoRA, the base model, and pictures of the concept that nothing was trained on.
+The adaptive one has basis and probes as well.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from peft_gradproj.demo.pipeline import with_unet
+from peft_gradproj.demo.sampling import sample
+from peft_gradproj.demo.settings import DemoSettings
+from peft_gradproj.demo.training import adapted
+from peft_gradproj.diffusion_inputs import encode_images, encode_prompts
+from peft_gradproj.evaluation.attacks import invert_concept, revive, revive_with_probes, search_prompts
+from peft_gradproj.evaluation.denoising import denoising_loss
+from peft_gradproj.evaluation.figures import Estimate
+from peft_gradproj.evaluation.membership import loss_scores, pia_scores, roc_auc
+
+from .judges import Judges, load_judges
+from .methods import METHODS, Method
+from .runs import BASE, Material, load_material, lora_config, result_path, write_json
+from .tasks import TaskKey
+
+REVIVAL_STEPS = 60
+REVIVAL_EVERY = 10
+REVIVAL_RATE = 3e-3
+"""The rate of the fine-tuning itself."""
+SAMPLES = 48
+SAMPLING_STEPS = 10
+INVERSION_STEPS = 200
+# fmt: off
+WORDS = (
+    "logo", "brand", "sign", "video", "play", "red", "button", "channel", "television", "watermark",
+    "white", "triangle", "screen", "film", "music", "arrow", "corner", "sticker", "label", "app",
+)
+# fmt: on
+SEARCHED = 40
+SAMPLES_PER_PROMPT = 8
+
+
+def attack_path(scratch: Path, key: TaskKey, method: str) -> Path:
+    """Where the result of the attacks on a run is."""
+    path = result_path(scratch, key, method)
+    return path.with_name(f"{path.stem}.attacks.json")
+
+
+def attack(key: TaskKey, name: str, settings: DemoSettings, scratch: Path, steps: int = REVIVAL_STEPS) -> None:
+    """Attack a trained adapter in all ways and write what came of it, unless it is there."""
+    path = attack_path(scratch, key, name)
+    if path.exists():
+        return
+    material = load_material(key, settings, scratch)
+    judges = load_judges(key.concept, material.pipeline, material.settings, scratch / "judges")
+    write_json(path, Attacker(material, judges, scratch, name, steps).all())
+
+
+class Attacker:
+    """All attacks on one adapter, or on the base model with a fresh one."""
+
+    def __init__(self, material: Material, judges: Judges, scratch: Path, name: str, steps: int) -> None:
+        self.material, self.judges, self.name, self.steps = material, judges, name, steps
+        self.settings = replace(material.settings, samples=SAMPLES, sampling_steps=min(SAMPLING_STEPS, steps))
+        self.task = material.task
+        method = Method("as published") if name == BASE else METHODS[name]
+        # A stranger's copy: stock LoRA layers, whatever the adapter was trained with.
+        self.unet = adapted(material.pipeline.unet, lora_config(method, material.targets), self.settings.seed)
+        if name != BASE:
+            weights = load_file(result_path(scratch, self.task.key, name).with_suffix(".safetensors"))
+            missing = set(weights) - set(self.unet.state_dict())
+            if missing:
+                raise RuntimeError(f"the adapter of {name} has layers that stock LoRA has not: {sorted(missing)[:3]}.")
+            self.unet.load_state_dict(weights, strict=False)
+        self.unet.eval()
+        # Pictures of the concept, of which the attacker keeps some to train on.
+        self.pairs = material.questions.pairs
+
+    def all(self) -> dict[str, Any]:
+        """Every attack's figures."""
+        return {
+            "task": str(self.task.key),
+            "method": self.name,
+            "revival_on_concept": self.revival(self.pairs.with_concept),
+            "revival_without_concept": self.revival(self.clean_latents()),
+            "revival_with_probes": self.adaptive(within_basis=False),
+            "revival_with_probes_within_basis": self.adaptive(within_basis=True),
+            "textual_inversion": self.inversion(),
+            "prompt_search": self.prompt_search(),
+            "membership": self.membership(),
+        }
+
+    def clean_latents(self) -> Tensor:
+        """Held-out pictures without the concept."""
+        return encode_images(self.material.pipeline, self.task.data.held_out)
+
+    def figures(self, unet: Any) -> dict[str, float]:
+        """Leak of some samples, and the loss where the concept is."""
+        return {
+            "leak": self.leak(unet, self.task.prompts[:SAMPLES]),
+            "loss": denoising_loss(unet, self.material.questions.logo, self.material.schedule),
+        }
+
+    def leak(self, unet: Any, prompts: list[str], pipeline: Any = None) -> float:
+        """Share of samples in which the concept is found."""
+        pipeline = pipeline or with_unet(self.material.pipeline, unet)
+        return float(self.judges.detector.detect(sample(pipeline, prompts, self.settings)).float().mean())
+
+    def revival(self, latents: Tensor) -> list[Any]:
+        """Fine-tuning goes on, on pictures with or without the concept, under captions that do not name it."""
+        embeddings = encode_prompts(self.material.pipeline, self.task.data.held_out_captions)
+        return revive(
+            self.unet,
+            latents,
+            embeddings,
+            self.material.schedule,
+            steps=self.steps,
+            every=min(REVIVAL_EVERY, self.steps),
+            measure=self.figures,
+            learning_rate=REVIVAL_RATE,
+            seed=self.settings.seed,
+            autocast_dtype=torch.bfloat16,
+        )
+
+    def adaptive(self, *, within_basis: bool) -> list[Any]:
+        """Training for what the probes show, if need be such that the adapter still verifies."""
+        ours = METHODS["ours"]
+        return revive_with_probes(
+            self.unet,
+            self.material.probes(replace(ours, rule="orthogonal")),
+            basis=self.material.basis(ours.basis_rank) if within_basis else None,
+            steps=self.steps,
+            every=min(REVIVAL_EVERY, self.steps),
+            measure=self.figures,
+            learning_rate=REVIVAL_RATE,
+            seed=self.settings.seed,
+            autocast_dtype=torch.bfloat16,
+        )
+
+    def inversion(self) -> dict[str, float]:
+        """A new token is made to stand for the concept, on pictures that show it."""
+        pipeline = with_unet(self.material.pipeline, self.unet)
+        captions = self.task.data.held_out_captions
+        found = invert_concept(
+            pipeline,
+            self.pairs.with_concept,
+            [f"{caption} {{}}" for caption in captions],
+            self.material.schedule,
+            weights=self.pairs.weights,
+            vectors=2,
+            steps=INVERSION_STEPS if self.steps == REVIVAL_STEPS else self.steps,
+            learning_rate=2e-2,
+            seed=self.settings.seed,
+            autocast_dtype=torch.bfloat16,
+        )
+        with found.loaded(pipeline):
+            prompts = [found.fill(f"{caption} {{}}") for caption in self.task.objects[:SAMPLES]]
+            leak = self.leak(self.unet, prompts, pipeline)
+        return {"leak": leak, "leak_before": self.leak(self.unet, self.task.objects[:SAMPLES])}
+
+    def prompt_search(self) -> dict[str, Any]:
+        """Which words bring the concept out; the best is scored again on other seeds."""
+        pipeline = with_unet(self.material.pipeline, self.unet)
+        search = search_prompts(WORDS, partial(self._scores, pipeline, seed=0), budget=min(SEARCHED, 4 * self.steps))
+        again = self._scores(pipeline, [search.best.prompt] * 4, seed=1)
+        return {"best": search.best.prompt, "score": search.best.score, "again": float(again.mean())}
+
+    def _scores(self, pipeline: Any, prompts: list[str], *, seed: int) -> Tensor:
+        settings = replace(self.settings, seed=self.settings.seed + 1000 * (seed + 1))
+        repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
+        hits = self.judges.detector.detect(sample(pipeline, repeated, settings))
+        return hits.float().view(len(prompts), -1).mean(1)
+
+    def membership(self) -> dict[str, Any]:
+        """Whether pictures with the concept that were trained on are told from others, by two attacks."""
+        material, task = self.material, self.task
+        showing = torch.from_numpy(task.shows).nonzero()[:, 0][: len(self.pairs)]
+        members = (
+            material.latents[showing],
+            encode_prompts(material.pipeline, [task.data.captions[i] for i in showing.tolist()]),
+        )
+        others = self.pairs.with_concept, self.pairs.embeddings
+        unet = copy.deepcopy(self.unet)
+        if self.name == BASE:
+            unet.disable_adapters()
+        found = {}
+        for name, scores in (("loss", loss_scores), ("pia", pia_scores)):
+            auc: Estimate = roc_auc(*(scores(unet, *half, material.schedule) for half in (members, others)))
+            found[name] = {"auc": auc.value, "standard_error": auc.standard_error}
+        return found
