@@ -21,6 +21,7 @@ component along the gradient of the concept loss. It is there for comparison; it
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -35,6 +36,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from .blocks import Blocks
 from .errors import ConceptDataError, GradProjConfigError, OnlineProjectionError
 from .optimizer_metric import RunningSecondMoment, needs_estimate, optimizer_metric, projected_moments
 from .probes import (
@@ -46,7 +48,7 @@ from .probes import (
     evaluation_mode,
     placement,
 )
-from .projection import drift_terms, inner, metric_norm, project_half_space, project_orthogonal
+from .projection import drift_terms, inner, metric_norm, metric_squares, project_half_space, project_orthogonal
 from .step_hooks import ORDER_CORRECTION, observe_steps
 
 __all__ = [
@@ -523,28 +525,29 @@ class OnlineProjection:
             self._estimate.clear()
         after = {name: p.detach().to(_wide(p)) for name, p in pending.parameters.items() if name in metric}
         delta = {name: x - pending.before[name].to(x.dtype) for name, x in after.items()}
-        if not any(bool(d.any()) for d in delta.values()):
+        blocks = Blocks(delta)
+        steps, diagonal = blocks.join(delta), blocks.join(metric)
+        if not any(bool(d.any()) for d in steps):
             # Nothing moved: a fused optimizer whose loss scaler found an overflow, or a learning rate of 0.
-            self._report(pending, step, {}, {}, metric, started=started)
+            self._report(pending, step, (0.0, {}), started)
             return
-        corrected = self._swept(delta, metric, pending)
+        corrected = self._swept(steps, diagonal, blocks, pending)
         self._remember(pending)
-        correction = {name: self.strength * (corrected[name] - delta[name]) for name in delta}
-        for name, x in after.items():
-            pending.parameters[name].copy_(x + correction[name])
+        corrections = [self.strength * (new - old) for new, old in zip(corrected, steps, strict=True)]
+        for name, correction in blocks.split(corrections).items():
+            pending.parameters[name].copy_(after[name] + correction)
         self._correct_moments(optimizer, pending, metric)
-        self._report(pending, step, correction, delta, metric, started=started)
+        self._report(pending, step, _removed_shares(corrections, steps, diagonal, blocks), started)
 
-    def _swept(self, delta: dict[str, Tensor], metric: dict[str, Tensor], pending: _Pending) -> dict[str, Tensor]:
+    def _swept(self, step: list[Tensor], diagonal: list[Tensor], blocks: Blocks, pending: _Pending) -> list[Tensor]:
         """The step after a sweep over the half-spaces, the newest last (Kaczmarz)."""
-        step, diagonal = [*delta.values()], [metric[name] for name in delta]
         limit = RESTORE_LIMIT * self.probe_every * metric_norm(step, diagonal)
         constraints: list[tuple[dict[str, Tensor], float | Tensor]]
         constraints = [(h.gradient, h.drift_at(pending.before)) for h in self._history]
         for gradient, drift in [*constraints, (pending.gradient, pending.drift)]:
-            s = [gradient[n].to(d.device) if n in gradient else torch.zeros_like(d) for n, d in delta.items()]
+            s = blocks.join(gradient)
             step = project_half_space(step, s, drift, restore=self.restore, metric=diagonal, restore_limit=limit)
-        return dict(zip(delta, step, strict=True))
+        return step
 
     def _remember(self, pending: _Pending) -> None:
         if self._history.maxlen:
@@ -556,19 +559,9 @@ class OnlineProjection:
         for moment, projected in projected_moments(optimizer, pending.parameters, pending.gradient, metric):
             moment.lerp_(projected, self.strength)
 
-    def _report(
-        self,
-        pending: _Pending,
-        step: int,
-        correction: dict[str, Tensor],
-        delta: dict[str, Tensor],
-        metric: dict[str, Tensor],
-        *,
-        started: float,
-    ) -> None:
-        total, layers = _removed_shares(correction, delta, metric)
+    def _report(self, pending: _Pending, step: int, shares: tuple[float, dict[str, float]], started: float) -> None:
         seconds = pending.seconds + time.perf_counter() - started
-        self._publish(OnlineReport(step, pending.drift, pending.floor, total, layers, seconds))
+        self._publish(OnlineReport(step, pending.drift, pending.floor, *shares, seconds))
 
     def _publish(self, report: OnlineReport) -> None:
         self.last = report
@@ -594,9 +587,10 @@ class OnlineProjection:
         gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
         projected = project_orthogonal([*gradients.values()], [s[n] for n in gradients], strength=self.strength)
         with torch.no_grad():
-            removed = {n: g - new for (n, g), new in zip(gradients.items(), projected, strict=True)}
-            identity = {n: torch.ones((), device=g.device) for n, g in gradients.items()}
-            total, layers = _removed_shares(removed, gradients, identity)
+            blocks = Blocks(gradients)
+            removed = blocks.join({n: g - new for (n, g), new in zip(gradients.items(), projected, strict=True)})
+            whole = blocks.join(gradients)
+            total, layers = _removed_shares(removed, whole, [torch.ones_like(g) for g in whole], blocks)
             for gradient, new in zip(gradients.values(), projected, strict=True):
                 gradient.copy_(new)
         step = self._count(optimizer)
@@ -703,22 +697,21 @@ def _reduce(terms: Tensor, gradients: dict[str, Tensor]) -> None:
 
 
 def _removed_shares(
-    correction: dict[str, Tensor], whole: dict[str, Tensor], metric: dict[str, Tensor]
+    correction: list[Tensor], whole: list[Tensor], metric: list[Tensor], blocks: Blocks
 ) -> tuple[float, dict[str, float]]:
     """Norm of the correction over that of the whole, in the metric: of all, and of each layer."""
-    if not whole:
-        return 0.0, {}
-    layers: dict[str, list[str]] = {}
-    for name in whole:
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
-    norms = [
-        torch.stack([metric_norm([x[n] for n in names], [metric[n] for n in names]) for x in (correction, whole)])
-        for names in layers.values()
-    ]
-    values = torch.stack([n.to(norms[0].device) for n in norms])
-    removed, all_ = values.square().sum(0).sqrt().tolist()
-    shares = {layer: r / w if w > 0 else 0.0 for layer, (r, w) in zip(layers, values.tolist(), strict=True)}
-    return (removed / all_ if all_ > 0 else 0.0), shares
+    squares = torch.stack([blocks.sums(metric_squares(x, metric)) for x in (correction, whole)], dim=1)
+    layers: dict[str, tuple[float, float]] = {}
+    for name, (removed, all_) in zip(blocks.names, squares.tolist(), strict=True):
+        layer = name.rpartition(".")[0]
+        so_far = layers.get(layer, (0.0, 0.0))
+        layers[layer] = so_far[0] + removed, so_far[1] + all_
+    total = [sum(column) for column in zip(*layers.values(), strict=True)]
+    return _share(*total), {layer: _share(*pair) for layer, pair in layers.items()}
+
+
+def _share(removed: float, all_: float) -> float:
+    return math.sqrt(removed / all_) if all_ > 0 else 0.0
 
 
 # The projections of a model

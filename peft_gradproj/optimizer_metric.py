@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import Blocks
 from .projection import project_half_space, project_momentum
 
 __all__ = ["RunningSecondMoment", "needs_estimate", "optimizer_metric", "projected_moments"]
@@ -226,10 +227,12 @@ def _of_gradients(
 ) -> list[tuple[Tensor, Tensor]]:
     if not moments:
         return []
+    blocks = Blocks(moments)
+    diagonal = blocks.join(metric)
     # Where the metric is infinite the optimizer itself divides by its epsilon alone: no moment may arise there.
-    s = [torch.where(metric[name].isinf(), 0.0, gradient[name]) for name in moments]
-    projected = project_momentum([*moments.values()], s, metric=[metric[name] for name in moments])
-    return list(zip(moments.values(), projected, strict=True))
+    s = [torch.where(m.isinf(), 0.0, x) for m, x in zip(diagonal, blocks.join(gradient), strict=True)]
+    projected = project_momentum(blocks.join(moments), s, metric=diagonal)
+    return [(moments[name], new) for name, new in blocks.split(projected).items()]
 
 
 def _of_steps(
@@ -237,6 +240,8 @@ def _of_steps(
 ) -> list[tuple[Tensor, Tensor]]:
     if not moments:
         return []
-    diagonal, s = [metric[name] for name in moments], [gradient[name] for name in moments]
-    projected = project_half_space([-m for m in moments.values()], s, 0.0, restore=0.0, metric=diagonal)
-    return [(m, -new) for m, new in zip(moments.values(), projected, strict=True)]
+    blocks = Blocks(moments)
+    steps = [-m for m in blocks.join(moments)]
+    s = blocks.join(gradient)
+    projected = project_half_space(steps, s, 0.0, restore=0.0, metric=blocks.join(metric))
+    return [(moments[name], -new) for name, new in blocks.split(projected).items()]

@@ -39,6 +39,7 @@ __all__ = [
     "inner",
     "leakage",
     "metric_norm",
+    "metric_squares",
     "orthonormal_basis",
     "orthonormality_error",
     "principal_cosines",
@@ -353,11 +354,12 @@ def inner(u: Sequence[Tensor], v: Sequence[Tensor], metric: Sequence[Tensor] | N
     """
     total = None
     for i, (x, y) in enumerate(zip(u, v, strict=True)):
-        product = x.double() * y.double()
+        left, right = x.double(), y.double()
         if metric is not None:
-            product = product / metric[i].double()
+            right = right / metric[i].double()
+        product = torch.dot(left.reshape(-1), right.reshape(-1))
         # A model may be spread over devices.
-        total = product.sum() if total is None else total + product.sum().to(total.device)
+        total = product if total is None else total + product.to(total.device)
     if total is None:
         raise ValueError("inner() of no tensors; expected at least one.")
     return total
@@ -376,7 +378,16 @@ def metric_norm(x: Sequence[Tensor], metric: Sequence[Tensor] | None = None) -> 
     """
     if metric is None:
         return inner(x, x).sqrt()
-    return inner(x, x, [torch.where(m.isinf(), m, 1 / m) for m in metric]).sqrt()
+    return inner(x, [y.double() * _where_it_moves(m) for y, m in zip(x, metric, strict=True)]).sqrt()
+
+
+def metric_squares(x: Sequence[Tensor], metric: Sequence[Tensor]) -> list[Tensor]:
+    r"""The summands of :math:`\|x\|_M^2`, element by element, in float64; arguments as in :func:`metric_norm`."""
+    return [y.double().square() * _where_it_moves(m) for y, m in zip(x, metric, strict=True)]
+
+
+def _where_it_moves(diagonal: Tensor) -> Tensor:
+    return diagonal.nan_to_num(nan=torch.nan, posinf=0.0)
 
 
 def half_space_coefficient(
