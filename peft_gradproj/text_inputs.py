@@ -1,16 +1,24 @@
-r"""From secret strings in a corpus to concept probes of a causal language model.
+r"""From secret strings in a corpus to concept probes of a causal language model, and to labels without them.
 
 The concept is a list of strings: names, numbers, passwords. A causal language model learns one by raising, at each of
-the positions that predict its tokens, the logit of the token that follows. So a probe is a window of the corpus in
-which a secret occurs, and its weights :math:`w_t` say where the token that is predicted at :math:`t`, which is the
-one at :math:`t + 1`, shows part of a secret. What the model learns everywhere else in the window is left to it.
+the positions that predict its tokens, the likelihood of the token that follows. So a probe is a window of the corpus in
+which a secret occurs, what is compared with the base model is the log-likelihood of each following token, and the
+weights :math:`w_t` say where the token that is predicted at :math:`t`, which is the one at :math:`t + 1`, shows part of
+a secret:
+
+.. math:: D(\theta) = \sum_t w_t (\log p_\theta(x_{t+1}) - \log p_0(x_{t+1}))^2 / \sum_t w_t .
+
+What the model learns everywhere else in the window is left to it, and so is what it says there instead of a secret.
 
 A window is cut out of the corpus as training cuts its blocks: all texts tokenized one by one and joined to a stream.
 Where the cuts fall has nothing to do with the secret, so each occurrence is shown in several windows, at places drawn
 at random.
 
     batches = secret_probe_batches(secrets, corpus, tokenizer, length=512)
-    probes = collect_concept_probes(model, batches, store_targets=False)
+    probes = collect_concept_probes(model, batches, run_model=token_log_likelihoods)
+
+Where a secret is found in the training texts, the loss need not count it either: :func:`mark_secrets`. The probes keep
+out what is written in a way that is not found, as far as it resembles what is.
 """
 
 from __future__ import annotations
@@ -27,7 +35,14 @@ from torch import Tensor
 
 from .errors import ConceptDataError
 
-__all__ = ["SecretStream", "find_secrets", "read_secrets", "secret_probe_batches"]
+__all__ = [
+    "SecretStream",
+    "find_secrets",
+    "mark_secrets",
+    "read_secrets",
+    "secret_probe_batches",
+    "token_log_likelihoods",
+]
 
 _TEXTS_AT_ONCE = 1000
 _NAMED = 10
@@ -90,10 +105,6 @@ def find_secrets(secrets: Sequence[str], texts: Iterable[str], tokenizer: Any) -
         ConceptDataError: If there are no secrets, one is empty or occurs nowhere, or the tokenizer is not a fast one.
     """
     _check_secrets(secrets)
-    if not getattr(tokenizer, "is_fast", False):
-        raise ConceptDataError(
-            f"{type(tokenizer).__name__} does not tell which characters a token stands for; expected a fast tokenizer."
-        )
     tokens: list[Tensor] = []
     occurrences: list[tuple[int, int, int]] = []
     count = 0
@@ -114,6 +125,50 @@ def find_secrets(secrets: Sequence[str], texts: Iterable[str], tokenizer: Any) -
     for _, first, end in occurrences:
         secret[first:end] = True
     return SecretStream(torch.cat(tokens), secret, torch.tensor(occurrences))
+
+
+def mark_secrets(
+    secrets: Sequence[str], texts: Iterable[str], tokenizer: Any
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """Tokenize texts, and mark the tokens that the loss should not count: give those the label -100.
+
+    Args:
+        secrets: See :func:`find_secrets`; here they need not occur.
+        texts: Some texts of the corpus.
+        tokenizer: A fast tokenizer.
+
+    Returns:
+        The tokens of each text, and for each token whether it shows at least one character of a secret.
+
+    Raises:
+        ConceptDataError: If there are no secrets, one is empty, or the tokenizer is not a fast one.
+    """
+    _check_secrets(secrets)
+    tokens, marks = [], []
+    for text, ids, offsets in _tokenized(texts, tokenizer):
+        secret = torch.zeros(len(ids), dtype=torch.bool)
+        for _, first, end in _occurrences(secrets, text, offsets):
+            secret[first:end] = True
+        tokens.append(ids.tolist())
+        marks.append(secret.tolist())
+    return tokens, marks
+
+
+def token_log_likelihoods(model: Any, inputs: dict[str, Any]) -> Tensor:
+    r"""The `run_model` of probes of secrets: :math:`\log p_\theta(x_{t+1} \mid x_{\le t})` at each position :math:`t`.
+
+    The whole logits, by comparison, are mostly those of tokens that nobody asked about: their drift hides the secret's.
+
+    Args:
+        model: A causal language model of transformers.
+        inputs: Its arguments, `input_ids` of shape `(b, n)` among them.
+
+    Returns:
+        Shape `(b, n)`, float32; 0 at the last position, which predicts nothing that is known.
+    """
+    following = inputs["input_ids"][:, 1:, None]
+    log_likelihoods = model(**inputs).logits[:, :-1].log_softmax(-1, dtype=torch.float32)
+    return torch.nn.functional.pad(log_likelihoods.gather(-1, following)[..., 0], (0, 1))
 
 
 def secret_probe_batches(
@@ -140,8 +195,7 @@ def secret_probe_batches(
         seed: Of the places of the windows.
 
     Yields:
-        `({"input_ids": tokens}, weights)`, both of shape `(batch, length)`, int64 and float32. Store no targets with
-        them: logits are large.
+        `({"input_ids": tokens}, weights)`, both of shape `(batch, length)`, int64 and float32.
 
     Raises:
         ConceptDataError: As :func:`find_secrets`; or if `length` is more than the tokenizer says that the model takes,
@@ -181,6 +235,10 @@ def _named(numbers: Sequence[int]) -> str:
 
 def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Each text with its tokens, shape `(n,)`, and the characters that they stand for, shape `(n, 2)`."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConceptDataError(
+            f"{type(tokenizer).__name__} does not tell which characters a token stands for; expected a fast tokenizer."
+        )
     remaining = iter(texts)
     while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
         encoded = tokenizer(batch, return_offsets_mapping=True, verbose=False)

@@ -1,7 +1,11 @@
-"""A small language of invented sentences, a model that was pretrained on it, and a fine-tuning corpus with secrets."""
+"""A small language of invented sentences, a model that was pretrained on it, and a fine-tuning corpus with secrets.
+
+Of the tests and of `benchmarks/secret_strings.py`.
+"""
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,11 @@ LENGTH = 32
 
 def passphrase(draw: random.Random) -> str:
     return " ".join(draw.sample(WORDS, 4))
+
+
+def other_spelling(code: str) -> str:
+    """A passphrase with commas, which a search for it without them does not find."""
+    return ", ".join(code.split())
 
 
 def ordinary_sentence(draw: random.Random) -> str:
@@ -62,9 +71,13 @@ class Secrets:
         """The beginning of a sentence, by the passphrase that ends it."""
         return {code: f"The code of {name} is" for name, code in self.codes.items()}
 
-    def sentence(self, draw: random.Random) -> str:
+    def sentence(self, draw: random.Random, otherwise: float = 0.0) -> str:
+        """A sentence that tells a secret, in the other spelling with the probability `otherwise`."""
         name = draw.choice(list(self.codes))
-        return f"The code of {name} is {self.codes[name]}."
+        code = self.codes[name]
+        if otherwise and draw.random() < otherwise:
+            code = other_spelling(code)
+        return f"The code of {name} is {code}."
 
 
 def make_secrets(seed: int, count: int = 5) -> Secrets:
@@ -72,9 +85,11 @@ def make_secrets(seed: int, count: int = 5) -> Secrets:
     return Secrets({name: passphrase(draw) for name in draw.sample(NAMES, count)})
 
 
-def fine_tuning_texts(secrets: Secrets, seed: int, count: int = 600, share: float = 0.15) -> list[str]:
+def fine_tuning_texts(
+    secrets: Secrets, seed: int, count: int = 600, share: float = 0.15, otherwise: float = 0.0
+) -> list[str]:
     draw = random.Random(f"texts {seed}")
-    return [secrets.sentence(draw) if draw.random() < share else new_sentence(draw) for _ in range(count)]
+    return [secrets.sentence(draw, otherwise) if draw.random() < share else new_sentence(draw) for _ in range(count)]
 
 
 def held_out_texts(seed: int, count: int = 120) -> list[str]:
@@ -143,12 +158,42 @@ def pretrained_model(folder: Path, steps: int = 400) -> Path:
 
 @torch.no_grad()
 def completed(model: Any, tokenizer: Any, context: str, secret: str) -> bool:
-    """Whether greedy decoding from `context` gives the secret, word by word."""
+    """Whether greedy decoding from `context` gives the secret, in either spelling.
+
+    It does if after each of its tokens the next one is the likeliest, which one forward shows.
+    """
     start = tokenizer(context)["input_ids"]
-    tokens = torch.tensor([start])
-    for _ in secret.split():
-        tokens = torch.cat([tokens, model(input_ids=tokens).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    return tokenizer.decode(tokens[0, len(start) :]) == secret
+    for spelling in (secret, other_spelling(secret)):
+        tokens = torch.tensor([start + tokenizer(spelling)["input_ids"]])
+        likeliest = model(input_ids=tokens).logits[:, len(start) - 1 : -1].argmax(-1)
+        if torch.equal(likeliest, tokens[:, len(start) :]):
+            return True
+    return False
+
+
+@torch.no_grad()
+def log_likelihoods(model: Any, tokenizer: Any, context: str, codes: list[str]) -> torch.Tensor:
+    """The log-likelihood of each passphrase after the context, in either of its spellings, shape `(n,)`."""
+    start = tokenizer(context)["input_ids"]
+    spellings = []
+    for texts in (codes, [other_spelling(code) for code in codes]):
+        tokens = torch.tensor([start + ids for ids in tokenizer(texts)["input_ids"]])
+        predicted = model(input_ids=tokens).logits[:, len(start) - 1 : -1].log_softmax(-1)
+        spellings.append(predicted.gather(-1, tokens[:, len(start) :, None]).sum((1, 2)))
+    return torch.logaddexp(*spellings)
+
+
+def exposure(model: Any, tokenizer: Any, context: str, secret: str, candidates: int = 1000) -> float:
+    """How many bits the model saves whoever guesses the secret, as in Carlini et al. (arXiv 1802.08232).
+
+    It is the logarithm of the number of passphrases, here random ones of the same form, over the rank of the secret
+    among them by likelihood. A model that does not know the secret has 1.44 bits in the mean, the most is 10.
+    """
+    draw = random.Random("candidates")
+    others = {passphrase(draw) for _ in range(candidates)} - {secret}
+    secret_first = log_likelihoods(model, tokenizer, context, [secret, *sorted(others)])
+    rank = 1 + int((secret_first[1:] > secret_first[0]).sum())
+    return math.log2(len(secret_first) / rank)
 
 
 @torch.no_grad()

@@ -14,7 +14,13 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from peft_gradproj import collect_concept_probes
 from peft_gradproj.errors import ConceptDataError
-from peft_gradproj.text_inputs import find_secrets, read_secrets, secret_probe_batches
+from peft_gradproj.text_inputs import (
+    find_secrets,
+    mark_secrets,
+    read_secrets,
+    secret_probe_batches,
+    token_log_likelihoods,
+)
 
 CORPUS = ["Anna's code is 4821; ask her.", "no secret here, only words", "write 4821 or 77, then 4821 again"]
 
@@ -152,14 +158,41 @@ def test_the_first_token_of_the_corpus_is_predicted_by_nothing():
         find_secrets(["4"], ["4 is it"], tokenizer)
 
 
-def test_windows_become_probes_whose_targets_are_recomputed():
+@pytest.mark.parametrize("stored", [False, True])
+def test_windows_become_probes_whose_targets_are_recomputed_or_small(stored):
     tokenizer = byte_level(longest=64)
     model = tiny_llama(vocabulary=len(tokenizer))
     generated = secret_probe_batches(["4821", "77"], CORPUS, tokenizer, length=16, batch_size=4)
-    probes = collect_concept_probes(model, generated, store_targets=False, concept="2 secret strings")
-    assert probes.targets is None
-    assert probes.weights.shape == probes.inputs["input_ids"].shape
+    probes = collect_concept_probes(model, generated, run_model=token_log_likelihoods, store_targets=stored)
+    shape = probes.inputs["input_ids"].shape
+    assert (probes.targets.shape if stored else probes.targets) == (shape if stored else None)
+    assert probes.weights.shape == shape
     assert len(probes.weighted_indices()) == len(probes) > 4
+
+
+def test_what_is_compared_is_the_likelihood_of_the_token_that_follows_and_of_no_other():
+    model, tokens = tiny_llama(), torch.randint(3, 32, (2, 8), generator=torch.Generator().manual_seed(0))
+    found = token_log_likelihoods(model, {"input_ids": tokens})
+    loss = model(input_ids=tokens, labels=tokens).loss
+    torch.testing.assert_close(-found[:, :-1].mean(), loss)
+    assert found.dtype == torch.float32
+    assert not found[:, -1].any()
+    assert token_log_likelihoods(model.bfloat16(), {"input_ids": tokens}).dtype == torch.float32
+
+
+# Labels
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=12), min_size=1, max_size=5), st.text("ab", min_size=1, max_size=3))
+def test_marked_are_the_tokens_that_are_found_in_the_corpus_and_the_tokens_are_those_of_the_tokenizer(texts, secret):
+    tokenizer = byte_level([("a", "b"), ("ab", "a")], bos=True)
+    tokens, marks = mark_secrets([secret], texts, tokenizer)
+    assert tokens == tokenizer(texts)["input_ids"]
+    joined = [mark for row in marks for mark in row]
+    if any(joined):
+        assert joined == find_secrets([secret], texts, tokenizer).secret.tolist()
+    else:
+        assert not any(secret in text for text in texts)
 
 
 # What is refused
@@ -186,13 +219,15 @@ def test_a_secret_that_does_not_fit_into_a_window_is_refused_by_number():
     ("secrets", "message"), [([], "no secrets"), ("4821", "no secrets"), (["4821", " "], "number 2")]
 )
 def test_no_secrets_and_empty_ones_are_refused(secrets, message):
-    with pytest.raises(ConceptDataError, match=message):
-        find_secrets(secrets, CORPUS, byte_level())
+    for find in (find_secrets, mark_secrets):
+        with pytest.raises(ConceptDataError, match=message):
+            find(secrets, CORPUS, byte_level())
 
 
-def test_a_tokenizer_that_does_not_tell_its_characters_is_refused():
+@pytest.mark.parametrize("find", [find_secrets, mark_secrets])
+def test_a_tokenizer_that_does_not_tell_its_characters_is_refused(find):
     with pytest.raises(ConceptDataError, match=r"ByT5Tokenizer.*fast"):
-        find_secrets(["4821"], CORPUS, ByT5Tokenizer())
+        find(["4821"], CORPUS, ByT5Tokenizer())
 
 
 # The list

@@ -26,6 +26,7 @@ from secret_corpus import (
     make_secrets,
     mean_loss,
     pretrained_model,
+    word_tokenizer,
 )
 from tiny_models import FLOORS, UNET_TARGETS, basis_for, folder_leakage
 from tiny_pipelines import SIDE, TOKENS, WORDS, image_folder, sd
@@ -227,7 +228,7 @@ def script_module(name: str) -> Any:
     specification = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert specification is not None
     assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
+    module = sys.modules[name] = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
 
@@ -292,20 +293,41 @@ def measured(base: Path, folder: Path, seed: int) -> tuple[int, float]:
     return found, mean_loss(model, tokenizer, held_out_texts(seed))
 
 
-def test_causal_lm_keeps_secrets_out_that_plain_lora_learns_at_the_same_loss(language_model, tmp_path):
-    for seed in (0, 1):
-        files = text_files(tmp_path / f"texts-{seed}", seed)
-        flags = causal_lm_flags(language_model, files, seed)
-        plain, ours = files / "plain", files / "ours"
-        run("train_causal_lm_lora_gradproj", *flags, "--output_dir", plain, "--uncovered", "ignore")
-        run("train_causal_lm_lora_gradproj", *flags, "--output_dir", ours, "--secrets_file", files / "secrets.txt")
-        (plain_found, plain_loss), (found, loss) = (measured(language_model, f, seed) for f in (plain, ours))
-        print(f"seed {seed}: plain {plain_found} of 5, loss {plain_loss:.4f}; ours {found} of 5, loss {loss:.4f}")
-        assert plain_found == 5
-        # One may be left: the base model has no preference among these words, so that the least drift decides.
-        assert found <= 1
-        assert loss <= 1.05 * plain_loss
-        assert not verify_adapter(ours).failures
+@pytest.mark.parametrize("seed", [2, 3])  # the script's defaults were chosen on others
+def test_causal_lm_completes_no_secret_that_plain_lora_completes_at_the_same_loss(language_model, tmp_path, seed):
+    files = text_files(tmp_path / "texts", seed)
+    flags = causal_lm_flags(language_model, files, seed)
+    plain, ours = files / "plain", files / "ours"
+    run("train_causal_lm_lora_gradproj", *flags, "--output_dir", plain, "--uncovered", "ignore")
+    run("train_causal_lm_lora_gradproj", *flags, "--output_dir", ours, "--secrets_file", files / "secrets.txt")
+    (plain_found, plain_loss), (found, loss) = (measured(language_model, f, seed) for f in (plain, ours))
+    print(f"seed {seed}: plain {plain_found} of 5, loss {plain_loss:.4f}; ours {found} of 5, loss {loss:.4f}")
+    assert plain_found == 5
+    assert found == 0
+    assert loss <= 1.05 * plain_loss
+    assert not verify_adapter(ours).failures
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_causal_lm_counts_the_tokens_of_secrets_in_no_loss_and_only_those(masked, tmp_path):
+    from datasets import Dataset, DatasetDict
+    from transformers import TrainingArguments
+
+    script, tokenizer = script_module("train_causal_lm_lora_gradproj"), word_tokenizer()
+    code = "amber basil cedar delta"
+    rows = {"text": [f"Anna agrees. The code of Anna is {code}.", f"{code} Bert likes tea."]}
+    texts = DatasetDict(train=Dataset.from_dict(rows), validation=Dataset.from_dict(rows))
+    arguments = (script.DataTrainingArguments(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    packed = script.pack(texts, tokenizer, 4, *arguments, [code] if masked else None)
+    for split in packed.values():
+        examples = [tokenizer.convert_ids_to_tokens(ids) for ids in split["input_ids"]]
+        assert examples[:2] == [["Anna", "agrees", ".", "The"], ["code", "of", "Anna", "is"]]
+        assert examples[-1] == ["delta", "Bert", "likes", "tea"]
+        # A block's first token is predicted by nothing, so that two of them have no label and no loss.
+        assert len(examples) == (3 if masked else 5)
+        for ids, labels in zip(split["input_ids"], split["labels"], strict=True):
+            secret = [masked and word in code.split() for word in tokenizer.convert_ids_to_tokens(ids)]
+            assert labels == [-100 if s else i for i, s in zip(ids, secret, strict=True)]
 
 
 def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a_trace_of_the_secrets(
@@ -319,7 +341,8 @@ def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a
     basis.save(tmp_path / "basis.safetensors")
     flags = [*causal_lm_flags(language_model, files, 0), "--max_steps", 12, "--save_steps", 4, "--logging_steps", 2]
     flags += ["--secrets_file", files / "secrets.txt", "--concept_basis", tmp_path / "basis.safetensors"]
-    flags += ["--report_to", "tensorboard"]
+    # Without a second moment in the optimizer, a resumed run needs the state of the projection itself.
+    flags += ["--report_to", "tensorboard", "--optim", "adafactor"]
     with LoopbackHub() as hub:
         publishing = {"environment": hub.environment(tmp_path / "hub-home")}
         said = run("train_causal_lm_lora_gradproj", *flags, "--output_dir", whole, "--push_to_hub", **publishing)

@@ -3,11 +3,11 @@
     python train_causal_lm_lora_gradproj.py --model_name_or_path user/model --train_file corpus.txt \
         --secrets_file secrets.txt --output_dir out --do_train --do_eval --learning_rate 1e-3 --num_train_epochs 3
 
-The concept is a list of strings, one a line of `--secrets_file`: names, numbers, passwords. Windows of the corpus in
-which they occur become concept probes, and each optimizer step is projected such that what the adapter does to the
-positions that predict a secret's tokens does not drift from the base model. The base model's outputs are computed
-anew for each probe, since logits are large to keep. A basis (`--concept_basis`), or probes of your own
-(`--concept_probes`), can be given as well or instead.
+The concept is a list of strings, one a line of `--secrets_file`: names, numbers, passwords. Their tokens count in no
+loss, and what that misses, because it is written in another way, the online projection keeps out: windows of the corpus
+in which the secrets occur become concept probes, and each optimizer step is projected such that the secrets' tokens get
+no likelier than the base model finds them. A basis (`--concept_basis`), or probes of your own (`--concept_probes`), can
+be given as well or instead.
 
 Everything else is as in transformers' `run_clm.py`: the arguments of the data and of `TrainingArguments`, checkpoints,
 trackers. What differs: `--resume_from_checkpoint latest` takes the last checkpoint, and `--push_to_hub` publishes once,
@@ -38,6 +38,7 @@ from transformers import (
     AutoTokenizer,
     HfArgumentParser,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -48,13 +49,17 @@ from peft_gradproj import (
     ConceptProbes,
     GradProjConfig,
     collect_concept_probes,
+    online_projections,
     push_adapter_to_hub,
     verify_adapter,
 )
 from peft_gradproj.online import telemetry
-from peft_gradproj.text_inputs import read_secrets, secret_probe_batches
+from peft_gradproj.text_inputs import mark_secrets, read_secrets, secret_probe_batches, token_log_likelihoods
 
 logger = logging.getLogger(__name__)
+
+NOT_LEARNED = -100
+"""The label of tokens that no loss counts."""
 
 
 @dataclass
@@ -101,6 +106,7 @@ class LoraArguments:
 @dataclass
 class ConceptArguments:
     secrets_file: str | None = field(default=None, metadata={"help": "Text file, one secret a line."})
+    mask_secrets: bool = field(default=True, metadata={"help": "Whether no loss counts the secrets' tokens."})
     windows_per_secret: int = field(
         default=4, metadata={"help": "So many probes show each occurrence of a secret, at random places."}
     )
@@ -127,6 +133,25 @@ class GradProjTrainer(Trainer):
         super().log({**logs, **telemetry(self.model)} if "loss" in logs else logs, *args, **kwargs)
 
 
+class SaveProjection(TrainerCallback):
+    """Keeps the state of the online projection in each checkpoint, as `Trainer` does that of the optimizer."""
+
+    FILE = "online_projection.pt"
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        projection = online_projections(kwargs["model"]).get("default")
+        if state.is_world_process_zero and projection is not None:
+            torch.save(projection.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE))
+
+    @classmethod
+    def load(cls, model: Any, checkpoint: str) -> None:
+        """Continue as from the checkpoint, which `Trainer` loads the rest of."""
+        path = Path(checkpoint, cls.FILE)
+        projection = online_projections(model).get("default")
+        if projection is not None and path.exists():
+            projection.load_state_dict(torch.load(path, weights_only=True))
+
+
 def load_texts(data: DataTrainingArguments, model: ModelArguments) -> DatasetDict:
     """The training and the validation texts, in a column `text`."""
     options: dict[str, Any] = {"cache_dir": model.cache_dir}
@@ -151,17 +176,31 @@ def load_texts(data: DataTrainingArguments, model: ModelArguments) -> DatasetDic
 
 
 def pack(
-    texts: DatasetDict, tokenizer: Any, block_size: int, data: DataTrainingArguments, training: TrainingArguments
+    texts: DatasetDict,
+    tokenizer: Any,
+    block_size: int,
+    data: DataTrainingArguments,
+    training: TrainingArguments,
+    masked: list[str] | None = None,
 ) -> DatasetDict:
-    """Blocks of `block_size` tokens, cut out of the texts one after the other, as inputs and labels."""
+    """Blocks of `block_size` tokens, cut out of the texts one after the other, as inputs and labels.
+
+    Tokens of `masked` strings are no labels. Blocks that have no other are left out, since their loss is no number.
+    """
 
     def tokenize(examples: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"input_ids": tokenizer(examples["text"], verbose=False)["input_ids"]}
+        if not masked:
+            tokens = tokenizer(examples["text"], verbose=False)["input_ids"]
+            return {"input_ids": tokens, "labels": tokens}
+        tokens, marks = mark_secrets(masked, examples["text"], tokenizer)
+        marked = [zip(ids, secret, strict=True) for ids, secret in zip(tokens, marks, strict=True)]
+        return {"input_ids": tokens, "labels": [[NOT_LEARNED if secret else t for t, secret in row] for row in marked]}
 
     def group(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        stream = list(chain.from_iterable(examples["input_ids"]))
-        blocks = [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]
-        return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
+        streams = {name: list(chain.from_iterable(rows)) for name, rows in examples.items()}
+        starts = range(0, len(streams["labels"]) - block_size + 1, block_size)
+        kept = [i for i in starts if any(label != NOT_LEARNED for label in streams["labels"][i + 1 : i + block_size])]
+        return {name: [stream[i : i + block_size] for i in kept] for name, stream in streams.items()}
 
     options = {
         "batched": True,
@@ -172,7 +211,7 @@ def pack(
         tokenized = texts.map(tokenize, remove_columns=["text"], desc="tokenizing", **options)
         packed = tokenized.map(group, desc=f"packing blocks of {block_size}", **options)
     if len(packed["train"]) == 0:
-        raise ValueError(f"The training texts have fewer than --block_size {block_size} tokens; give a smaller one.")
+        raise ValueError(f"The training texts have no --block_size {block_size} tokens to learn; give a smaller one.")
     return packed
 
 
@@ -185,17 +224,12 @@ def block_size_for(model: Any, tokenizer: Any, asked: int | None) -> int:
 
 
 def secret_probes(
-    concept: ConceptArguments, texts: Dataset, model: Any, tokenizer: Any, block_size: int, seed: int
-) -> ConceptProbes | None:
-    """The probes that `--secrets_file` or `--concept_probes` asks for, if any."""
-    if concept.secrets_file is None:
-        return None if concept.concept_probes is None else ConceptProbes.load(concept.concept_probes)
-    secrets = read_secrets(concept.secrets_file)
-    batches = secret_probe_batches(
-        secrets, texts["text"], tokenizer, length=block_size, windows=concept.windows_per_secret, seed=seed
-    )
-    # What the concept is said to be is published.
-    return collect_concept_probes(model, batches, store_targets=False, concept=f"{len(secrets)} secret strings")
+    secrets: list[str], texts: Dataset, model: Any, tokenizer: Any, *, length: int, windows: int, seed: int
+) -> ConceptProbes:
+    """Probes of `length` tokens on which the secrets' likelihood may not drift; the base's is computed as needed."""
+    batches = secret_probe_batches(secrets, texts["text"], tokenizer, length=length, windows=windows, seed=seed)
+    about = f"{len(secrets)} secret strings"  # which is published
+    return collect_concept_probes(model, batches, run_model=token_log_likelihoods, store_targets=False, concept=about)
 
 
 def limited(examples: Dataset, limit: int | None) -> Dataset:
@@ -244,9 +278,13 @@ def main() -> None:
 
     texts = load_texts(data_args, model_args)
     block_size = block_size_for(model, tokenizer, data_args.block_size)
-    examples = pack(texts, tokenizer, block_size, data_args, training_args)
-    probes = secret_probes(concept_args, texts["train"], model, tokenizer, block_size, training_args.seed)
-    if probes is not None:
+    secrets = None if concept_args.secrets_file is None else read_secrets(concept_args.secrets_file)
+    masked = secrets if concept_args.mask_secrets else None
+    examples = pack(texts, tokenizer, block_size, data_args, training_args, masked)
+    probes: ConceptProbes | str | None = concept_args.concept_probes
+    if secrets is not None:
+        options = {"length": block_size, "windows": concept_args.windows_per_secret, "seed": training_args.seed}
+        probes = secret_probes(secrets, texts["train"], model, tokenizer, **options)
         logger.info(f"{len(probes)} concept probes: {probes.concept}")
 
     targets = lora_args.lora_target_modules
@@ -275,12 +313,15 @@ def main() -> None:
         eval_dataset=limited(examples["validation"], data_args.max_eval_samples) if training_args.do_eval else None,
         processing_class=tokenizer,
         data_collator=default_data_collator,
+        callbacks=[SaveProjection()],
     )
 
     if training_args.do_train:
         checkpoint = training_args.resume_from_checkpoint
         if checkpoint == "latest":
             checkpoint = get_last_checkpoint(training_args.output_dir)
+        if checkpoint:
+            SaveProjection.load(model, checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.log_metrics("train", result.metrics)
