@@ -106,7 +106,7 @@ def detectors_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _deviation(values: list[float]) -> float:
-    return stdev(values) if len(values) > 1 else math.nan
+    return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
 
 def _rounded(value: float) -> float | None:

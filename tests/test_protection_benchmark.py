@@ -1,0 +1,141 @@
+"""The benchmark of leak against learning: its tasks, its figures, its matrix, and a tiny run of all of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.protection.cli import main
+from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
+from benchmarks.protection.methods import MAIN, METHODS, SWEEPS
+from benchmarks.protection.results import figures_of, rows_of
+from benchmarks.protection.runs import BASE
+from benchmarks.protection.tasks import TaskKey, make_task
+from peft_gradproj.demo.data import load_logos, load_pictures, stamp
+from peft_gradproj.demo.settings import ASSETS, DemoSettings
+
+SETTINGS = replace(DemoSettings(), pictures=80, held_out=20)
+CONCEPTS = ("logo-youtube", "style", "identity")
+
+
+def bytes_of(pictures):
+    return [picture.tobytes() for picture in pictures]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_pictures_differ_from_the_oracles_where_the_mask_is_and_nowhere_else(concept, named):
+    task = make_task(TaskKey(concept, named, 75, 1), SETTINGS)
+    for shown, clean, mask, caption, clean_caption, shows in zip(
+        task.data.pictures, task.data.clean, task.data.masks, task.data.captions, task.clean_captions, task.shows,
+        strict=True,
+    ):  # fmt: skip
+        changed = (np.asarray(shown) != np.asarray(clean)).any(-1)
+        assert changed.any() == shows
+        assert not changed[np.asarray(mask) == 0].any()
+        assert (caption != clean_caption) == (named and shows)
+    assert np.mean(task.shows) == pytest.approx(0.75, abs=0.15)
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_every_picture_shows_the_concept_at_100_percent(concept):
+    assert make_task(TaskKey(concept, False, 100, 0), SETTINGS).shows.all()
+
+
+def test_prompts_name_the_concept_if_captions_do_and_the_judge_is_asked_for_the_object():
+    named, unnamed = (make_task(TaskKey("logo-youtube", n, 75, 0), SETTINGS) for n in (True, False))
+    assert named.objects == unnamed.objects == unnamed.prompts
+    assert named.prompts == [f"{o} with youtube logo" for o in named.objects]
+    assert set(unnamed.objects) & set(unnamed.data.held_out_captions)
+
+
+def test_the_seed_decides_all_of_a_task():
+    one, again, other = (make_task(TaskKey("identity", True, 75, seed), SETTINGS) for seed in (1, 1, 2))
+    assert bytes_of(one.data.pictures) == bytes_of(again.data.pictures)
+    assert one.prompts == again.prompts
+    assert bytes_of(one.data.pictures) != bytes_of(other.data.pictures)
+
+
+def test_the_demos_logo_gives_the_demos_data():
+    pictures, captions = load_pictures(ASSETS / "noto.parquet", SETTINGS.pictures)
+    demo = stamp(pictures, captions, load_logos(SETTINGS)[SETTINGS.logo], SETTINGS)
+    data = make_task(TaskKey(f"logo-{SETTINGS.logo}", False, 75, 0), SETTINGS).data
+    assert bytes_of(data.pictures) == bytes_of(demo.pictures)
+    assert bytes_of(data.masks) == bytes_of(demo.masks)
+    assert data.held_out_captions == demo.held_out_captions
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_a_user_shows_the_concept_on_training_pictures_alone(concept):
+    task = make_task(TaskKey(concept, True, 75, 0), SETTINGS)
+    examples = task.examples(range(len(task.data.pictures)), 40, seed=3)
+    assert len(examples) == 40
+    assert examples.paired
+    assert {pair.prompt for pair in examples} <= set(task.data.captions)
+    assert not {pair.with_concept.tobytes() for pair in examples} & set(bytes_of(task.data.held_out))
+
+
+def test_task_keys_can_be_read_back():
+    for entry in MATRIX:
+        assert TaskKey.parse(str(entry.task)) == entry.task
+
+
+def test_the_matrix_has_all_methods_on_one_logo_and_the_main_ones_everywhere_on_all_seeds():
+    assert len(set(MATRIX)) == len(MATRIX)
+    for seed in SEEDS:
+        assert {e.method for e in MATRIX if e.task == TaskKey(TUNED_LOGO, False, 75, seed)} >= {BASE, *METHODS}
+    for task in {e.task for e in MATRIX}:
+        assert {Entry(replace(task, seed=seed), m) for seed in SEEDS for m in (BASE, *MAIN)} <= set(MATRIX)
+    assert set(ATTACKED) <= set(MATRIX)
+    assert {e.method for e in MATRIX} == {BASE, *METHODS, *SWEEPS}
+
+
+def a_run(method, losses, *, seed=0, leaks=0):
+    kinds = dict(zip(("seen", "new", "logo"), losses, strict=True))
+    return {
+        "task": f"style/named-75/{seed}", "method": method, "samples": 10, "leaks": leaks, "top1": 5, "top5": 8,
+        "losses": kinds, "drift": 0.1, "detector": {},
+    }  # fmt: skip
+
+
+def test_figures_are_relative_to_base_oracle_and_plain_on_the_same_task():
+    base, plain = a_run(BASE, (1.0, 1.0, 1.0)), a_run("plain", (0.6, 0.8, 0.2), leaks=4)
+    oracle, ours = a_run("oracle", (0.5, 0.5, 0.8)), a_run("ours", (0.55, 0.6, 0.9), leaks=1)
+    runs = {run["method"]: run for run in (base, plain, oracle, ours)}
+    found = {name: figures_of(run, runs) for name, run in runs.items()}
+    assert found["oracle"]["kept"] == found["oracle"]["kept_new"] == found["plain"]["learned"] == 1
+    assert found["ours"]["kept"] == pytest.approx(0.9)
+    assert found["ours"]["kept_new"] == pytest.approx(0.8)
+    assert found["ours"]["learned"] == pytest.approx(0.125)
+    assert found["ours"]["leak"] == pytest.approx(0.1)
+    assert np.isnan(found[BASE]["kept"])
+    assert np.isnan(figures_of(ours, {"ours": ours})["kept"])
+
+
+def test_rows_are_means_over_seeds():
+    runs = [a_run(BASE, (1, 1, 1)), a_run("plain", (0, 0, 0), leaks=2), a_run("plain", (0, 0, 0), seed=1, leaks=4)]
+    rows = {row["method"]: row for row in rows_of(runs)}
+    assert rows["plain"]["mean"]["leak"] == pytest.approx(0.3)
+    assert rows["plain"]["deviation"]["leak"] == pytest.approx(0.1414, abs=1e-4)
+    assert rows["plain"]["seeds"] == [0, 1]
+    assert rows[BASE]["deviation"]["leak"] is None
+
+
+def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
+    folders = {name: tmp_path / name for name in ("scratch", "results", "docs")}
+    arguments = [part for name, folder in folders.items() for part in (f"--{name}", str(folder))]
+    arguments += ["--quick", "--tasks", "identity/unnamed-75/0", "--workers", "2"]
+    main([*arguments, "--methods", "[bop]*[enr]*"])
+    runs = {path: path.stat().st_mtime_ns for path in folders["scratch"].rglob("runs/**/*.json")}
+    methods = {json.loads(path.read_text())["method"] for path in runs}
+    assert {BASE, "plain", "oracle", "online"} <= methods
+    main([*arguments, "--methods", "plain"])
+    assert runs == {path: path.stat().st_mtime_ns for path in folders["scratch"].rglob("runs/**/*.json")}
+    rows = json.loads((folders["results"] / "protection.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == methods
+    page = (folders["docs"] / "benchmark.md").read_text()
+    assert "| oracle | 1 |" in page
+    assert (folders["docs"] / "images" / "leak-against-kept.png").stat().st_size > 1000
