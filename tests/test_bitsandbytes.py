@@ -68,6 +68,37 @@ def test_an_8_bit_optimizer_is_retracted_and_corrected_by_the_probes(tmp_path):
     assert steps == 20
 
 
+def test_an_8_bit_run_resumes_exactly_with_the_state_of_the_projection_and_not_without(tmp_path):
+    options = {"concept_probes": small_probes(), **PROBE_OPTIONS}
+
+    def resumed(state, *, with_projection: bool):
+        model = adapted_net(**options)
+        optimizer = adamw_8bit(trainable(model))
+        if state is not None:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if with_projection:
+                online_projections(model)["default"].load_state_dict(state["projection"])
+        return model, optimizer
+
+    whole, optimizer = resumed(None, with_projection=True)
+    train(whole, optimizer, 5)
+    assert_8bit(optimizer)
+    parts = {"model": whole, "optimizer": optimizer, "projection": online_projections(whole)["default"]}
+    torch.save({name: part.state_dict() for name, part in parts.items()}, tmp_path / "state.pt")
+    train(whole, optimizer, 5)
+
+    state, ends = torch.load(tmp_path / "state.pt", weights_only=True), []
+    for with_projection in (True, False):
+        model, optimizer = resumed(state, with_projection=with_projection)
+        train(model, optimizer, 5)
+        assert online_projections(model)["default"].step == 10
+        pairs = zip(trainable(model), trainable(whole), strict=True)
+        ends.append(max(float((p - q).detach().abs().max()) for p, q in pairs))
+    assert ends[0] <= 1e-6
+    assert ends[1] > 1e-4, "without the state, what the projection has estimated is lost"
+
+
 # Base models
 
 

@@ -124,9 +124,10 @@ def test_language_models_with_get_peft_model_and_a_trainable_from_pretrained(tmp
     base = tiny_llama()
     base.save_pretrained(tmp_path / "base")
     basis = basis_for(base, LLAMA_TARGETS)
+    probes = collect_concept_probes(base, [({"input_ids": torch.randint(3, 32, (4, 12))}, None)])
     for output, resumed in (("first", []), ("second", [str(tmp_path / "first")])):
         arguments = [str(tmp_path / "base"), str(tmp_path / output), *resumed]
-        launch(str(SCRIPTS / "train_causal_lm.py"), arguments, concept_basis=basis)
+        launch(str(SCRIPTS / "train_causal_lm.py"), arguments, concept_basis=basis, concept_probes=probes)
         assert (tmp_path / output / "types.txt").read_text() == "GradProjConfig LoraConfig"
         assert folder_leakage(tmp_path / output, basis) <= FLOORS[torch.float32]
         assert verify_adapter(tmp_path / output).ok

@@ -262,10 +262,13 @@ class WithOthers(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(10, 8)
         self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.conv1d = nn.Conv1d(8, 8, 3)
+        self.conv3d = nn.Conv3d(8, 8, 3)
+        self.attention = nn.MultiheadAttention(8, 2)
         self.linear = nn.Linear(8, 8)
 
 
-@pytest.mark.parametrize("layer", ["embedding", "grouped"])
+@pytest.mark.parametrize("layer", ["embedding", "grouped", "conv1d", "conv3d", "attention"])
 def test_a_layer_of_an_unsupported_kind_is_refused_by_name(layer):
     basis = ConceptBasis({name: random_layer_basis(8, 8, 4, ("input",)) for name in (layer, "linear")})
     base = WithOthers()

@@ -245,9 +245,10 @@ class Run:
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_accelerate_with_accumulation_and_clipping(mixed_precision, tmp_path):
-    run = Run(mixed_precision)
+    run = Run(mixed_precision, concept_probes=small_probes(), **PROBE_OPTIONS)
     losses = run.epochs(6)
     assert sum(losses[-4:]) < sum(losses[:4])
+    assert steps_seen(run.model) == 12
     assert saved_leakage(run.saved(tmp_path), run.basis) <= FLOORS[torch.float32]
 
 
