@@ -49,10 +49,6 @@ __all__ = [
 Figure = TypeVar("Figure")
 
 
-def _ignore(step: int) -> None:
-    pass
-
-
 # Revival
 
 
@@ -70,7 +66,7 @@ def revive(
     weights: Tensor | None = None,
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
-    progress: Callable[[int], None] = _ignore,
+    progress: Callable[[int], None] = lambda step: None,
 ) -> list[tuple[int, Figure]]:
     """Train the adapter inside a UNet further, as a plain LoRA, and watch the concept come back.
 
@@ -124,7 +120,7 @@ def revive_with_probes(
     learning_rate: float = 1e-3,
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
-    progress: Callable[[int], None] = _ignore,
+    progress: Callable[[int], None] = lambda step: None,
 ) -> list[tuple[int, Figure]]:
     r"""Revival by an attacker who knows the probes, and may have to keep to the basis.
 
@@ -345,7 +341,7 @@ def invert_concept(
     token: str = "<concept>",
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
-    progress: Callable[[int], None] = _ignore,
+    progress: Callable[[int], None] = lambda step: None,
 ) -> TextualInversion:
     r"""Find the input embedding of a new token with which the pipeline's UNet denoises pictures of the concept.
 
@@ -499,8 +495,7 @@ def search_prompts(
         scores: list[float] = []
         for start in range(0, len(prompts), batch_size):
             scores += score(prompts[start : start + batch_size]).tolist()
-        scored = [ScoredPrompt(*found) for found in zip(candidates, prompts, scores, strict=True)]
-        return _ranked(scored)
+        return _ranked([ScoredPrompt(*found) for found in zip(candidates, prompts, scores, strict=True)])
 
     singles = rank([(word,) for word in words[:budget]])
     best, tried = singles[0], singles
