@@ -24,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from unicodedata import normalize
 
 from torch import Tensor
 
@@ -43,6 +44,7 @@ from .untrusted import (
     parse_safetensors,
     printable,
     read_file,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ __all__ = [
     "read_basis_or_adapter",
     "read_settings",
     "rival_weights",
+    "size_limit",
     "staged_file",
     "write_sidecars",
 ]
@@ -97,6 +100,9 @@ MAX_DIRECTIONS = 4096
 
 MAX_ELEMENTS = 2**27
 """Largest number of entries of a factor or of a basis: they are computed with in float64, 1 GB at that size."""
+
+MAX_LINES = 2000
+"""How many lines, of how many characters, a person is shown; strangers can make them millions."""
 
 CHECKABLE_SPACES = ("input", "rank", "output")
 """The spaces whose promise shows in the weights; what `gradient` promises is about steps."""
@@ -194,7 +200,9 @@ class BasisFile:
     def __rich__(self) -> Any:
         from rich.text import Text
 
-        return Text("\n".join(map(printable, self.to_concept_basis().summary().split("\n"))))
+        lines = self.to_concept_basis().summary().split("\n")
+        more = [f"and {len(lines) - MAX_LINES} more lines; --json has all"] if len(lines) > MAX_LINES else []
+        return Text("\n".join(printable(line[:MAX_LINES]) for line in (*lines[:MAX_LINES], *more)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +265,7 @@ class AdapterFolder:
 
         content = self.to_dict()
         table = Table("module", "rank", "d_in", "d_out", "dtype", "basis: k by space", title_justify="left")
-        for module, layer in content["layers"].items():
+        for module, layer in list(content["layers"].items())[:MAX_LINES]:
             spaces = {} if self.basis is None else self.basis.layers.get(module, {})
             ks = ", ".join(f"{space} {basis.shape[-1]}" for space, basis in spaces.items())
             table.add_row(*(Text(printable(str(cell))) for cell in (module, *layer.values(), ks)))
@@ -269,8 +277,10 @@ class AdapterFolder:
             "basis": {"full": "published", "digest": "withheld", "none": "none"}[self.basis_published],
             "uncovered": ", ".join(content["uncovered"]) or "nothing",
         }
-        texts = [Text(printable(f"{name}: {value}")) for name, value in lines.items()]
-        return Group(*texts, table, Text("As the publisher claims; `gradproj verify` checks it."))
+        texts = [Text(printable(f"{name}: {value}"[:MAX_LINES])) for name, value in lines.items()]
+        count = len(content["layers"])
+        more = [Text(f"and {count - MAX_LINES} more layers; --json has all")] if count > MAX_LINES else []
+        return Group(*texts, table, *more, Text("As the publisher claims; `gradproj verify` checks it."))
 
 
 def _dtype_name(tensor: Tensor) -> str:
@@ -561,12 +571,16 @@ def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
         AdapterFolderError: If something is missing, malformed, too large or leads out of the folder.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        fault = "is not a folder" if folder.exists() else "does not exist"
+    # Not by methods of the path, which raise where a name is too long or a folder may not be entered.
+    if not os.path.isdir(folder):
+        fault = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise AdapterFolderError(
             f"{folder} {fault}; expected the folder of a published adapter, or its id on the Hub (user/name)."
         )
-    _refuse_confusable(folder)
+    try:
+        _refuse_confusable(os.listdir(folder), str(folder))
+    except OSError as error:
+        raise AdapterFolderError(f"{folder} cannot be read: {error.strerror or error}.") from error
     manifest, manifest_source = _read_manifest(folder)
     absent = [name for name in manifest["files"] if not os.path.lexists(folder / name)]
     if absent:
@@ -595,9 +609,9 @@ def read_basis(path: str | os.PathLike[str]) -> BasisFile:
         AdapterFolderError: If it is missing, malformed or too large.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _parse_basis(read_file(path, BASIS_NAME, limit=MAX_FILE_BYTES), path / BASIS_NAME)
-    if not path.exists():
+    if not os.path.exists(path):
         raise AdapterFolderError(f"{path} does not exist; expected the file of a concept basis.")
     real = path.resolve()
     return _parse_basis(read_file(real.parent, real.name, limit=MAX_FILE_BYTES), path)
@@ -610,8 +624,8 @@ def read_basis_or_adapter(path_or_repo: str | os.PathLike[str]) -> BasisFile | A
         AdapterFolderError: If neither is there, or it is malformed.
     """
     path = Path(path_or_repo)
-    bare_basis = path.is_dir() and not (path / MANIFEST_NAME).exists() and (path / BASIS_NAME).exists()
-    if path.is_file() or bare_basis:
+    bare_basis = not os.path.exists(path / MANIFEST_NAME) and os.path.exists(path / BASIS_NAME)
+    if os.path.isfile(path) or bare_basis:
         return read_basis(path)
     return read_adapter_folder(locate_adapter_folder(path_or_repo)[0])
 
@@ -625,7 +639,7 @@ def locate_adapter_folder(
         AdapterFolderError: If it cannot be fetched, or a revision is asked for of a local folder.
     """
     path = Path(path_or_repo)
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)):
+    if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)):
         return download_adapter_folder(str(path_or_repo), revision=revision)
     if revision is not None:
         raise AdapterFolderError(f"a revision was given, but {path} is a path; only the Hub has revisions.")
@@ -672,6 +686,7 @@ def _published_on_hub(repo_id: str, revision: str | None) -> tuple[str | None, l
 
     info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
     siblings = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    _refuse_confusable(siblings, repo_id)
     rivals = rival_weights(siblings)
     if rivals:
         raise AdapterFolderError(
@@ -680,9 +695,9 @@ def _published_on_hub(repo_id: str, revision: str | None) -> tuple[str | None, l
         )
     names = sorted(name for name in siblings if name in PUBLISHED_FILES)
     for name in names:
-        if siblings[name] > _limit(name):
+        if siblings[name] > size_limit(name):
             raise AdapterFolderError(
-                f"{name} of {repo_id} has {siblings[name]:,} bytes; at most {_limit(name):,} are read."
+                f"{name} of {repo_id} has {siblings[name]:,} bytes; at most {size_limit(name):,} are read."
             )
     if MANIFEST_NAME not in names:
         raise AdapterFolderError(f"{repo_id} holds no {MANIFEST_NAME}; it was not published with peft-gradproj.")
@@ -703,20 +718,34 @@ def rival_weights(names: Iterable[str]) -> list[str]:
     return [name for name in others if not any(word in name for word in ("checkpoint", "optimizer", "scheduler"))]
 
 
-def _limit(name: str) -> int:
+def size_limit(name: str) -> int:
+    """The most bytes that are read of a published file."""
     return MAX_FILE_BYTES if name.endswith(".safetensors") else MAX_JSON_BYTES
 
 
 def _read_bound(folder: Path, names: Sequence[str]) -> dict[str, FileBytes]:
-    return {name: read_file(folder, name, limit=_limit(name)) for name in names if os.path.lexists(folder / name)}
+    return {name: read_file(folder, name, limit=size_limit(name)) for name in names if os.path.lexists(folder / name)}
 
 
-def _refuse_confusable(folder: Path) -> None:
-    """Refuse names that are published names but for their case: a file system may take one for the other."""
-    for entry in os.listdir(folder):
+def _refuse_confusable(entries: Iterable[str], where: str) -> None:
+    """Refuse names that a file system, or a reader, may take for published ones."""
+    for entry in entries:
         for name in (*BOUND_FILES, MANIFEST_NAME):
-            if entry != name and entry.casefold() == name.casefold():
-                raise AdapterFolderError(f"{folder} holds {entry!r} beside, or for, {name}; refused. Remove it.")
+            if entry != name and _looks_like(entry, name):
+                raise AdapterFolderError(f"{where} holds {shown(entry)} beside, or for, {name}; refused. Remove it.")
+
+
+def _looks_like(entry: str, name: str) -> bool:
+    """Whether `entry` is `name` but for case, invisible characters, and less than half of the letters of other scripts.
+
+    Which letters look alike is not asked: whoever honestly writes a name in another script writes all of it so.
+    """
+    letters = [c for c in normalize("NFKC", entry).casefold() if c.isprintable()]
+    if len(letters) != len(name):
+        return False
+    same = sum(letter == expected for letter, expected in zip(letters, name, strict=True))
+    foreign = sum(not letter.isascii() for letter in letters)
+    return same + foreign == len(name) and same > foreign
 
 
 def _object(source: FileBytes, where: Path) -> dict[str, Any]:
@@ -731,7 +760,8 @@ def _parse_basis(source: FileBytes, where: Path) -> BasisFile:
     found = tensors.metadata.get("format_version")
     if found != BASIS_FORMAT_VERSION:
         raise AdapterFolderError(
-            f"{where} has format version {found!r}; this release reads {BASIS_FORMAT_VERSION!r}. Update peft-gradproj."
+            f"{where} has format version {shown(found)}; this release reads {BASIS_FORMAT_VERSION!r}. Update "
+            "peft-gradproj."
         )
     layers: dict[str, dict[str, Tensor]] = {}
     for key in tensors:
@@ -741,6 +771,8 @@ def _parse_basis(source: FileBytes, where: Path) -> BasisFile:
                 f"{where} holds a tensor {key}; expected {{module}}.{{space}} with a space of {', '.join(SPACES)}."
             )
         shape = tensors.infos[key].shape
+        if not shape:
+            raise AdapterFolderError(f"{key} in {where} is a single number; expected a matrix of shape (d, k).")
         if shape[-1:] > (MAX_DIRECTIONS,) or prod(shape) > MAX_ELEMENTS:
             raise AdapterFolderError(
                 f"{key} in {where} has shape {shape}; at most {MAX_DIRECTIONS} directions and {MAX_ELEMENTS:,} entries "
@@ -762,7 +794,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], FileBytes]:
     found = manifest.get("format_version")
     if type(found) is not int or found != FORMAT_VERSION:
         raise AdapterFolderError(
-            f"{where} has format version {found!r}; this release reads {FORMAT_VERSION}. Update peft-gradproj."
+            f"{where} has format version {shown(found)}; this release reads {FORMAT_VERSION}. Update peft-gradproj."
         )
     for key, (valid, expected) in _MANIFEST_FIELDS.items():
         if key not in manifest or not valid(manifest[key]):

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import ConceptBasisError
+from .errors import AdapterFolderError, ConceptBasisError
 from .files import locate_file, read_tensor_file, write_atomically
 from .projection import orthonormal_basis, orthonormality_error, principal_cosines
+from .untrusted import parse_json, shown
 
 __all__ = [
     "BASIS_FILE_NAME",
@@ -315,11 +316,10 @@ class ConceptBasis(Mapping[str, LayerBasis]):
 
     def summary(self) -> str:
         """A table to read: for each layer and space its width, its directions, and what the fit reported."""
-        report = (self._fit or {}).get("layers", {})
         rows = [("module", "space", "d", "k", "held-out energy", "reference overlap")]
         for name, layer in self.items():
             for space, basis in layer.items():
-                note = report.get(name, {}).get(space, {})
+                note = _entry(self._fit, "layers", name, space)
                 shares = (_share(note.get("energy")), _share(note.get("reference_overlap")))
                 rows.append((name, space, str(basis.shape[0]), str(basis.shape[1]), *shares))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -365,13 +365,13 @@ class ConceptBasis(Mapping[str, LayerBasis]):
         version = metadata.get("format_version")
         if version != FORMAT_VERSION:
             raise ConceptBasisError(
-                f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION!r}. "
+                f"{path} has format version {shown(version)}; this release reads version {FORMAT_VERSION!r}. "
                 + ("It was not written by ConceptBasis.save." if version is None else "Update peft-gradproj.")
             )
         try:
-            fit = json.loads(metadata["fit"]) if "fit" in metadata else None
-        except ValueError as error:
-            raise ConceptBasisError(f"{path}: the header's note on the fit is not JSON ({error}).") from error
+            fit = parse_json(metadata.get("fit", "null"), f"the note on the fit in the header of {path}")
+        except AdapterFolderError as error:
+            raise ConceptBasisError(str(error)) from error
         if fit is not None and not isinstance(fit, dict):
             raise ConceptBasisError(f"{path}: the header's note on the fit is a {type(fit).__name__}, not an object.")
         layers = _layers_of(path, tensors)
@@ -392,6 +392,13 @@ def _json_copy(fit: Mapping[str, Any]) -> dict[str, Any]:
 def _some(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _entry(fit: Any, *keys: str) -> Mapping[str, Any]:
+    """What notes on a fit hold under `keys`; those of strangers may hold anything."""
+    for key in keys:
+        fit = fit.get(key) if isinstance(fit, Mapping) else None
+    return fit if isinstance(fit, Mapping) else {}
 
 
 def _share(value: Any) -> str:

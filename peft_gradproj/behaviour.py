@@ -12,7 +12,6 @@ probes: they show the concept as whoever made them expects it to appear, and say
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from .adapter_folder import ADAPTER_CONFIG_NAME, WEIGHT_NAMES, AdapterFolder, LoraPair
 from .errors import BehaviourError, ConceptDataError
+from .escaping import regular_expressions
 from .probes import ConceptProbes, adapters_disabled, broadcast_weights, call_model, evaluation_mode, placement
 from .untrusted import printable
 
@@ -223,6 +223,9 @@ def _load(folder: AdapterFolder, name: str, stage: Path, model: nn.Module) -> No
             f"{name} is diffusers' layout, and the base model is a {type(model).__name__}; expected a diffusers model."
         )
     keys = folder.weights[name]
+    for key, value in json.loads(keys.metadata.get("lora_adapter_metadata", "{}")).items():
+        # The option stands behind the part of the pipeline that it is for.
+        _refuse_expressions({key.rpartition(".")[2]: value})
     prefix = next((p for p in ("unet", "transformer") if any(key.startswith(f"{p}.") for key in keys)), None)
     loader: Any = model
     loader.load_lora_adapter(str(stage), prefix=prefix, adapter_name=_ADAPTER, weight_name=name)
@@ -230,9 +233,7 @@ def _load(folder: AdapterFolder, name: str, stage: Path, model: nn.Module) -> No
 
 def _harmless_config(config: Mapping[str, Any], folder: AdapterFolder) -> dict[str, Any]:
     """The config without regular expressions, which PEFT would run and a stranger can make to take for ever."""
-    patterns = [key for field in ("rank_pattern", "alpha_pattern") for key in config.get(field) or {}]
-    if any(not re.fullmatch(r"\^?[\w.]+\$?", key) for key in patterns):
-        raise BehaviourError("a rank or alpha pattern of the adapter is a regular expression, which is not run.")
+    _refuse_expressions({key: config.get(key) for key in ("rank_pattern", "alpha_pattern")})
     names = [module for parsed in folder.layers().values() for module in parsed.pairs]
     choice: dict[str, Any] = {
         "exclude_modules": None,
@@ -243,6 +244,11 @@ def _harmless_config(config: Mapping[str, Any], folder: AdapterFolder) -> dict[s
     if not isinstance(config.get("target_modules"), list):
         choice["target_modules"] = names
     return {**config, **choice}
+
+
+def _refuse_expressions(config: Mapping[str, Any]) -> None:
+    for option, _ in regular_expressions(config):
+        raise BehaviourError(f"{option} of the adapter holds a regular expression, which is not run.")
 
 
 def _differences(model: nn.Module, pairs: Mapping[str, LoraPair]) -> Iterator[str]:

@@ -1,12 +1,16 @@
 """The options of a LoRA config that train, or change, something that the projection does not reach.
 
 The config refuses them before training and the verifier in what is published: one list, so that nothing is refused in
-one place and let through in the other.
+one place and let through in the other. And those that a stranger can give PEFT code to run by: regular expressions.
 """
 
 from __future__ import annotations
 
-__all__ = ["ESCAPING_OPTIONS"]
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["ESCAPING_OPTIONS", "PLAIN_NAME", "regular_expressions"]
 
 ESCAPING_OPTIONS = {
     "use_dora": "DoRA's magnitudes change the base weights' length",
@@ -26,3 +30,18 @@ ESCAPING_OPTIONS = {
     "ensure_weight_tying": "layers that the files do not name may share an adapter",
 }
 """Why each escapes, by its name."""
+
+PLAIN_NAME = re.compile(r"\^?[\w.]+\$?")
+"""A key of a pattern that is nothing but a name."""
+
+
+def regular_expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The regular expressions in a config, each with its option; PEFT runs them on the name of every layer."""
+    for option, value in config.items():
+        if option in ("rank_pattern", "alpha_pattern") and isinstance(value, Mapping):
+            texts = list(value)
+        elif option in ("target_modules", "exclude_modules") and isinstance(value, str):
+            texts = [value]
+        else:
+            continue
+        yield from ((option, text) for text in texts if not PLAIN_NAME.fullmatch(text))

@@ -38,6 +38,7 @@ __all__ = [
     "parse_safetensors",
     "printable",
     "read_file",
+    "shown",
 ]
 
 MAX_FILE_BYTES = 2 * 2**30
@@ -70,6 +71,12 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 def printable(text: str) -> str:
     """Text without what a terminal would obey: line breaks, escape sequences and the like are spelt out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """What a stranger put in a place, for a message: `printable`, and at most `limit` characters of it."""
+    text = repr(value)
+    return printable(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
 # Bytes
@@ -201,7 +208,7 @@ def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     if len(result) != len(pairs):
         repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise AdapterFolderError(
-            f"{where} has the key {repeated!r} twice; readers may differ on which counts; refused."
+            f"{where} has the key {shown(repeated)} twice; readers may differ on which counts; refused."
         )
     return result
 
@@ -280,11 +287,19 @@ def parse_safetensors(source: FileBytes, where: str) -> TensorFile:
     length = _header_length(source, where)
     header: dict[str, Any] = parse_json(source.data[8 : 8 + length], f"the header of {where}")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise AdapterFolderError(f"the metadata in the header of {where} are not strings; expected text for each key.")
     infos = {name: _tensor_info(name, entry, where) for name, entry in header.items()}
     _check_offsets(infos, source.size - 8 - length, where)
     return TensorFile(source, 8 + length, infos, metadata)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether other readers take it for text too: JSON of Python has halves of characters, which UTF-8 has not."""
+    try:
+        return isinstance(value, str) and value.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _header_length(source: FileBytes, where: str) -> int:
@@ -310,18 +325,18 @@ def _header_length(source: FileBytes, where: str) -> int:
 def _tensor_info(name: str, entry: Any, where: str) -> TensorInfo:
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise AdapterFolderError(
-            f"{where} has a tensor named {name[:80]!r}; expected 1 to {MAX_NAME_LENGTH} printable characters."
+            f"{where} has a tensor named {shown(name)}; expected 1 to {MAX_NAME_LENGTH} printable characters."
         )
     what = f"the header's entry for {name} in {where}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise AdapterFolderError(f"{what} is malformed; expected exactly dtype, shape and data_offsets.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
-        raise AdapterFolderError(f"{what} has dtype {dtype!r}; expected one of {', '.join(SAFETENSORS_DTYPES)}.")
+        raise AdapterFolderError(f"{what} has dtype {shown(dtype)}; expected one of {', '.join(SAFETENSORS_DTYPES)}.")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise AdapterFolderError(f"{what} has shape {shape!r}; expected up to {MAX_DIMENSIONS} sizes, 0 or more.")
+        raise AdapterFolderError(f"{what} has shape {shown(shape)}; expected up to {MAX_DIMENSIONS} sizes, 0 or more.")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise AdapterFolderError(f"{what} has offsets {offsets!r}; expected two positions, 0 or more.")
+        raise AdapterFolderError(f"{what} has offsets {shown(offsets)}; expected two positions, 0 or more.")
     if 0 in shape:
         raise AdapterFolderError(f"{what} has shape {shape}: a tensor without values; expected at least one.")
     begin, end = offsets

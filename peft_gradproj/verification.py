@@ -15,7 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,9 @@ from .adapter_folder import (
     rival_weights,
 )
 from .errors import AdapterFolderError, BehaviourError, ConceptBasisError, ConceptDataError
-from .escaping import ESCAPING_OPTIONS
+from .escaping import ESCAPING_OPTIONS, PLAIN_NAME, regular_expressions
 from .projection import orthonormality_error, principal_cosines
-from .untrusted import parse_json, printable
+from .untrusted import parse_json, printable, shown
 
 if TYPE_CHECKING:
     from .basis import ConceptBasis
@@ -69,6 +69,9 @@ MAX_SCALE = 1e4
 
 MAX_ROWS = 20
 """How many findings of one check a person is shown."""
+
+MAX_TEXT = 500
+"""How many characters of a name or a finding a person is shown; strangers can make them megabytes long."""
 
 _SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
@@ -125,7 +128,7 @@ class VerificationReport:
     """What these checks cannot tell about this adapter."""
 
     behaviour: BehaviourResult | None = None
-    """The figures of the drift, where it was measured."""
+    """The figures of the drift, where it was measured; the larger ones, where both layouts are published."""
 
     @property
     def status(self) -> str:
@@ -210,10 +213,9 @@ class VerificationReport:
             if seen[check.name] > MAX_ROWS:
                 continue
             mark = {True: Text("pass", "green"), False: Text("FAIL", "bold red"), None: Text("?", "yellow")}
-            where = f"{check.layer}: " if check.layer else ""
-            table.add_row(
-                mark[check.passed], Text(f"{check.group}: {check.name}"), Text(printable(where + check.detail))
-            )
+            where = f"{check.layer[:MAX_TEXT]}: " if check.layer else ""
+            finding = printable(where + check.detail[:MAX_TEXT])
+            table.add_row(mark[check.passed], Text(f"{check.group}: {check.name}"), Text(finding))
         for name, count in seen.items():
             if count > MAX_ROWS:
                 table.add_row(Text("..."), Text(name), Text(f"and {count - MAX_ROWS} more; --json has all"))
@@ -311,7 +313,7 @@ def verify_adapter(
     batches = None if refit is None else _contrast_batches(refit)
     own = None if basis is None else _own_basis(basis)
     path, commit = locate_adapter_folder(path_or_repo, revision=revision)
-    folder = read_adapter_folder(path)
+    folder = _read(path, path_or_repo, commit)
     layers = folder.layers()
     integrity = [*_check_files(folder), *_check_config(folder, layers), *_check_base(folder), *_check_tensors(layers)]
     orthogonality, results = _check_orthogonality(folder, layers, own, basis_tolerance)
@@ -328,6 +330,16 @@ def verify_adapter(
     checks = (*integrity, *orthogonality, *behaviour, *signature)
     notes = tuple(_notes(folder, own, batches is not None, public_key is not None))
     return VerificationReport(str(path_or_repo), commit, checks, tuple(results), notes, figures)
+
+
+def _read(path: Path, source: str | os.PathLike[str], commit: str | None) -> AdapterFolder:
+    try:
+        return read_adapter_folder(path)
+    except AdapterFolderError as error:
+        if commit is None:
+            raise
+        # Not where the cache keeps it, but what was looked at.
+        raise AdapterFolderError(str(error).replace(str(path), f"{source} at commit {commit}")) from error
 
 
 def _check_signature(folder: AdapterFolder, public_key: str | os.PathLike[str]) -> Check:
@@ -376,6 +388,11 @@ def _notes(folder: AdapterFolder, own: ConceptBasis | None, refitted: bool, key_
     if own is not None and folder.manifest["basis"]["digest"] is not None:
         same = own.digest() == folder.manifest["basis"]["digest"]
         yield f"your basis is {'' if same else 'not '}the one that the manifest's digest names."
+    if _has_expressions(folder):
+        yield (
+            "the config holds regular expressions, which are not run here; PEFT runs them on the names of all layers "
+            "when it loads the adapter."
+        )
     if refitted:
         yield "whether the contrast batches show the concept is for you to see in them; a refit does not tell."
     if folder.basis is not None and own is None and not refitted:
@@ -404,17 +421,24 @@ def _check_behaviour(
     if base_model is None:
         return [Check("drift", "behaviour", None, "not measured, since integrity failed")], None
     given = load_probes(probes), None if reference is None else load_probes(reference)
-    name = next(iter(layers))
-    pairs = _pairs_of("", layers[name])
-    figures, faults = measure_behaviour(folder, pairs, base_model, *given, batch_size=batch_size)
-    wrong = [Check("loaded", "behaviour", False, fault) for fault in faults]
-    summary = f"the base model gets {len(pairs)} layers from {name}, and no other"
-    return [*_gathered("loaded", "behaviour", wrong, summary), _judged_drift(figures, tolerance)], figures
+    checks: list[Check] = []
+    measured: list[BehaviourResult] = []
+    # Where both layouts are published, either may be loaded.
+    for name, parsed in layers.items():
+        pairs = _pairs_of("", parsed)
+        one = replace(folder, weights={name: folder.weights[name]})
+        figures, faults = measure_behaviour(one, pairs, base_model, *given, batch_size=batch_size)
+        which = f"{name}: " if len(layers) > 1 else ""
+        wrong = [Check("loaded", "behaviour", False, which + fault) for fault in faults]
+        summary = f"the base model gets {len(pairs)} layers from {name}, and no other"
+        checks += [*_gathered("loaded", "behaviour", wrong, summary), _judged_drift(figures, tolerance, which)]
+        measured.append(figures)
+    return checks, max(measured, key=lambda figures: figures.drift)
 
 
-def _judged_drift(figures: BehaviourResult, tolerance: float) -> Check:
+def _judged_drift(figures: BehaviourResult, tolerance: float, which: str) -> Check:
     drift, energy, ratio = figures.drift, figures.energy, figures.ratio
-    detail = f"on {figures.probes} probes the outputs move by {drift:.3g} in mean squares of {energy:.3g}"
+    detail = f"{which}on {figures.probes} probes the outputs move by {drift:.3g} in mean squares of {energy:.3g}"
     if not figures.same_base:
         far = figures.stored_mismatch
         return Check("drift", "behaviour", None, f"the probes were collected on another base model: off by {far:.2g}")
@@ -505,7 +529,11 @@ _HARMLESS = frozenset(
         *("lora_ga_config", "qalora_group_size", "runtime_config"),
     }
 )
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_NEUTRAL_INITS = ("gaussian", "orthogonal", "eva", "mica")
+"""With these, and with `True`, a layer that is targeted and not in the files changes nothing; see `_init_fault`."""
+
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)(?:[*+]|\{\d*,\d*\})")
+"""In a regular expression, a group repeated without a fixed count: what makes matching take for ever."""
 
 
 def _check_config(folder: AdapterFolder, layers: Mapping[str, LoraLayers]) -> list[Check]:
@@ -552,32 +580,47 @@ def _configs(folder: AdapterFolder, name: str) -> Iterator[tuple[str, str, dict[
 def _config_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> Iterator[str]:
     """Why `config` is not that of a plain LoRA with factors `pairs`."""
     if config.get("peft_type") != "LORA":
-        yield f"peft_type is {config.get('peft_type')!r}; expected 'LORA'"
+        yield f"peft_type is {shown(config.get('peft_type'))}; expected 'LORA'"
     for option, value in config.items():
-        if value and option in ESCAPING_OPTIONS:
+        # PEFT asks of some whether they are true, and of some whether they are there.
+        off = value is None or value is False or value == []
+        if not off and option in ESCAPING_OPTIONS:
             yield f"{option} is set: {ESCAPING_OPTIONS[option]}, outside of the projection"
         elif value and option not in _HARMLESS:
-            yield f"{option} is set, which this release does not know and cannot judge"
+            yield f"{shown(option)} is set, which this release does not know and cannot judge"
     if config.get("bias", "none") != "none":
-        yield f"bias is {config['bias']!r}; expected 'none'"
+        yield f"bias is {shown(config['bias'])}; expected 'none'"
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
-        yield f"init_lora_weights is {init!r}, which changes the base model"
-    if init is False:
-        yield "init_lora_weights is false: layers that are targeted and not in the files get random weights"
+    if init is not True and not (isinstance(init, str) and init.lower() in _NEUTRAL_INITS):
+        yield f"init_lora_weights is {shown(init)}: {_init_fault(init)}"
+    for option, text in regular_expressions(config):
+        if _REPEATED_GROUP.search(text):
+            yield f"{option} holds {shown(text)}, a regular expression that may take for ever to match"
     yield from _scale_faults(config)
     yield from _rank_faults(config, pairs)
+
+
+def _init_fault(init: Any) -> str:
+    if init:
+        return "it is not known to leave the base model as it is; expected true"
+    # Whatever is false, and null too, is one thing to PEFT.
+    return "layers that are targeted and not in the files get random weights; expected true"
+
+
+def _has_expressions(folder: AdapterFolder) -> bool:
+    configs = (config for name in folder.weights for _, _, config in _configs(folder, name))
+    return any(True for config in configs for _ in regular_expressions(config))
 
 
 def _scale_faults(config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
-            yield f"{key} is {_short(pattern)}; expected positive numbers by module"
+            yield f"{key} is {shown(pattern)}; expected positive numbers by module"
             return
     for key in ("r", "lora_alpha"):
         if not _is_positive(config.get(key)):
-            yield f"{key} is {_short(config.get(key))}; expected a positive number"
+            yield f"{key} is {shown(config.get(key))}; expected a positive number"
             return
     alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
     ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
@@ -594,7 +637,7 @@ def _rank_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> It
     pattern = config.get("rank_pattern") or {}
     if not isinstance(pattern, dict) or not all(map(_is_positive, [config.get("r"), *pattern.values()])):
         return
-    names = {key.strip("^$"): (key, value) for key, value in pattern.items() if re.fullmatch(r"\^?[\w.]+\$?", key)}
+    names = {key.strip("^$"): (key, value) for key, value in pattern.items() if PLAIN_NAME.fullmatch(key)}
     named = {key for key, _ in names.values()}
     default = sorted({config["r"], *(value for key, value in pattern.items() if key not in named)}, key=repr)
     for module, pair in pairs.items():
@@ -602,7 +645,7 @@ def _rank_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> It
         values = [value for key, value in filter(None, found) if not key.startswith("^") or key.strip("^$") == module]
         expected = values[:1] or default
         if pair.rank not in expected:
-            yield f"{module} has rank {pair.rank}; the config says {' or '.join(map(_short, expected[:5]))}"
+            yield f"{module} has rank {pair.rank}; the config says {' or '.join(map(shown, expected[:5]))}"
 
 
 def _suffixes(module: str) -> Iterator[str]:
@@ -613,11 +656,6 @@ def _suffixes(module: str) -> Iterator[str]:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check_base(folder: AdapterFolder) -> list[Check]:
@@ -633,11 +671,11 @@ def _check_base(folder: AdapterFolder) -> list[Check]:
     for index, what in enumerate(("base model", "revision of the base model")):
         values = {where: value[index] for where, value in named.items() if value[index]}
         if len(set(map(repr, values.values()))) > 1:
-            listed = ", ".join(f"{_short(value)} in {where}" for where, value in values.items())
+            listed = ", ".join(f"{shown(value)} in {where}" for where, value in values.items())
             failures.append(Check("base model", "integrity", False, f"the {what} differs: {listed}"))
     identifier, revision = (next((v[i] for v in named.values() if v[i]), None) for i in range(2))
-    at = f" at {_short(revision)}" if revision else ""
-    summary = f"{_short(identifier)}{at}" if identifier else "no base model is named"
+    at = f" at {shown(revision)}" if revision else ""
+    summary = f"{shown(identifier)}{at}" if identifier else "no base model is named"
     return _gathered("base model", "integrity", failures, summary)
 
 
@@ -661,8 +699,11 @@ def _check_orthogonality(
     if brought is not None:
         own_results, leaks = _check_leakage(layers, brought, "leakage against your basis", own_tolerance)
         checks += _check_coverage(folder, layers, brought, "your basis")
-        checks += _misfits(layers, brought)
-        checks += [*leaks, *([] if published is None else _compare_bases(published, brought, layers))]
+        checks += [*_misfits(layers, brought), *leaks]
+        if published is not None:
+            checks += _compare_bases(published, brought, layers)
+        elif own is not None and own.digest() == folder.manifest["basis"]["digest"]:
+            checks += _check_claims(folder, own_results)
         results = results or own_results
     return checks, results
 
@@ -679,7 +720,7 @@ def _why_unchecked(folder: AdapterFolder) -> str:
 def _check_strength(folder: AdapterFolder) -> list[Check]:
     strength = folder.manifest["settings"].get("strength")
     exact = isinstance(strength, int | float) and strength == 1
-    detail = "1, removed in full" if exact else f"is {_short(strength)}; only 1 gives a guarantee"
+    detail = "1, removed in full" if exact else f"is {shown(strength)}; only 1 gives a guarantee"
     return [Check("strength", "orthogonality", exact, detail)]
 
 
@@ -696,9 +737,7 @@ def _check_basis(folder: AdapterFolder, basis: BasisFile, layers: Mapping[str, L
     if not failures and claimed["digest"] != _digest(basis):
         failures.append(Check("basis", "orthogonality", False, "is another than the one whose digest the manifest has"))
     if basis.metadata.get("concept", "") != folder.manifest["concept"]:
-        detail = (
-            f"is for {_short(basis.metadata.get('concept'))}; the manifest says {_short(folder.manifest['concept'])}"
-        )
+        detail = f"is for {shown(basis.metadata.get('concept'))}; the manifest says {shown(folder.manifest['concept'])}"
         failures.append(Check("basis", "orthogonality", False, detail))
     count = sum(len(spaces) for spaces in basis.layers.values())
     return _gathered("basis", "orthogonality", failures, f"{count} bases are orthonormal, of the right widths")
@@ -847,7 +886,7 @@ def _check_refit(
         return unchecked(str(error))
     given = batches.digest()
     if recipe.digest not in (None, given):
-        detail = f"the contrast batches have SHA-256 {given[:16]}...; the recipe names {_short(recipe.digest)}"
+        detail = f"the contrast batches have SHA-256 {given[:16]}...; the recipe names {shown(recipe.digest)}"
         return [Check("refit", "orthogonality", False, detail)]
     try:
         refitted = refit_basis(recipe, base_model, batches)

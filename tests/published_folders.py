@@ -1,8 +1,8 @@
 """Honest published folders, and what can be done to them.
 
 `honest_folder` makes one from tensors alone, in either layout. `TAMPERINGS` lists what strangers may do to it, each
-with the answer that the verifier owes: the checks that fail, or the reason for which the folder is refused. Extend
-the lists, and every test that runs over them grows.
+with the answer that the verifier owes: the checks that fail, or the reason for which the folder is refused. `HARMLESS`
+lists what may lie beside an adapter, since nobody loads it. Extend the lists, and every test that runs over them grows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,6 +327,61 @@ def _named_pipe(folder: Path) -> None:
     os.mkfifo(folder / CONFIG)
 
 
+def _in_folder(act: Callable[[], Any]) -> Callable[[Path], None]:
+    """Done from within, since paths of sockets and of deep trees have a length that the system takes."""
+
+    def apply(folder: Path) -> None:
+        before = os.getcwd()
+        os.chdir(folder)
+        try:
+            act()
+        finally:
+            os.chdir(before)
+
+    return apply
+
+
+def _socket(name: str) -> Callable[[Path], None]:
+    def bind() -> None:
+        Path(name).unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(name)
+
+    return _in_folder(bind)
+
+
+def _deep_tree() -> None:
+    for _ in range(200):
+        os.mkdir("deeper")
+        os.chdir("deeper")
+
+
+def _not_utf8(name: bytes) -> Callable[[Path], None]:
+    return _in_folder(lambda: open(name, "wb").close())
+
+
+def _sparse(name: str, size: int) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / name).touch()
+        os.truncate(folder / name, size)
+
+    return apply
+
+
+def _hard_link(folder: Path) -> None:
+    os.link(folder / CONFIG, folder.parent / "another name of the config")
+
+
+def _adapter_in_subfolder(folder: Path) -> None:
+    (folder / "unet").mkdir()
+    save_file(honest_tensors(random_basis(seed=9), style="unet"), folder / "unet" / DIFFUSERS_WEIGHTS)
+
+
+def _digest_of_subfolder(folder: Path) -> None:
+    _adapter_in_subfolder(folder)
+    edit_json(folder, MANIFEST, lambda m: m["files"].update({f"unet/{WEIGHTS}": m["files"][WEIGHTS]}))
+
+
 def _folder_for_file(folder: Path) -> None:
     (folder / CONFIG).unlink()
     (folder / CONFIG).mkdir()
@@ -495,6 +551,25 @@ NOT_VERIFIED = [
     Tampering("an init that changes the base", on_config(init_lora_weights="pissa_niter_4"), ("config",), "pissa"),
     Tampering("random weights for layers that are targeted and not saved", on_config(init_lora_weights=False),
               ("config",), "random weights"),
+    *(
+        Tampering(f"random weights by {value!r}", on_config(init_lora_weights=value), ("config",), "random weights")
+        for value in (None, 0, "", [])
+    ),
+    Tampering("an init of tomorrow", on_config(init_lora_weights="newest"), ("config",), "not known to leave the base"),
+    Tampering("an option that is there though it is empty", on_config(kasa_config={}), ("config",), "kasa_config"),
+    *(
+        Tampering(f"{option} that takes for ever to match", on_config(**{option: value}), ("config",), "take for ever")
+        for option, value in {
+            "target_modules": "(a+)+$",
+            "exclude_modules": r"([\w.]+)*!",
+            "rank_pattern": {r"(\w+\.?)+!": 4},
+            "alpha_pattern": {"(.|a){2,}!": 8},
+        }.items()
+    ),
+    Tampering("code to be run", on_config(trust_remote_code=True, auto_map={"AutoModel": "evil.Model"}), ("config",),
+              "trust_remote_code' is set, which this release does not know"),
+    Tampering("a bias of megabytes", on_config(bias="all" * 2**20), ("config",), "expected 'none'"),
+    Tampering("an option of megabytes", on_config(**{"x" * 2**20: 1}), ("config",), "does not know"),
     Tampering("adapters shared with tied layers", on_config(ensure_weight_tying=True), ("config",), "share an adapter"),
     Tampering("double precision, which loaders round", on_tensors(WEIGHTS, _set(A, lambda a: a.double())),
               ("dtypes",), "float64"),
@@ -530,6 +605,10 @@ NOT_VERIFIED = [
               ("files",), "added afterwards"),
     Tampering("a pickle beside the weights", lambda f: (f / "adapter_model.bin").write_bytes(pickle.dumps(Evil())),
               ("files",), "adapter_model.bin for the adapter"),
+    Tampering("a pickle beside, as diffusers has it", lambda f: (f / "a_pytorch_lora_weights.bin").write_bytes(b"x"),
+              ("files",), "a loader may take"),
+    Tampering("weights under a name that is no text", _not_utf8(b"\xff\x1b.safetensors"), ("files",),
+              "a loader may take"),
     Tampering("a file that diffusers may prefer",
               lambda f: (f / "a_pytorch_lora_weights.safetensors").write_bytes(b"x"), ("files",), "a loader may take"),
     Tampering("a basis with another label", lambda f: [
@@ -607,6 +686,21 @@ REFUSED = [
         reason="has dtype 'F42'",
     ),
     Tampering(
+        "a dtype of megabytes",
+        with_bytes(WEIGHTS, safetensors_bytes({"a": entry(dtype="F" * 2**20)}, bytes(4))),
+        reason="has dtype 'FFFF",
+    ),
+    Tampering(
+        "a shape of a million sizes",
+        with_bytes(WEIGHTS, safetensors_bytes({"a": entry(shape=[1] * 2**20)}, bytes(4))),
+        reason="has shape [1, 1,",
+    ),
+    Tampering(
+        "metadata that no other reader takes",
+        with_bytes(WEIGHTS, safetensors_bytes(b'{"__metadata__": {"a": "\\ud800"}}')),
+        reason="metadata",
+    ),
+    Tampering(
         "an unhashable dtype",
         with_bytes(WEIGHTS, safetensors_bytes({"a": entry() | {"dtype": [1]}}, bytes(4))),
         reason="has dtype",
@@ -642,6 +736,11 @@ REFUSED = [
         reason="at most 4096 directions",
     ),
     Tampering(
+        "a basis of one number",
+        on_tensors(BASIS, _set(INPUT, lambda u: u[0, 0])),
+        reason="is a single number",
+    ),
+    Tampering(
         "a basis of another version",
         with_bytes(BASIS, safetensors_bytes({"__metadata__": {"format_version": "2"}, "a.input": entry()}, bytes(4))),
         reason="format version '2'",
@@ -656,12 +755,19 @@ REFUSED = [
     Tampering("a dangling link", _link_out(CONFIG, "/nowhere"), reason="holds no readable"),
     Tampering("a link for the manifest", _link_out(MANIFEST, ""), reason="link out of the folder"),
     Tampering("a named pipe", _named_pipe, reason="not a regular file"),
+    Tampering("a socket", _socket(CONFIG), reason="cannot be read"),
     Tampering("a folder for a file", _folder_for_file, reason="Is a directory"),
     Tampering("no manifest", lambda f: (f / MANIFEST).unlink(), reason="was not published with"),
     Tampering("no weights", lambda f: (f / WEIGHTS).unlink(), reason="lacks adapter_model"),
     Tampering("no weights, sealed", lambda f: [(f / WEIGHTS).unlink(), reseal(f)], reason="no adapter to check"),
     Tampering("no basis", lambda f: (f / BASIS).unlink(), reason="lacks concept_basis"),
     Tampering("names that differ by case", lambda f: (f / "Adapter_Model.safetensors").touch(), reason="Adapter_Model"),
+    Tampering(
+        "a look-alike of the config", lambda f: (f / "аdapter_config.json").touch(), reason="for, adapter_config"
+    ),
+    Tampering("a look-alike of the manifest", lambda f: (f / "gradproj․json").touch(), reason="for, gradproj.json"),
+    Tampering("a name with an invisible letter", lambda f: (f / "gradproj\u200b.json").touch(), reason="for, gradproj"),
+    Tampering("a digest of a file in a subfolder", _digest_of_subfolder, reason="without any path"),
     Tampering("a path in the manifest", with_text(MANIFEST, f'"{CONFIG}"', '"../secret"'), reason="without any path"),
     Tampering("an absolute path", with_text(MANIFEST, f'"{CONFIG}"', '"/etc/passwd"'), reason="without any path"),
     Tampering("a look-alike name", with_text(MANIFEST, "adapter_model", "аdapter_model"), reason="names out of"),
@@ -679,6 +785,7 @@ REFUSED = [
     Tampering("a number of no end", with_text(MANIFEST, '"recipe": null', '"recipe": 1e999'), reason="not finite"),
     Tampering("NaN in the manifest", with_text(MANIFEST, '"recipe": null', '"recipe": NaN'), reason="not finite"),
     Tampering("a key twice", with_text(MANIFEST, '"recipe"', '"settings": {}, "recipe"'), reason="'settings' twice"),
+    Tampering("a version of megabytes", on_manifest(format_version="1" * 2**20), reason="has format version '1111"),
     Tampering("an unknown version", on_manifest(format_version=2), reason="format version 2"),
     Tampering("a version of truth", on_manifest(format_version=True), reason="format version True"),
     Tampering("a version of text", on_manifest(format_version="1"), reason="format version '1'"),
@@ -704,3 +811,21 @@ REFUSED = [
 ]
 
 TAMPERINGS = [*NOT_VERIFIED, *REFUSED]
+
+HARMLESS = [
+    Tampering("metadata of megabytes", lambda f: [
+        save_file(load_file(f / WEIGHTS), f / WEIGHTS, {"x": "y" * 2**22}), reseal(f)]),
+    Tampering("a card of a gigabyte", _sparse("README.md", 2**30)),
+    Tampering("a log of five gigabytes", _sparse("training.log", 5 * 2**30)),
+    Tampering("a pipe for a card", lambda f: os.mkfifo(f / "README.md")),
+    Tampering("a socket beside it", _socket("socket")),
+    Tampering("a deep tree beside it", _in_folder(_deep_tree)),
+    Tampering("a name that is no text", _not_utf8(b"\xff\x1b.json")),
+    Tampering("a name in another script", lambda f: (f / "адаптер_конфиг.json").touch()),
+    Tampering("a second name of a file", _hard_link),
+    Tampering("an adapter in a subfolder", _adapter_in_subfolder),
+    Tampering("pickles that nobody loads", lambda f: [(f / "adapter_model.pt").touch(), (f / "lora.ckpt").touch()]),
+    Tampering("an index of shards", lambda f: (f / "adapter_model.safetensors.index.json").write_text("{}")),
+    Tampering("a regular expression", on_config(target_modules=r".*\.(to_q|to_out\.0|conv)")),
+]  # fmt: skip
+"""What changes nothing for those who load the adapter, so that it is verified all the same."""

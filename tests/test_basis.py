@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_gradproj.basis import BASIS_FILE_NAME, SPACES, ConceptBasis, LayerBasis
@@ -161,6 +161,21 @@ def test_malformed_layers_are_refused(layers, message):
 def test_notes_that_are_not_json_are_refused(fit):
     with pytest.raises(ConceptBasisError, match="JSON"):
         two_layers(fit=fit)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"rank": 1e999}', '{"a": 1, "a": 2}', "[]", "\x00"])
+def test_notes_of_strangers_that_are_none_are_refused(tmp_path, text):
+    path = two_layers().save(tmp_path / "basis.safetensors")
+    save_file(load_file(path), path, {"format_version": "1", "fit": text})
+    with pytest.raises(ConceptBasisError, match="note on the fit"):
+        ConceptBasis.load(path)
+
+
+@pytest.mark.parametrize(
+    "layers", [[], {"block.0.to_q": []}, {"block.0.to_q": {"input": "x"}}, {"block.0.to_q": {"input": {"energy": []}}}]
+)
+def test_notes_of_strangers_are_not_believed_to_be_a_fits(layers):
+    assert "block.0.to_q" in two_layers(fit={"layers": layers}).summary()
 
 
 def test_digest_depends_on_names_shapes_and_values_alone():
@@ -380,7 +395,7 @@ def test_a_file_that_is_no_safetensors_file_of_matrices_is_refused(tmp_path, con
         ({"a.input": U}, {}, "format version None"),
         ({"a.input": U}, None, "format version None"),
         ({"a.input": U}, {**HEADER, "format_version": "2"}, "Update peft-gradproj"),
-        ({"a.input": U}, {**HEADER, "fit": "{"}, "not JSON"),
+        ({"a.input": U}, {**HEADER, "fit": "{"}, "not valid JSON"),
         ({"a.input": U}, {**HEADER, "fit": "[]"}, "not an object"),
         ({"a.weight": U}, HEADER, "a.weight is no key"),
         ({"input": U}, HEADER, "input is no key"),

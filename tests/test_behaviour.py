@@ -9,7 +9,7 @@ import torch
 from conftest import SmallNet
 from helpers import LAYERS, small_net_basis, train, trainable
 from peft import LoraConfig, get_peft_model
-from published_folders import CONFIG, WEIGHTS, edit_json, edit_tensors, reseal
+from published_folders import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, adapter_config, edit_json, edit_tensors, reseal
 from safetensors.torch import load_file, save_file
 from tiny_models import UNET_TARGETS, basis_for, tiny_llama, tiny_unet, unet_inputs
 from torch import nn
@@ -168,10 +168,51 @@ def test_a_layer_that_loaders_add_is_named(base, sets, tmp_path):
 
 def test_patterns_of_strangers_are_not_run(base, sets, tmp_path):
     publish(base, tmp_path / "out")
-    edit_json(tmp_path / "out", CONFIG, lambda config: config.update(alpha_pattern={r"(\w+\.?)+!": 4}))
+    edit_json(tmp_path / "out", CONFIG, lambda config: config.update(alpha_pattern={".*.*.*.*.*.*.*.*!": 4}))
     reseal(tmp_path / "out")
-    with pytest.raises(BehaviourError, match="regular expression"):
+    with pytest.raises(BehaviourError, match="alpha_pattern of the adapter holds a regular expression"):
         verify_adapter(tmp_path / "out", base_model=base, probes=sets[0])
+
+
+def unet_adapter(folder, metadata: dict[str, object] | None = None):
+    """A UNet, and an adapter of it in diffusers' layout that does something, with the basis that it keeps off."""
+    unet = tiny_unet()
+    basis = basis_for(unet, ["to_q"], 2)
+    unet.add_adapter(GradProjConfig(r=2, target_modules=["to_q"], concept_basis=basis))
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_adapter(unet, folder)
+    unet.unload_lora()
+    if metadata is not None:
+        text = {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 2, **metadata})}
+        save_file(load_file(folder / DIFFUSERS_WEIGHTS), folder / DIFFUSERS_WEIGHTS, text)
+        reseal(folder)
+    return unet, basis
+
+
+def test_patterns_that_diffusers_would_run_are_not_run_either(tmp_path):
+    unet, _ = unet_adapter(tmp_path, {"target_modules": ".*.*.*.*.*.*.*.*!"})
+    probes = collect_concept_probes(unet, [(unet_inputs(2), None)])
+    with pytest.raises(BehaviourError, match="target_modules of the adapter holds a regular expression"):
+        verify_adapter(tmp_path, base_model=unet, probes=probes)
+
+
+def test_both_layouts_are_measured_since_either_may_be_loaded(tmp_path):
+    unet, basis = unet_adapter(tmp_path)
+    loud = load_file(tmp_path / DIFFUSERS_WEIGHTS)
+    quiet = {f"base_model.model.{key}": tensor * ("lora_A" in key) for key, tensor in loud.items()}
+    save_file(quiet, tmp_path / WEIGHTS)
+    config = adapter_config(r=2, lora_alpha=2, target_modules=["to_q"], base_model_name_or_path=None, revision=None)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    write_sidecars(tmp_path, basis, settings={"strength": 1.0}, base_model=None)
+    probes = collect_concept_probes(unet, [(unet_inputs(2), None)])
+    report = verify_adapter(tmp_path, base_model=unet, probes=probes, reference=probes)
+    drifts = [check for check in report.checks if check.name == "drift"]
+    assert [check.passed for check in drifts] == [True, False], report.render()
+    assert [check.detail.split(":")[0] for check in drifts] == [WEIGHTS, DIFFUSERS_WEIGHTS]
+    assert report.behaviour.drift > 0
 
 
 @pytest.mark.parametrize(
@@ -253,15 +294,10 @@ def test_weights_that_a_loader_changes_are_named(base, tmp_path):
 
 def test_text_encoders_are_not_what_is_measured(tmp_path):
     """Their layers are in the file and not on the UNet, which is no fault of the loader."""
-    unet = tiny_unet()
-    basis = basis_for(unet, ["to_q"], 2)
-    unet.add_adapter(GradProjConfig(r=2, target_modules=["to_q"], concept_basis=basis))
-    save_adapter(unet, tmp_path / "out")
-    unet.unload_lora()
-    name = "pytorch_lora_weights.safetensors"
+    unet, basis = unet_adapter(tmp_path / "out")
+    weights = tmp_path / "out" / DIFFUSERS_WEIGHTS
     encoder = {f"text_encoder.q.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}
-    tensors = {f"unet.{key}": tensor for key, tensor in load_file(tmp_path / "out" / name).items()}
-    save_file({**tensors, **encoder}, tmp_path / "out" / name)
+    save_file({**{f"unet.{key}": tensor for key, tensor in load_file(weights).items()}, **encoder}, weights)
     write_sidecars(tmp_path / "out", basis, settings={"strength": 1.0}, base_model=None)
     probes = collect_concept_probes(unet, [(unet_inputs(2), None)])
     report = verify_adapter(tmp_path / "out", base_model=unet, probes=probes, reference=probes)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import os
-import subprocess
 import sys
-import threading
 import time
-import types
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-import huggingface_hub
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,11 +20,13 @@ from published_folders import (
     BOUND_FILES,
     CONFIG,
     DIFFUSERS_WEIGHTS,
+    HARMLESS,
     KEY_STYLES,
     MANIFEST,
     NOT_VERIFIED,
     REFUSED,
     SHAPES,
+    TAMPERINGS,
     WEIGHTS,
     Tampering,
     contents,
@@ -40,11 +37,14 @@ from published_folders import (
     random_basis,
     reseal,
 )
-from safetensors.torch import save_file
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from peft_gradproj import ConceptBasis, LayerBasis, adapter_folder, verify_adapter
-from peft_gradproj.adapter_folder import CHECKABLE_SPACES, write_sidecars
-from peft_gradproj.errors import AdapterFolderError, ConceptBasisError
+from peft_gradproj.adapter_folder import CHECKABLE_SPACES, read_basis_or_adapter, write_sidecars
+from peft_gradproj.errors import AdapterFolderError, ConceptBasisError, GradProjError
+from peft_gradproj.saving import load_settings
 from peft_gradproj.verification import VerificationReport
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -229,6 +229,51 @@ def test_what_cannot_be_read_safely_is_refused_for_its_own_reason(tmp_path, monk
     assert not (tmp_path / "pickle-was-opened").exists()
 
 
+@pytest.mark.parametrize("tampering", TAMPERINGS, ids=str)
+def test_a_tampered_adapter_can_be_looked_at_or_is_our_error(tmp_path, monkeypatch, tampering: Tampering):
+    honest_folder(tmp_path / "adapter")
+    tampering.change(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    look_at(tmp_path / "adapter")
+    assert not (tmp_path / "pickle-was-opened").exists()
+
+
+@pytest.mark.parametrize("harmless", HARMLESS, ids=str)
+def test_what_nobody_loads_may_lie_beside(tmp_path, harmless: Tampering):
+    honest_folder(tmp_path / "adapter")
+    harmless.change(tmp_path / "adapter")
+    before, start = peak_memory(), time.process_time()
+    report = verify_adapter(tmp_path / "adapter")
+    assert report.ok, report.render()
+    assert time.process_time() - start < 2
+    assert peak_memory() - before < MEMORY
+    look_at(tmp_path / "adapter")
+
+
+def test_a_regular_expression_is_told_of(tmp_path):
+    honest_folder(tmp_path)
+    assert "regular expressions" not in verify_adapter(tmp_path).render()
+    edit_json(tmp_path, CONFIG, lambda config: config.update(target_modules=r".*\.conv"))
+    assert any("regular expressions, which are not run here" in note for note in verify_adapter(tmp_path).notes)
+
+
+def test_a_person_is_shown_no_megabytes(tmp_path):
+    honest_folder(tmp_path)
+    edit_json(tmp_path, MANIFEST, lambda manifest: manifest.update(uncovered=["x" * 2**20], concept="y" * 2**20))
+    assert len(verify_adapter(tmp_path).render()) < 20_000
+    stream = io.StringIO()
+    Console(file=stream).print(read_basis_or_adapter(tmp_path))
+    assert len(stream.getvalue()) < 20_000
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\udcff"])
+def test_a_path_that_no_system_takes_does_not_exist(name):
+    with pytest.raises(AdapterFolderError, match="does not exist"):
+        verify_adapter(name)
+    with pytest.raises(AdapterFolderError, match="does not exist"):
+        read_basis_or_adapter(name)
+
+
 @given(size=st.floats(-4.0, 0.0), dtype=st.sampled_from(DTYPES), part=st.sampled_from("AB"))
 def test_a_leak_above_the_rounding_of_the_dtype_is_found(tmp_path_factory, size, dtype, part):
     folder = tmp_path_factory.mktemp("leak")
@@ -303,6 +348,13 @@ def test_a_withheld_basis_has_to_be_brought(tmp_path):
     report = verify_adapter(tmp_path / "adapter", basis=random_basis(seed=4))
     assert failed(report) == {"leakage against your basis"}
     assert "your basis is not the one" in report.render()
+
+
+def test_claims_about_a_withheld_basis_are_checked_by_who_has_it(tmp_path):
+    basis = honest_folder(tmp_path, publish_basis="digest")
+    edit_json(tmp_path, MANIFEST, lambda manifest: manifest["leakage"]["down.conv"].update(input=0.1))
+    assert failed(verify_adapter(tmp_path, basis=basis)) == {"claims"}
+    assert "claims" not in failed(verify_adapter(tmp_path, basis=random_basis(seed=4)))
 
 
 def test_a_junk_basis_is_found_by_bringing_ones_own(tmp_path):
@@ -394,9 +446,11 @@ def test_a_repository_that_cannot_be_reached_is_our_error():
         verify_adapter("nobody/nothing")
 
 
-def test_a_rank_pattern_of_a_stranger_is_not_run(tmp_path):
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_regular_expression_of_a_stranger_is_not_run(tmp_path, option):
     honest_folder(tmp_path)
-    edit_json(tmp_path, CONFIG, lambda c: c.update(rank_pattern={r"(\w+\.?)+!": 4}, r=5))
+    slow = r".*.*.*.*.*.*.*.*.*.*.*.*.*.*.*.*.*.*.*.*!"
+    edit_json(tmp_path, CONFIG, lambda c: c.update({option: slow if "modules" in option else {slow: 4}}))
     reseal(tmp_path)
     start = time.process_time()
     assert verify_adapter(tmp_path).ok
@@ -464,11 +518,13 @@ def peak_memory() -> int:
 def report_or_our_error(folder: Path) -> VerificationReport | None:
     """A report that can be shown to programs and people, or none where the folder is refused as it should be.
 
-    Either way nothing outside of the folder is read, nothing is written, and memory stays bounded.
+    Either way nothing outside of the folder is read, nothing is written, and memory stays bounded; and so it is for
+    the other readers of the folder.
     """
     before = peak_memory()
     watch.noted = noted = []
     try:
+        look_at(folder)
         report = verify_adapter(folder)
     except AdapterFolderError:
         return None
@@ -481,7 +537,22 @@ def report_or_our_error(folder: Path) -> VerificationReport | None:
         assert peak_memory() - before < MEMORY
     json.loads(report.to_json())
     assert report.render()
+    for name in (WEIGHTS, BASIS):
+        # What we read, the readers of others have to read as well.
+        with safe_open(folder / name, "pt") as file:
+            assert all(file.get_slice(key).get_shape() for key in file.keys())  # noqa: SIM118
     return report
+
+
+def look_at(folder: Path) -> None:
+    """Let the readers that `gradproj inspect` and resuming use read the folder; they may raise errors of ours only."""
+    for path in (folder, folder / BASIS):
+        with suppress(GradProjError):
+            found = read_basis_or_adapter(path)
+            json.dumps(found.to_dict(), allow_nan=False)
+            Console(file=io.StringIO(), width=80).print(found)
+    with suppress(GradProjError):
+        load_settings(str(folder))
 
 
 @st.composite
@@ -551,10 +622,11 @@ def test_any_value_in_any_place_gives_a_report_or_our_error(tmp_path_factory, ho
 
 
 @given(option=st.dictionaries(st.sampled_from(["unet.r", "unet.lora_alpha", "unet.rank_pattern", "r", ""]), any_json))
-def test_any_config_in_a_header_gives_a_report_or_our_error(tmp_path_factory, option):
-    folder = tmp_path_factory.getbasetemp() / "header"
-    honest_folder(folder, style="unet", metadata={"lora_adapter_metadata": json.dumps(option)})
-    assert verify_adapter(folder).render()
+def test_any_config_in_a_header_gives_a_report_or_our_error(tmp_path_factory, honest, option):
+    folder = _written(tmp_path_factory, honest)
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {"lora_adapter_metadata": json.dumps(option)})
+    reseal(folder)
+    assert report_or_our_error(folder) is not None
 
 
 def _written(tmp_path_factory, files: dict[str, bytes]) -> Path:
@@ -568,110 +640,3 @@ def _written(tmp_path_factory, files: dict[str, bytes]) -> Path:
 def test_the_lists_know_the_published_names():
     assert {WEIGHTS, DIFFUSERS_WEIGHTS, CONFIG, BASIS} == set(BOUND_FILES)
     assert "gradient" not in CHECKABLE_SPACES
-
-
-# From the Hub
-
-COMMIT = "c0ffee" * 6 + "c0ff"
-
-
-class OneRepository(BaseHTTPRequestHandler):
-    """As much of the Hub as a download needs, for one repository at one commit; others break off the connection."""
-
-    files: ClassVar[dict[str, bytes]] = {}
-    asked: ClassVar[list[str]] = []
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        self.asked.append(path)
-        if "/someone/logo" not in path:
-            self.connection.close()
-        elif path.startswith("/api/models/someone/logo/tree/"):
-            self._json([{"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in self.files.items()])
-        elif path.startswith("/api/models/someone/logo"):
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
-            self._json({"id": "someone/logo", "sha": COMMIT, "siblings": siblings})
-        else:
-            self._file(path.rpartition("/")[2])
-
-    do_HEAD = do_GET
-
-    def _json(self, value: Any) -> None:
-        self._send(json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _file(self, name: str) -> None:
-        digest = hashlib.sha1(self.files[name]).hexdigest()
-        self._send(self.files[name], {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
-
-    def _send(self, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(200)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub() -> Iterator[tuple[str, type[OneRepository]]]:
-    handler = type("Repository", (OneRepository,), {"files": {}, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
-    server.server_close()
-
-
-def test_from_the_hub_only_published_files_are_fetched_and_the_commit_is_named(tmp_path, hub):
-    address, repository = hub
-    honest_folder(tmp_path / "adapter")
-    repository.files.update(contents(tmp_path / "adapter"))
-    repository.files.update({"optimizer.bin": b"pickle", "training.log": b"hello"})
-    # The address is read when huggingface_hub is imported: a process of its own.
-    script = f"""
-import json, sys
-from peft_gradproj import verify_adapter
-from peft_gradproj.errors import AdapterFolderError
-answers = []
-for name in ("someone/logo", "someone/broken"):
-    try:
-        answers.append(verify_adapter(name, revision="main").to_dict())
-    except AdapterFolderError as error:
-        answers.append(str(error))
-json.dump(answers, open({str(tmp_path / "answers")!r}, "w"))
-"""
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-        **{"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"},
-        **{"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "*"},
-    }
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=300)
-    report, refusal = json.loads((tmp_path / "answers").read_text())
-    assert (report["ok"], report["commit"]) == (True, COMMIT), report
-    assert "someone/broken is neither a folder" in refusal
-    fetched = {path.rpartition("/")[2] for path in repository.asked if "/resolve/" in path}
-    assert fetched == {WEIGHTS, CONFIG, BASIS, MANIFEST}
-    assert all(f"/resolve/{COMMIT}/" in path for path in repository.asked if "/resolve/" in path)
-
-
-@pytest.mark.parametrize(
-    ("siblings", "message"),
-    [
-        ({MANIFEST: 9 * 2**20}, "at most 8,388,608 are read"),
-        ({WEIGHTS: 3 * 2**30}, "at most 2,147,483,648 are read"),
-        ({"adapter_model.bin": 10}, "a loader may take"),
-        ({"a/pytorch_lora_weights.safetensors": 10}, "a loader may take"),
-        ({MANIFEST: None}, "was not published with"),
-    ],
-)
-def test_a_repository_is_refused_before_anything_is_fetched(monkeypatch, siblings, message):
-    sizes = {MANIFEST: 10, WEIGHTS: 10, "checkpoint-5/pytorch_lora_weights.safetensors": 10, **siblings}
-    found = [types.SimpleNamespace(rfilename=n, size=s) for n, s in sizes.items() if siblings.get(n, 1) is not None]
-    info = types.SimpleNamespace(sha=COMMIT, siblings=found)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: pytest.fail("something was fetched"))
-    with pytest.raises(AdapterFolderError, match=message):
-        verify_adapter("someone/logo")
