@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import InitVar, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import LoraConfig
@@ -13,10 +14,12 @@ from peft.utils import PeftType
 from .basis import ConceptBasis
 from .errors import ConceptBasisError, GradProjConfigError
 from .escaping import ESCAPING_OPTIONS
+from .files import read_json_object
 from .probes import ConceptProbes
 from .registration import register
+from .untrusted import shown
 
-__all__ = ["GradProjConfig"]
+__all__ = ["GradProjConfig", "own_settings"]
 
 _Path = str | os.PathLike[str]
 
@@ -182,6 +185,20 @@ class GradProjConfig(LoraConfig):
         return kwargs
 
     @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The options of a plain LoRA in a file. What is ours comes out of the manifest, and from nowhere else.
+
+        Raises:
+            AdapterFolderError: If the file is malformed.
+        """
+        found = read_json_object(Path(path_json_file))
+        plain = {f.name for f in fields(LoraConfig)} - {"runtime_config"}
+        unknown = sorted(found.keys() - plain)
+        if unknown:
+            warnings.warn(f"{path_json_file} has options that are ignored: {shown(unknown, 300)}.", stacklevel=2)
+        return {name: value for name, value in found.items() if name in plain}
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> GradProjConfig:
@@ -200,6 +217,11 @@ class GradProjConfig(LoraConfig):
 
         found = load_settings(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **{**found, **kwargs})
+
+
+def own_settings() -> dict[str, Any]:
+    """The fields that `LoraConfig` does not have, with their defaults."""
+    return {f.name: f.default for f in fields(GradProjConfig) if f.name in _own_fields()}
 
 
 def _own_fields() -> frozenset[str]:

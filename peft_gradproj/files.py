@@ -1,4 +1,4 @@
-"""Files of tensors: written whole, found by path or Hub id, read without trust."""
+"""Files of tensors, and of JSON: written whole, found by path or Hub id, read without trust."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import AdapterFolderError, GradProjError
-from .untrusted import MAX_FILE_BYTES, TensorFile, parse_safetensors, read_file
+from .untrusted import MAX_FILE_BYTES, MAX_JSON_BYTES, TensorFile, parse_json, parse_safetensors, read_file
 
-__all__ = ["locate_file", "read_tensor_file", "sync", "write_atomically"]
+__all__ = ["locate_file", "read_json_object", "read_tensor_file", "sync", "write_atomically"]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -73,6 +74,18 @@ def _downloaded(repo_id: str, name: str, revision: str | None, error: type[GradP
             f"{repo_id} is neither a path, nor a repository with a {name} that can be reached "
             f"({type(cause).__name__}). Check the name, the revision, your login and the connection."
         ) from cause
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a stranger's folder, as `untrusted` reads it.
+
+    Raises:
+        AdapterFolderError: If it is none, or refused.
+    """
+    value = parse_json(read_file(path.parent, path.name, limit=MAX_JSON_BYTES).data, str(path))
+    if not isinstance(value, dict):
+        raise AdapterFolderError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
+    return value
 
 
 def read_tensor_file(path: Path, error: type[GradProjError]) -> TensorFile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from .adapter_folder import (
 from .basis import ConceptBasis
 from .errors import AdapterFolderError, GradProjError
 from .folder_swap import replaced_folder
+from .untrusted import shown
 
 if TYPE_CHECKING:
     from .config import GradProjConfig
@@ -188,7 +189,11 @@ def complete_sidecars(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load_settings(path_or_repo_id: str, *, subfolder: str | None = None, **kwargs: Any) -> dict[str, Any]:
-    """The GradProj settings and the concept basis of a saved adapter, as keyword arguments for `GradProjConfig`."""
+    """The GradProj settings and the concept basis of a saved adapter, as keyword arguments for `GradProjConfig`.
+
+    Raises:
+        AdapterFolderError: If there is no such adapter, or its settings are none that this release knows.
+    """
     folder = path_or_repo_id if subfolder is None else os.path.join(path_or_repo_id, subfolder)
     if not os.path.isdir(folder):
         folder = _download(path_or_repo_id, subfolder, kwargs)
@@ -198,10 +203,30 @@ def load_settings(path_or_repo_id: str, *, subfolder: str | None = None, **kwarg
             f"'{path_or_repo_id}' has no gradproj.json, so it is no GradProj adapter. Load a plain LoRA with "
             "peft.LoraConfig.from_pretrained."
         )
-    settings = dict(settings)
+    settings = _known_settings(settings)
     if "concept_basis" not in kwargs and publishes_basis(folder):
         settings["concept_basis"] = ConceptBasis.load(os.path.join(folder, "concept_basis.safetensors"))
     return settings
+
+
+def _known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, if they are numbers and words of a `GradProjConfig`: others could name files, or servers, to read.
+
+    Raises:
+        AdapterFolderError: If they are not.
+    """
+    from .config import own_settings
+
+    defaults = own_settings()
+    for name, value in settings.items():
+        expected = type(defaults.get(name))
+        sound = isinstance(value, int | float) if expected is float else type(value) is expected
+        if name not in defaults or not sound or isinstance(value, bool):
+            raise AdapterFolderError(
+                f"gradproj.json has the setting {shown(name)} = {shown(value)}, which this release does not know; "
+                "expected numbers and words of a GradProjConfig. Update peft-gradproj."
+            )
+    return dict(settings)
 
 
 def _download(repo_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import torch
 from conftest import SmallNet
 from helpers import LAYERS, saved_leakage, small_net_basis, train, trainable
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from published_folders import CONFIG, MANIFEST, edit_json
 from safetensors.torch import load_file, save_file
 
 from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, LayerBasis, save_sidecars, verify_adapter
@@ -136,6 +137,40 @@ def test_an_adapter_with_an_uncovered_layer_does_not_verify(tmp_path):
     report = verify_adapter(tmp_path)
     assert not report.ok
     assert "key" in report.to_json()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"concept_probes": "/etc/passwd"},
+        {"concept_basis": "stranger/basis"},
+        {"endpoint": "http://stranger"},
+        {"cache_dir": "/"},
+        {"target_modules": ["head"]},
+        {"strength": "1"},
+        {"strength": True},
+        {"probe_every": 1.5},
+        {"rule": None},
+    ],
+    ids=str,
+)
+def test_settings_of_strangers_name_nothing_to_read_and_are_of_their_types(tmp_path, settings):
+    trained()[0].save_pretrained(tmp_path)
+    edit_json(tmp_path, MANIFEST, lambda manifest: manifest["settings"].update(settings))
+    with pytest.raises(AdapterFolderError, match=f"setting '{next(iter(settings))}' = .* which this release does not"):
+        GradProjConfig.from_pretrained(tmp_path)
+
+
+def test_options_of_ours_or_of_tomorrow_in_the_plain_config_are_ignored(tmp_path):
+    model, basis = trained()
+    model.save_pretrained(tmp_path)
+    edit_json(tmp_path, CONFIG, lambda config: config.update(concept_probes="/etc/passwd", strength=0, newest=1))
+    with pytest.warns(UserWarning, match=r"ignored: \['concept_probes', 'newest', 'strength'\]"):
+        config = GradProjConfig.from_pretrained(tmp_path)
+    assert (config.concept_probes, config.strength, config.concept_basis) == (None, 1.0, basis)
+    (tmp_path / CONFIG).write_text("[]")
+    with pytest.raises(AdapterFolderError, match="expected a JSON object"):
+        GradProjConfig.from_pretrained(tmp_path)
 
 
 def test_a_folder_without_a_manifest_gives_no_gradproj_config(tmp_path):
