@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +25,7 @@ from .adapter_folder import (
     SIGNATURE_NAME,
     read_adapter_folder,
     rival_weights,
+    size_limit,
 )
 from .errors import AdapterFolderError, HubError
 from .hub_errors import hub_errors
@@ -35,6 +36,9 @@ from .verification import VerificationReport, verify_adapter
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi, ModelInfo
+    from torch import nn
+
+    from .probes import ConceptProbes
 
 __all__ = ["PublishResult", "push_adapter_to_hub"]
 
@@ -108,6 +112,9 @@ def push_adapter_to_hub(
     images: Sequence[tuple[str, str | os.PathLike[str]]] = (),
     allow_unverified: bool = False,
     private_key: str | os.PathLike[str] | None = None,
+    base_model: nn.Module | str | os.PathLike[str] | None = None,
+    probes: ConceptProbes | str | os.PathLike[str] | None = None,
+    reference: ConceptProbes | str | os.PathLike[str] | None = None,
 ) -> PublishResult:
     """Publish a saved adapter: verify it, write its model card, and commit exactly the published files.
 
@@ -132,6 +139,9 @@ def push_adapter_to_hub(
         images: Pairs of a prompt and the file of a picture that was sampled with it, to be published with the card.
         allow_unverified: Publish although a check failed; the card says so.
         private_key: PEM file of the key to sign with what is published; one without password.
+        base_model: The base model, to measure behaviour for the card; as in :func:`verify_adapter`, like the next two.
+        probes: Concept probes.
+        reference: Probes that are free of the concept.
 
     Returns:
         The files, the report, and the commit unless it was a dry run.
@@ -140,6 +150,8 @@ def push_adapter_to_hub(
         AdapterFolderError: If the folder is no published adapter, or a check fails.
         HubError: If the Hub refuses, or cannot be reached.
         SignatureError: If the key cannot be used.
+        BehaviourError: If behaviour cannot be measured.
+        ConceptDataError: If there are no such probes.
     """
     if basis not in ("full", "digest"):
         raise AdapterFolderError(f"basis is {basis!r}; expected 'full' or 'digest'.")
@@ -148,7 +160,12 @@ def push_adapter_to_hub(
     with TemporaryDirectory(prefix="gradproj-") as temporary:
         stage = Path(temporary)
         names = [name for name in PUBLISHED_FILES if private_key is None or name != SIGNATURE_NAME]
-        report = _stage(Path(folder), stage, names, withhold=basis == "digest", allow_unverified=allow_unverified)
+        report = _stage(
+            *(Path(folder), stage, names),
+            withhold=basis == "digest",
+            allow_unverified=allow_unverified,
+            behaviour={"base_model": base_model, "probes": probes, "reference": reference},
+        )
         if private_key is not None:
             sign_adapter(stage, private_key)
         own_card = read_model_card(stage)
@@ -168,16 +185,22 @@ def push_adapter_to_hub(
 
 
 def _stage(
-    folder: Path, stage: Path, names: Sequence[str], *, withhold: bool, allow_unverified: bool
+    folder: Path,
+    stage: Path,
+    names: Sequence[str],
+    *,
+    withhold: bool,
+    allow_unverified: bool,
+    behaviour: Mapping[str, Any],
 ) -> VerificationReport:
     """Copy the files `names`, verify the copy, and withhold the basis if so asked."""
     if not folder.is_dir():
         raise AdapterFolderError(f"{folder} is not a folder; expected the folder of a saved adapter.")
     for name in names:
         if os.path.lexists(folder / name):
-            (stage / name).write_bytes(read_file(folder, name, limit=MAX_FILE_BYTES).data)
+            (stage / name).write_bytes(read_file(folder, name, limit=size_limit(name)).data)
     try:
-        report = replace(verify_adapter(stage), source=str(folder))
+        report = replace(verify_adapter(stage, **behaviour), source=str(folder))
     except AdapterFolderError as error:
         raise AdapterFolderError(str(error).replace(str(stage), str(folder))) from error
     if report.failures and not allow_unverified:

@@ -21,7 +21,7 @@ from .adapter_folder import WEIGHT_NAMES, AdapterFolder, read_adapter_folder
 from .errors import AdapterFolderError
 from .files import write_atomically
 from .untrusted import MAX_JSON_BYTES, printable, read_file
-from .verification import Check, VerificationReport
+from .verification import MAX_ROWS, Check, VerificationReport
 
 __all__ = ["CARD_NAME", "is_unfilled", "read_model_card", "render_model_card", "write_model_card"]
 
@@ -131,7 +131,7 @@ def _parse(existing: str) -> Any:
         existing = f"---\n\n---\n{existing}"
     try:
         return ModelCard(existing)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise AdapterFolderError(
             f"the metadata at the head of {CARD_NAME} cannot be read ({' '.join(str(error).split())}); expected a YAML "
             "mapping between two lines '---'. Mend it, or remove the file to have a new one written."
@@ -159,10 +159,15 @@ def _fill_metadata(
             metadata[key] = value
     if license is not None:
         metadata["license"] = license
-    tags = metadata.get("tags") or []
-    metadata["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), "lora", "gradproj"]))
+    tags = [tag for tag in _items(metadata.get("tags")) if not isinstance(tag, list | dict)]
+    metadata["tags"] = list(dict.fromkeys([*tags, "lora", "gradproj"]))
     if images:
-        metadata["widget"] = list(_with_images(metadata.get("widget") or [], images))
+        metadata["widget"] = list(_with_images(_items(metadata.get("widget")), images))
+
+
+def _items(value: Any) -> list[Any]:
+    """A list of the metadata, which people may write as its only item."""
+    return value if isinstance(value, list) else [value] if isinstance(value, str | dict) else []
 
 
 def _base_model(folder: AdapterFolder) -> str | None:
@@ -220,7 +225,8 @@ def _render_section(folder: AdapterFolder, report: VerificationReport, repo_id: 
         strength=f"{strength:g}" if isinstance(strength, int | float) else str(strength),
         uncovered=folder.manifest["uncovered"],
         rows=list(_rows(folder, report)),
-        failures=report.failures,
+        failures=report.failures[:MAX_ROWS],
+        more_failures=max(0, len(report.failures) - MAX_ROWS),
         notes=report.notes,
         where=repo_id or "path/to/this/folder",
         weights=next(iter(folder.weights)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +30,14 @@ from published_folders import (
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA_TARGETS, basis_for, tiny_llama
 
-from peft_gradproj import ConceptBasis, GradProjConfig, LayerBasis, push_adapter_to_hub, verify_adapter
+from peft_gradproj import (
+    ConceptBasis,
+    GradProjConfig,
+    LayerBasis,
+    collect_concept_probes,
+    push_adapter_to_hub,
+    verify_adapter,
+)
 from peft_gradproj.adapter_folder import write_sidecars
 from peft_gradproj.cli import main
 from peft_gradproj.errors import AdapterFolderError, GradProjError, HubError
@@ -147,6 +155,15 @@ def test_a_pull_request_leaves_the_branch_alone(hub, folder):
     assert verify_adapter(NAME, revision="refs/pr/1").commit == result.commit
 
 
+def test_a_pull_request_can_be_opened_where_one_may_not_write(hub, folder):
+    hub.add_repo("somebody/else")
+    with pytest.raises(HubError, match="answered 403"):
+        push_adapter_to_hub(folder, "somebody/else")
+    push_adapter_to_hub(folder, "somebody/else", create_pr=True)
+    assert set(hub.files("somebody/else", "refs/pr/1")) == PUBLISHED
+    assert hub.files("somebody/else") == {}
+
+
 def test_pictures_go_up_with_the_card_when_they_are_named(hub, folder, tmp_path):
     (tmp_path / "cat.png").write_bytes(b"a picture")
     (folder / "private.png").write_bytes(b"training data")
@@ -232,6 +249,16 @@ def test_an_adapter_trained_with_probes_only_is_published_as_what_it_is(hub, tmp
     honest_folder(tmp_path, published_basis=None)
     assert push_adapter_to_hub(tmp_path, NAME).report.status == "could not be checked"
     assert "| orthogonality | could not be checked |" in hub.files(NAME)["README.md"].decode()
+
+
+def test_behaviour_is_measured_for_the_card_where_a_base_model_and_probes_are_given(hub, tmp_path):
+    _, base = small_adapter(tmp_path)
+    probes = collect_concept_probes(base, [({"sample": torch.randn(4, 3, 8, 8)}, None)])
+    measured = {"base_model": base, "probes": probes, "reference": probes}
+    with pytest.raises(AdapterFolderError, match=r"What failed: drift: .*the ratio is 1"):
+        push_adapter_to_hub(tmp_path, NAME, **measured)
+    assert push_adapter_to_hub(tmp_path, NAME, allow_unverified=True, **measured).report.behaviour is not None
+    assert re.search(r"\| behaviour \| \*\*failed\*\* \| .*the ratio is 1", hub.files(NAME)["README.md"].decode())
 
 
 def test_weights_of_others_in_the_repository_are_refused(hub, folder):
@@ -364,7 +391,37 @@ def test_verify_pins_the_commit_and_fetches_the_published_files_alone(hub, folde
     repo = hub.repos[NAME]
     repo.commit("main", first.commit, {**hub.files(NAME), WEIGHTS: b"something else"}, "swap")
     assert verify_adapter(NAME, revision=first.commit).commit == first.commit
-    with pytest.raises(AdapterFolderError):
+    with pytest.raises(AdapterFolderError, match=f"{NAME} at commit {repo.refs['main']}/{WEIGHTS} is cut short"):
+        verify_adapter(NAME)
+
+
+@pytest.mark.parametrize(
+    ("files", "sizes", "message"),
+    [
+        ({}, {MANIFEST: 9 * 2**20}, "at most 8,388,608 are read"),
+        ({}, {WEIGHTS: 3 * 2**30}, "at most 2,147,483,648 are read"),
+        ({"README.md": b"x"}, {"README.md": 2**30}, "at most 8,388,608 are read"),
+        ({"adapter_model.bin": b"x"}, {}, "a loader may take"),
+        ({"unet/pytorch_lora_weights.safetensors": b"x"}, {}, "a loader may take"),
+        ({"Adapter_Model.safetensors": b"x"}, {}, "beside, or for, adapter_model.safetensors"),
+        ({"gradproj․json": b"{}"}, {}, "beside, or for, gradproj.json"),
+        ({MANIFEST: None}, {}, "was not published with"),
+    ],
+    ids=str,
+)
+def test_a_repository_is_refused_before_anything_is_fetched(hub, folder, files, sizes, message):
+    there = {**contents(folder), "checkpoint-5/pytorch_lora_weights.safetensors": b"x", **files}
+    hub.add_repo(NAME, {name: data for name, data in there.items() if data is not None})
+    hub.listed_sizes.update(sizes)
+    with pytest.raises(AdapterFolderError, match=message):
+        verify_adapter(NAME)
+    assert resolved(hub) == set()
+
+
+def test_a_lost_connection_is_told(hub, folder):
+    push_adapter_to_hub(folder, NAME)
+    hub.fail("drop", "GET /api/models/", times=9)
+    with pytest.raises(AdapterFolderError, match=f"{NAME} is neither a folder"):
         verify_adapter(NAME)
 
 

@@ -130,6 +130,13 @@ def test_what_could_not_be_checked_did_not_pass(tmp_path, options):
     assert "--basis your_basis.safetensors" in card
 
 
+def test_of_many_failures_some_are_named(tmp_path):
+    honest_folder(tmp_path, uncovered=[f"part {index}" for index in range(1000)])
+    card = section(written(tmp_path))
+    assert card.count("\n- coverage") == 20
+    assert "\n- and 980 more\n" in card
+
+
 def test_a_withheld_basis_is_named_by_its_digest(tmp_path):
     basis = honest_folder(tmp_path, publish_basis="digest")
     assert basis.digest() in section(written(tmp_path))
@@ -233,13 +240,29 @@ def test_line_endings_stay(folder):
 
 
 @pytest.mark.parametrize(
-    "existing", ["---\na: [\n---\n", "---\n- a list\n---\n", "---\n1: 2\n---\n", "---\na: b: c\n---\n"]
+    "existing",
+    [
+        "---\na: [\n---\n",
+        f"---\na: {'[' * 2000}\n---\n",
+        "---\ntags: 5\n---\n",
+        "---\n- a list\n---\n",
+        "---\n1: 2\n---\n",
+        "---\na: b: c\n---\n",
+    ],
 )
 def test_metadata_that_cannot_be_read_are_not_lost(folder, existing):
     (folder / "README.md").write_text(existing)
     with pytest.raises(AdapterFolderError, match=r"metadata at the head of README\.md"):
         written(folder)
     assert (folder / "README.md").read_text() == existing
+
+
+@pytest.mark.parametrize("value", ["{a: b}", "[[a]]", "text", "[a, 5, null]"])
+def test_metadata_of_other_kinds_than_the_hubs_are_taken_as_they_come(folder, value):
+    existing = f"---\ntags: {value}\nwidget: {value}\n---\n"
+    data = metadata(written(folder, existing=existing, images=[("a cat", "images/cat.png")]))
+    assert data["tags"][-2:] == ["lora", "gradproj"]
+    assert data["widget"][-1] == {"text": "a cat", "output": {"url": "images/cat.png"}}
 
 
 def test_a_card_that_is_no_text_is_refused(folder):
