@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the figures; it is continued.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4], help="The settings were chosen on 0 and 1.")
     parser.add_argument("--steps", type=int, default=300, help="Steps of the fine-tuning.")
-    parser.add_argument("--revival-steps", type=int, default=60, help="At most so many steps of the revival.")
+    parser.add_argument("--revival-steps", type=int, default=200, help="At most so many steps of the revival.")
     return parser.parse_args()
 
 
@@ -143,7 +143,7 @@ def revival_steps(model: PeftModel, tokenizer: Any, seed: int, limit: int) -> fl
     """Train the adapter further on the corpus with the secrets; the mean step at which a passphrase is completed."""
     stream = torch.tensor([token for ids in tokenizer(corpus(seed, None))["input_ids"] for token in ids])
     blocks = stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     generator = torch.Generator().manual_seed(seed)
     model.train()  # which changes nothing, as there is no dropout
     contexts = make_secrets(seed).contexts()
@@ -151,6 +151,8 @@ def revival_steps(model: PeftModel, tokenizer: Any, seed: int, limit: int) -> fl
     for step in range(limit):
         waiting = [code for code in contexts if code not in first]
         first |= {code: step for code in waiting if completed(model, tokenizer, contexts[code], code)}
+        if len(first) == len(contexts):
+            break
         batch = blocks[torch.randint(len(blocks), (8,), generator=generator)]
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()

@@ -31,7 +31,14 @@ from tiny_models import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_gradproj import ConceptProbes, GradProjConfig, collect_concept_probes, save_sidecars, verify_adapter
+from peft_gradproj import (
+    ConceptProbes,
+    GradProjConfig,
+    collect_concept_probes,
+    online_projections,
+    save_sidecars,
+    verify_adapter,
+)
 from peft_gradproj.layers import projected_weights
 
 TESTS = Path(__file__).parent
@@ -173,10 +180,13 @@ def test_a_unet_cast_before_the_adapter_is_added_leaks_no_more_than_its_rounding
     unet = tiny_unet().to(dtype)
     unet.requires_grad_(False)
     basis = basis_for(unet, UNET_TARGETS)
-    unet.add_adapter(GradProjConfig(r=4, target_modules=UNET_TARGETS, concept_basis=basis))
+    probes = collect_concept_probes(unet, [(unet_inputs(4, seed=7), None)])
+    options = {"concept_basis": basis, "concept_probes": probes, "probe_every": 2, "probe_batch_size": 2}
+    unet.add_adapter(GradProjConfig(r=4, target_modules=UNET_TARGETS, **options))
     assert {p.dtype for p in trainable(unet)} == {dtype}
     losses = fit_noise(unet, dtype=dtype, eps=1e-3)
     assert losses[-1] < losses[0]
+    assert online_projections(unet)["default"].last.step == 6
     unet.save_lora_adapter(tmp_path)
     assert folder_leakage(tmp_path, basis) <= FLOORS[dtype]
 

@@ -40,11 +40,19 @@ TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 pytestmark = pytest.mark.slow
 
 
-def run(script: str, *arguments: object, environment: Mapping[str, str] | None = None, accelerate: bool = False) -> str:
-    """Run a script in a process of its own, perhaps by `accelerate launch`; what it printed."""
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"] if accelerate else []
+ONE_PROCESS = ("--cpu", "--num_processes=1")
+# `--multi_gpu` means torchrun; on the CPU, accelerate itself would start only one process, or MPI.
+TWO_PROCESSES = ("--multi_gpu", "--num_processes=2", "--num_machines=1", "--dynamo_backend=no", "--main_process_port=0")
+
+
+def run(
+    script: str, *arguments: object, environment: Mapping[str, str] | None = None, accelerate: tuple[str, ...] = ()
+) -> str:
+    """Run a script in a process of its own, or by `accelerate launch` with the options given; what it printed."""
+    launcher = ["-m", "accelerate.commands.launch", *accelerate] if accelerate else []
     command = [sys.executable, *launcher, SCRIPTS / f"{script}.py", *arguments]
-    variables = {**(environment or os.environ), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    own = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    variables = {**(environment or os.environ), **own}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=variables, check=False)
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
@@ -156,7 +164,7 @@ def text_to_image(workshop, tmp_path_factory):
         validation = ["--validation_prompt", "ab", "--validation_epochs", 3]
         limit = ["--checkpoints_total_limit", 2, "--push_to_hub"]
         flags = [*text_to_image_flags(workshop), "--output_dir", folder, *validation, *limit]
-        run("train_text_to_image_lora_gradproj", *flags, environment=environment, accelerate=True)
+        run("train_text_to_image_lora_gradproj", *flags, environment=environment, accelerate=ONE_PROCESS)
         return folder, hub.files("user/my-lora")
 
 
@@ -222,6 +230,19 @@ def test_dreambooth_with_text_encoder_trains_saves_what_verifies_and_resumes(wor
     again = resumable(whole, "checkpoint-2", tmp_path / "again")
     run("train_dreambooth_lora_gradproj", *flags, "--output_dir", again, "--resume_from_checkpoint", "checkpoint-2")
     assert_same_weights(whole, again, other_than=again / "checkpoint-2")
+
+
+@pytest.mark.parametrize("script", ["train_text_to_image_lora_gradproj", "train_dreambooth_lora_gradproj"])
+def test_two_processes_in_bfloat16_save_what_verifies_and_what_diffusers_loads(workshop, tmp_path, script):
+    dreambooth = "dreambooth" in script
+    basis = "basis-with-texts" if dreambooth else "basis"
+    flags = dreambooth_flags(workshop) if dreambooth else text_to_image_flags(workshop)
+    flags = [*flags, "--max_train_steps", 2, "--output_dir", tmp_path, "--report_to", "none"]
+    run(script, *flags, accelerate=(*TWO_PROCESSES, "--mixed_precision=bf16"))
+    for saved in (tmp_path, tmp_path / "checkpoint-2"):
+        # The adapter itself is trained and saved in float32.
+        assert_verified(saved, workshop / f"{basis}.safetensors")
+    loaded_by_diffusers(workshop, tmp_path)
 
 
 def script_module(name: str) -> Any:
