@@ -193,8 +193,7 @@ def test_the_last_step_is_measured_whatever_the_interval(world, published):
     assert curve == [(0, False), (2, False), (3, False)]
 
 
-def test_weights_leave_the_rest_of_the_pictures_out(world, published):
-    """With the loss on the left half alone, what the right half shows is without effect on training."""
+def test_what_the_weights_leave_out_is_learned_less(world, published):
     left = torch.zeros(1, 1, 8, 8)
     left[..., :4] = 1
     masked = run(world, published, steps=10, weights=left, measure=lambda unet: half_losses(world, unet))
