@@ -413,17 +413,18 @@ class OnlineProjection:
         indices = _shard(self._draw(step // self.probe_every))
         device = next(iter(parameters.values())).device
         terms = torch.zeros(3, dtype=torch.float64, device=device)
-        gradients = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in parameters.items()}
         if len(indices):
             with self._probe_context(model, device):
                 batch = self._batch(model, indices)
                 targets = self._compared_with(model, batch)
                 numerator, denominator = self._terms(self._output(model, batch), targets, batch.weights)
                 # The gradient of the sum, not of the mean, whose elements would vanish in float16.
-                _add_gradients(gradients, numerator, parameters)
+                gradients = _gradients(numerator, parameters)
                 floor = self._floor_term(model, batch, denominator, len(indices))
                 terms += torch.stack([x.detach().double() for x in (numerator, denominator, floor)])
-        _reduce(terms, gradients)
+        else:
+            gradients = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in parameters.items()}
+        gradients = _reduced(terms, gradients)
         gradients = {name: (g / terms[1].clamp_min(1e-300)).to(g.dtype) for name, g in gradients.items()}
         return *self._checked(terms, gradients, step), gradients
 
@@ -663,12 +664,13 @@ def _finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
 
 
-def _add_gradients(gradients: dict[str, Tensor], numerator: Tensor, parameters: dict[str, nn.Parameter]) -> None:
+def _gradients(numerator: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     # Not backward(): it would write into .grad, and wake the hooks of DDP.
     found = torch.autograd.grad(numerator, [*parameters.values()], allow_unused=True)
-    for name, gradient in zip(parameters, found, strict=True):
-        if gradient is not None:
-            gradients[name] += gradient
+    return {
+        name: torch.zeros_like(p, dtype=_wide(p)) if gradient is None else gradient.to(_wide(p))
+        for (name, p), gradient in zip(parameters.items(), found, strict=True)
+    }
 
 
 # Several processes
@@ -685,15 +687,15 @@ def _shard(indices: Tensor) -> Tensor:
     return indices[rank::size]
 
 
-def _reduce(terms: Tensor, gradients: dict[str, Tensor]) -> None:
-    """Sum over the processes, in place; one message for all gradients."""
+def _reduced(terms: Tensor, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over the processes, of `terms` in place; one message for all gradients."""
     if _processes()[1] == 1:
-        return
+        return gradients
     torch.distributed.all_reduce(terms)
     flat = torch.cat([g.flatten() for g in gradients.values()])
     torch.distributed.all_reduce(flat)
-    for gradient, part in zip(gradients.values(), flat.split([g.numel() for g in gradients.values()]), strict=True):
-        gradient.copy_(part.view(gradient.shape))
+    parts = flat.split([g.numel() for g in gradients.values()])
+    return {name: part.view(g.shape) for (name, g), part in zip(gradients.items(), parts, strict=True)}
 
 
 def _removed_shares(
