@@ -223,7 +223,7 @@ def main() -> None:
             raise SystemExit(f"{args.output} was made with other settings or versions; move it away.")
         runs = found["runs"]
     done = {(run["method"], run["seed"]) for run in runs}
-    missing = [(name, seed) for seed in args.seeds for name in METHODS if (name, seed) not in done]
+    missing = [(name, seed) for name in METHODS for seed in args.seeds if (name, seed) not in done]
     with pretrained() as base, tqdm(missing) as progress:
         for name, seed in progress:
             progress.set_description(f"seed {seed}, {name}")
