@@ -572,6 +572,9 @@ def damage(draw: st.DrawFn) -> tuple[str, list[tuple[float, bytes, int]], bool]:
 def honest(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("honest")
     honest_folder(folder)
+    # What is imported on the way opens files that are none of the folder's doing.
+    look_at(folder)
+    verify_adapter(folder).render()
     return contents(folder)
 
 
