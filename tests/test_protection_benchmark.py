@@ -129,11 +129,11 @@ def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
     arguments = [part for name, folder in folders.items() for part in (f"--{name}", str(folder))]
     arguments += ["--quick", "--tasks", "identity/unnamed-75/0", "--workers", "2"]
     main([*arguments, "--methods", "[bop]*[enr]*"])
-    runs = {path: path.stat().st_mtime_ns for path in folders["scratch"].rglob("runs/**/*.json")}
+    runs = {path: path.stat().st_mtime_ns for path in (folders["results"] / "protection").rglob("*.json")}
     methods = {json.loads(path.read_text())["method"] for path in runs}
     assert {BASE, "plain", "oracle", "online"} <= methods
     main([*arguments, "--methods", "plain"])
-    assert runs == {path: path.stat().st_mtime_ns for path in folders["scratch"].rglob("runs/**/*.json")}
+    assert runs == {path: path.stat().st_mtime_ns for path in (folders["results"] / "protection").rglob("*.json")}
     rows = json.loads((folders["results"] / "protection.json").read_text())["rows"]
     assert {row["method"] for row in rows} == methods
     page = (folders["docs"] / "benchmark.md").read_text()

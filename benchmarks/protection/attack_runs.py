@@ -28,7 +28,7 @@ from peft_gradproj.evaluation.membership import loss_scores, pia_scores, roc_auc
 
 from .judges import Judges, load_judges
 from .methods import METHODS, Method
-from .runs import BASE, Material, load_material, lora_config, result_path, write_json
+from .runs import BASE, Folders, Material, load_material, lora_config, run, write_json
 from .tasks import TaskKey
 
 REVIVAL_STEPS = 60
@@ -48,26 +48,22 @@ SEARCHED = 40
 SAMPLES_PER_PROMPT = 8
 
 
-def attack_path(scratch: Path, key: TaskKey, method: str) -> Path:
-    """Where the result of the attacks on a run is."""
-    path = result_path(scratch, key, method)
-    return path.with_name(f"{path.stem}.attacks.json")
-
-
-def attack(key: TaskKey, name: str, settings: DemoSettings, scratch: Path, steps: int = REVIVAL_STEPS) -> None:
-    """Attack a trained adapter in all ways and write what came of it, unless it is there."""
-    path = attack_path(scratch, key, name)
+def attack(key: TaskKey, name: str, settings: DemoSettings, folders: Folders) -> None:
+    """Attack an adapter in all ways and write what came of it, unless it is there; it is trained first if need be."""
+    path = folders.attacks(key, name)
     if path.exists():
         return
-    material = load_material(key, settings, scratch)
-    judges = load_judges(key.concept, material.pipeline, material.settings, scratch / "judges")
-    write_json(path, Attacker(material, judges, scratch, name, steps).all())
+    run(key, name, settings, folders, with_weights=True)
+    material = load_material(key, settings, folders.scratch)
+    judges = load_judges(key.concept, material.pipeline, material.settings, folders.scratch / "judges")
+    steps = min(REVIVAL_STEPS, settings.steps)
+    write_json(path, Attacker(material, judges, name, folders.weights(key, name), steps).all())
 
 
 class Attacker:
     """All attacks on one adapter, or on the base model with a fresh one."""
 
-    def __init__(self, material: Material, judges: Judges, scratch: Path, name: str, steps: int) -> None:
+    def __init__(self, material: Material, judges: Judges, name: str, adapter: Path, steps: int) -> None:
         self.material, self.judges, self.name, self.steps = material, judges, name, steps
         self.settings = replace(material.settings, samples=SAMPLES, sampling_steps=min(SAMPLING_STEPS, steps))
         self.task = material.task
@@ -75,7 +71,7 @@ class Attacker:
         # A stranger's copy: stock LoRA layers, whatever the adapter was trained with.
         self.unet = adapted(material.pipeline.unet, lora_config(method, material.targets), self.settings.seed)
         if name != BASE:
-            weights = load_file(result_path(scratch, self.task.key, name).with_suffix(".safetensors"))
+            weights = load_file(adapter)
             missing = set(weights) - set(self.unet.state_dict())
             if missing:
                 raise RuntimeError(f"the adapter of {name} has layers that stock LoRA has not: {sorted(missing)[:3]}.")

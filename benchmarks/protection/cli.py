@@ -5,7 +5,7 @@
     python -m benchmarks.protection --attacks                # attack the adapters of runs that are there
     python -m benchmarks.protection --report                 # only the tables and plots of what is there
 
-Each run is one JSON file in the scratch folder, with the adapter's weights beside it; what is there is not run again.
+Each run is one JSON file among the results; what is there is not run again.
 Run it from the root of the repository.
 """
 
@@ -25,11 +25,10 @@ from tqdm import tqdm
 
 from peft_gradproj.demo.settings import DemoSettings
 
-from .attack_runs import REVIVAL_STEPS, attack, attack_path
+from .attack_runs import attack
 from .matrix import ATTACKED, MATRIX, Entry
-from .methods import METHODS, SWEEPS
 from .results import write_results
-from .runs import BASE, result_path, run
+from .runs import Folders, run
 from .tasks import TaskKey
 
 HERE = Path(__file__).resolve().parents[1]
@@ -37,8 +36,10 @@ HERE = Path(__file__).resolve().parents[1]
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.protection", description=__doc__.splitlines()[0])
-    parser.add_argument("--scratch", type=Path, default=HERE / "scratch", help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the table's JSON and plots")
+    parser.add_argument("--scratch", type=Path, default=HERE / "scratch", help="folder of adapters and judges")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", help="folder of the runs and of their summary"
+    )
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the page")
     parser.add_argument("--tasks", default="*", help="pattern of tasks, such as 'logo-*/named-75/*'")
     parser.add_argument("--methods", default="*", help="pattern of methods")
@@ -54,26 +55,27 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     settings = DemoSettings().quick() if args.quick else DemoSettings()
     entries = ATTACKED if args.attacks else MATRIX
-    path = attack_path if args.attacks else result_path
+    folders = Folders(args.results / "protection", args.scratch)
+    path = folders.attacks if args.attacks else folders.result
     wanted = [e for e in entries if fnmatch(str(e.task), args.tasks) and fnmatch(e.method, args.methods)]
-    missing = [e for e in wanted if not path(args.scratch, e.task, e.method).exists()]
+    missing = [e for e in wanted if not path(e.task, e.method).exists()]
     if not args.report:
-        run_all(missing, _attack if args.attacks else _run, settings, args.scratch, args.workers)
-    write_results(args.scratch, args.results, args.docs, settings)
+        run_all(missing, attack if args.attacks else run, settings, folders, args.workers)
+    write_results(args.results, args.docs, settings)
 
 
 def run_all(
     entries: list[Entry],
-    do: Callable[[TaskKey, str, DemoSettings, Path], None],
+    do: Callable[[TaskKey, str, DemoSettings, Folders], None],
     settings: DemoSettings,
-    scratch: Path,
+    folders: Folders,
     workers: int,
 ) -> None:
     """Run entries in worker processes; a failed one is told of at the end, when all others are done."""
     failed = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        futures = {pool.submit(partial(do, e.task, e.method, settings, scratch)): e for e in entries}
+        futures = {pool.submit(partial(do, e.task, e.method, settings, folders)): e for e in entries}
         for future in tqdm(as_completed(futures), total=len(futures), desc="runs", smoothing=0):
             if (error := future.exception()) is not None:
                 failed.append(f"{futures[future].task} {futures[future].method}: {error!r}")
@@ -84,13 +86,3 @@ def run_all(
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-
-
-def _run(task: TaskKey, method: str, settings: DemoSettings, scratch: Path) -> None:
-    run(task, method, None if method == BASE else {**METHODS, **SWEEPS}[method], settings, scratch)
-
-
-def _attack(task: TaskKey, method: str, settings: DemoSettings, scratch: Path) -> None:
-    # The adapter is trained first, where that was not done yet.
-    _run(task, method, settings, scratch)
-    attack(task, method, settings, scratch, min(REVIVAL_STEPS, settings.steps))

@@ -23,21 +23,31 @@ from .tasks import TaskKey
 
 COMMAND = "python -m benchmarks.protection"
 FIGURES = ("leak", "kept", "kept_new", "learned", "top1", "top5", "drift")
+CURVES = {
+    "revival_on_concept": "revival with the concept",
+    "revival_without_concept": "revival without it",
+    "revival_with_probes": "revival with the probes",
+    "revival_with_probes_within_basis": "the same within the basis",
+}
 LIBRARIES = ("torch", "peft", "diffusers", "transformers")
 
 
-def write_results(scratch: Path, results: Path, docs: Path, settings: DemoSettings) -> None:
+def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
     """Write `protection.json`, and from it `benchmark.md` and its plots."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((scratch / "runs").rglob("*.json"))]
+    files = sorted((results / "protection").rglob("*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    runs = [run for run in found if "leaks" in run]
+    attacks = [run for run in found if "membership" in run]
     content = {
         "command": COMMAND,
         "versions": {**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},
         "threads_per_run": torch.get_num_threads(),
         "settings": asdict(settings),
         "rows": rows_of(runs),
+        "attacks": attack_rows_of(attacks),
         "detectors": detectors_of(runs),
     }
-    write_json(results / "protection.json", content)
+    write_json(results / "protection.json", content, indent=1)
     write_page(content, docs)
 
 
@@ -98,6 +108,34 @@ def rows_of(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         )
     order = [BASE, *METHODS, *SWEEPS]
     return sorted(rows, key=lambda r: (r["concept"], r["named"], r["percent"], order.index(r["method"])))
+
+
+def attack_rows_of(attacks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each method: what each attack reached, mean over tasks and seeds, and the curves of each seed."""
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for found in attacks:
+        by_method.setdefault(found["method"], []).append(found)
+    rows = []
+    for name in [n for n in (BASE, *METHODS) if n in by_method]:
+        group = by_method[name]
+        figures = {
+            "leak before": [f["textual_inversion"]["leak_before"] for f in group],
+            "textual inversion": [f["textual_inversion"]["leak"] for f in group],
+            "prompt search": [f["prompt_search"]["again"] for f in group],
+            **{f"{title}, leak": [f[curve][-1][1]["leak"] for f in group] for curve, title in CURVES.items()},
+            **{f"{title}, loss": [f[curve][-1][1]["loss"] for f in group] for curve, title in CURVES.items()},
+            "membership by loss": [f["membership"]["loss"]["auc"] for f in group],
+            "membership by PIA": [f["membership"]["pia"]["auc"] for f in group],
+        }
+        rows.append(
+            {
+                "method": name,
+                "tasks": [f["task"] for f in group],
+                "mean": {figure: _rounded(mean(values)) for figure, values in figures.items()},
+                "curves": {f["task"]: {curve: f[curve] for curve in CURVES} for f in group},
+            }
+        )
+    return rows
 
 
 def detectors_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from peft_gradproj.probes import collect_concept_probes
 from peft_gradproj.projection import drift
 
 from .judges import load_judges
-from .methods import METHODS, Knowledge, Method
+from .methods import METHODS, SWEEPS, Knowledge, Method
 from .tasks import Task, TaskKey, make_task
 
 BASE = "base"
@@ -278,23 +278,46 @@ def load_material(key: TaskKey, settings: DemoSettings, scratch: Path) -> Materi
     return Material(key, settings, scratch / "material" / str(key))
 
 
-def run(key: TaskKey, method_name: str, method: Method | None, settings: DemoSettings, scratch: Path) -> None:
-    """Run a method on a task and write what was found, unless it is there."""
-    path = result_path(scratch, key, method_name)
-    if path.exists():
+@dataclass(frozen=True)
+class Folders:
+    """Where a benchmark writes."""
+
+    runs: Path
+    """One small JSON file for each run; they are kept in the repository."""
+    scratch: Path
+    """Weights, judges, and what is made of a task once."""
+
+    def result(self, key: TaskKey, method: str) -> Path:
+        """What was found in a run."""
+        return self.runs / str(key) / f"{_file_name(method)}.json"
+
+    def attacks(self, key: TaskKey, method: str) -> Path:
+        """What the attacks on its adapter came to."""
+        return self.runs / str(key) / f"{_file_name(method)}.attacks.json"
+
+    def weights(self, key: TaskKey, method: str) -> Path:
+        """Its adapter."""
+        return self.scratch / "adapters" / str(key) / f"{_file_name(method)}.safetensors"
+
+
+def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, with_weights: bool = False) -> None:
+    """Run a method on a task and write what was found, unless it is there, and the adapter too if it is asked for."""
+    result, adapter = folders.result(key, name), folders.weights(key, name)
+    if result.exists() and (adapter.exists() or name == BASE or not with_weights):
         return
-    material = load_material(key, settings, scratch)
-    unet, seen = (material.pipeline.unet, {}) if method is None else material.train(method)
-    if method is not None:
-        weights = {n: p.detach().contiguous() for n, p in unet.named_parameters() if ".lora_" in n}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, path.with_suffix(".safetensors"))
-    found = {"task": str(key), "method": method_name, **measure(unet, material, scratch), **seen}
-    if method is not None:
-        found["settings"] = asdict(method)
-    if method is not None and "found" in (method.masked, method.filtered):
-        found["masks"] = mask_shares(material.found, material.task.data)
-    write_json(path, found)
+    material = load_material(key, settings, folders.scratch)
+    found: dict[str, Any] = {"task": str(key), "method": name}
+    if name == BASE:
+        found |= measure(material.pipeline.unet, material, folders.scratch)
+    else:
+        method = {**METHODS, **SWEEPS}[name]
+        unet, seen = material.train(method)
+        adapter.parent.mkdir(parents=True, exist_ok=True)
+        save_file({n: p.detach().contiguous() for n, p in unet.named_parameters() if ".lora_" in n}, adapter)
+        found |= {**measure(unet, material, folders.scratch), **seen, "settings": asdict(method)}
+        if "found" in (method.masked, method.filtered):
+            found["masks"] = mask_shares(material.found, material.task.data)
+    write_json(result, found)
 
 
 def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
@@ -319,17 +342,15 @@ def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
     }
 
 
-def result_path(scratch: Path, key: TaskKey, method: str) -> Path:
-    """Where the result of a run is."""
-    name = "".join(c if c.isalnum() or c in ".-" else "_" for c in method)
-    return scratch / "runs" / str(key) / f"{name}.json"
+def _file_name(method: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in method)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """Write beside and rename into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    part.write_text(json.dumps(content, indent=indent), encoding="utf-8")
     part.replace(path)
 
 
