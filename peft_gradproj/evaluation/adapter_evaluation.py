@@ -99,7 +99,7 @@ def evaluate_adapter(
     probes: ConceptProbes | str | Path | None = None,
     reference: ConceptProbes | str | Path | None = None,
     sscd: str | Path | None = None,
-    sscd_threshold: float = 0.75,
+    sscd_threshold: float | None = None,
     clip: str | None = None,
     kid_features: str | None = None,
     name: str = "",
@@ -134,7 +134,8 @@ def evaluate_adapter(
         probes: Concept probes, or where they are.
         reference: Probes that are free of the concept, likewise.
         sscd: File of a copy-detection model, see :class:`~.image_metrics.CopyDetector`.
-        sscd_threshold: Similarities above it count as found. What it means shows in the figures of real pictures.
+        sscd_threshold: Similarities above it count as found. By default halfway between real pictures with the concept
+            and without, for crops and where there are both, else .75.
         clip: CLIP model for the CLIP score, a folder or Hub id.
         kid_features: What KID is computed on, see :class:`~.image_metrics.KernelDistance`.
         name: What the concept is called.
@@ -239,7 +240,7 @@ def evaluate_adapter(
             "reference_set": len(pictures.reference_set),
             "timestep_bins": timestep_bins,
             "sscd": sscd and str(sscd),
-            "sscd_threshold": sscd_threshold,
+            "sscd_thresholds": dict(verdict.thresholds),
             "sscd_crop_sizes": list(verdict.crop_sizes),
             "clip": clip,
             "kid_features": kid_features,

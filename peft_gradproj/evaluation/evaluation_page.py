@@ -73,7 +73,7 @@ def _explained(report: EvaluationReport) -> dict[str, list[str]]:
 def _sheet(report: EvaluationReport, samples: Sequence[Image.Image]) -> list[dict[str, Any]]:
     """Rows of one prompt and seed, evenly spaced, so that nobody chose which are shown."""
     count = len(samples) // len(report.models)
-    threshold = report.settings["sscd_threshold"]
+    thresholds = report.settings["sscd_thresholds"]
     rows = []
     for index in [row * count // min(count, ROWS) for row in range(min(count, ROWS))]:
         places = range(index, len(samples), count)
@@ -82,11 +82,7 @@ def _sheet(report: EvaluationReport, samples: Sequence[Image.Image]) -> list[dic
                 "model": report.samples[place].model,
                 "picture": _thumbnail(samples[place]),
                 "scores": report.samples[place].scores,
-                "found": any(
-                    score > threshold
-                    for name, score in report.samples[place].scores.items()
-                    if name.startswith("sscd_")
-                ),
+                "found": any(report.samples[place].scores[name] > limit for name, limit in thresholds.items()),
             }
             for place in places
         ]

@@ -36,7 +36,7 @@ class Measure:
     title: str
     about: Literal["concept", "rest"]
     """Whether it tells of the concept, which must not be learned, or of all else, which must."""
-    explanation: str
+    explanation: str = ""
     figures: Mapping[str, Figure] = field(default_factory=dict)
     """By column."""
     not_measured: str | None = None

@@ -201,9 +201,9 @@ class ClipScorer:
         from torchmetrics.multimodal import CLIPScore
         from transformers import CLIPModel, CLIPProcessor
 
-        model: Any = _pretrained(CLIPModel, path_or_id)
+        model: Any = _Features(_pretrained(CLIPModel, path_or_id))
         processor = _pretrained(CLIPProcessor, path_or_id)
-        self._metric: Any = CLIPScore(model_name_or_path=lambda: (_Features(model), processor)).to(device)
+        self._metric: Any = CLIPScore(model_name_or_path=lambda: (model, processor)).to(device)
 
     def scores(
         self, pictures: Sequence[Image.Image], prompts: Sequence[str], *, progress: Progress = lambda count: None
@@ -320,14 +320,15 @@ class _ScriptFeatures(nn.Module):
 class _ClipVision(nn.Module):
     def __init__(self, path_or_id: str) -> None:
         super().__init__()
-        from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+        from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection
 
-        self.model = _pretrained(CLIPVisionModelWithProjection, path_or_id)
+        self.whole = _pretrained(AutoConfig, path_or_id).model_type == "clip"
+        self.model = _pretrained(CLIPModel if self.whole else CLIPVisionModelWithProjection, path_or_id)
         self.processor = _pretrained(CLIPImageProcessor, path_or_id)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        pixels = self.processor(list(pictures.cpu()), return_tensors="pt")["pixel_values"]
-        return self.model(pixels.to(pictures.device)).image_embeds
+        pixels = self.processor(list(pictures.cpu()), return_tensors="pt")["pixel_values"].to(pictures.device)
+        return _pooled(self.model.get_image_features(pixels)) if self.whole else self.model(pixels).image_embeds
 
 
 # Models and pictures

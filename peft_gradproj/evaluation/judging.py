@@ -22,6 +22,8 @@ Bar = Callable[[str, int], Any]
 """`bar(description, total)` gives a progress bar, as tqdm's."""
 
 FEWEST_FOR_KID = 4
+WHOLE_THRESHOLD = 0.75
+"""By SSCD's authors, 9 of 10 pairs of whole pictures above it are copies (of `sscd_disc_mixup`, on DISC)."""
 FILLING = 0.9
 """A concept whose box has at least this share of its picture's side is no detail to be searched for in crops."""
 
@@ -51,6 +53,8 @@ class Verdict:
     """By measure and model, one for each sample, shape `(N,)`."""
     crop_sizes: tuple[float, ...]
     """In which the concept was searched for."""
+    thresholds: Mapping[str, float]
+    """By measure, above which the concept counts as found."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Judges:
         detector: For SSCD similarity.
         clip: For the CLIP score.
         kid_features: Where KID's features come from.
-        threshold: Of SSCD similarity, above which the concept counts as found.
+        threshold: Of SSCD similarity, above which the concept counts as found; `None` for one that suits the measure.
         device: Where KID's features are computed.
         seed: Of KID's subsets.
     """
@@ -69,7 +73,7 @@ class Judges:
     detector: CopyDetector | None
     clip: ClipScorer | None
     kid_features: str | None
-    threshold: float
+    threshold: float | None
     device: str | torch.device
     seed: int
 
@@ -80,7 +84,7 @@ class Judges:
         clip: str | None,
         kid_features: str | None,
         *,
-        threshold: float,
+        threshold: float | None,
         device: str | torch.device,
         seed: int,
     ) -> Judges:
@@ -116,7 +120,7 @@ class Judges:
         clip, clip_scores = self._clip_scores(samples, prompts, pictures, bar)
         measures = (*likeness.crops(), *likeness.whole(), clip, self._kid(samples, pictures, bar))
         scores = likeness.scores | ({} if clip_scores is None else {"clip_score": clip_scores})
-        return Verdict(measures, scores, likeness.sizes)
+        return Verdict(measures, scores, likeness.sizes, likeness.thresholds)
 
     def _clip_scores(
         self, samples: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], pictures: Pictures, bar: Bar
@@ -168,7 +172,7 @@ class Judges:
 class _Likeness:
     """SSCD similarity of samples, and of real pictures, to what shows the concept.
 
-    `sizes` are those of the crops, and `scores` those of the samples, filled as they are measured.
+    `sizes` are those of the crops; `scores` of the samples and `thresholds` are filled as they are measured.
     """
 
     def __init__(
@@ -182,6 +186,7 @@ class _Likeness:
         self._fills = bool(shares) and min(shares) >= FILLING
         self.sizes: tuple[float, ...] = ()
         self.scores: dict[str, dict[str, Tensor]] = {}
+        self.thresholds: dict[str, float] = {}
 
     def crops(self) -> tuple[Measure, ...]:
         """The most similar crop, of the sizes that the concept has."""
@@ -198,7 +203,6 @@ class _Likeness:
     def _measured(
         self, name: str, what: str, queries: Sequence[Image.Image], sizes: Sequence[float], fault: str | None
     ) -> tuple[Measure, ...]:
-        threshold = self._judges.threshold
         similarity: Any = {
             "name": name,
             "title": f"SSCD similarity, {what}",
@@ -210,7 +214,6 @@ class _Likeness:
             "name": f"{name}_found",
             "title": f"concept found, {what}",
             "about": "concept",
-            "explanation": f"Leak: the share of pictures whose similarity is above {threshold:g}.",
         }
         detector = self._judges.detector
         if detector is None:
@@ -236,10 +239,27 @@ class _Likeness:
         scores |= {column: _of_others(scores[column], real[column], self._shown) for column in real if column in scores}
         best = {column: matrix.amax(1) for column, matrix in scores.items()}
         self.scores[name] = {model: best[model] for model in self._samples}
+        threshold, whose = self._threshold(best, details=list(sizes) != [1.0])
+        self.thresholds[name] = threshold
         return (
             Measure(**similarity, figures={column: mean_estimate(values) for column, values in best.items()}),
-            Measure(**found, figures={c: Share.of((values > threshold).tolist()) for c, values in best.items()}),
+            Measure(
+                **found,
+                explanation=f"Leak: the share of pictures whose similarity is above {threshold:.3g}, {whose}.",
+                figures={column: Share.of((values > threshold).tolist()) for column, values in best.items()},
+            ),
         )
+
+    def _threshold(self, best: Mapping[str, Tensor], *, details: bool) -> tuple[float, str]:
+        """Above which the concept counts as found, and whose choice that is."""
+        if self._judges.threshold is not None:
+            return self._judges.threshold, "as was asked for"
+        if details and {"with_concept", "without"} <= best.keys():
+            # A crop holds some of what lies below the concept: even a copy is less similar than one of a whole picture.
+            high, low = float(best["with_concept"].mean()), float(best["without"].mean())
+            if high > low:
+                return (high + low) / 2, "halfway between the means of real pictures with the concept and without"
+        return WHOLE_THRESHOLD, "as is usual for copies of whole pictures"
 
 
 def _of_others(scores: Tensor, shown: Sequence[Image.Image], concept: Sequence[ConceptExample]) -> Tensor:

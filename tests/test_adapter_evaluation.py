@@ -1,0 +1,590 @@
+"""`gradproj evaluate`: what it measures, that it measures nothing without a model for it, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from tiny_pipelines import PIPELINES, SIDE, image_folder, logo, picture, tokenizer
+from torch import nn
+from typer.testing import CliRunner
+
+from peft_gradproj import ConceptSet, TrainingData, collect_concept_probes
+from peft_gradproj.cli import app, main
+from peft_gradproj.concept_fit import concept_examples
+from peft_gradproj.concepts import Overlay
+from peft_gradproj.errors import AdapterFolderError, BehaviourError, ConceptDataError
+from peft_gradproj.evaluation.adapter_evaluation import evaluate_adapter, read_concept
+from peft_gradproj.evaluation.adapters import adapter_on, locate_adapter
+from peft_gradproj.evaluation.evaluation_report import figure_text
+from peft_gradproj.evaluation.figures import Estimate, Share
+from peft_gradproj.evaluation.image_metrics import (
+    ClipScorer,
+    CopyDetector,
+    KernelDistance,
+    concept_box,
+    crop_sizes,
+    square_crops,
+)
+from peft_gradproj.evaluation.sampling import draw_samples
+from peft_gradproj.evaluation.timestep_losses import TimestepQuestions
+from peft_gradproj.pipelines import PipelineFamily
+
+CAPTIONS = ["a house", "a tree", "a cat", "a dog", "a pot"]
+OVERLAY = {"scale": (0.6, 0.6), "angle": (0.0, 0.0)}
+FAST: dict[str, Any] = {
+    "samples_per_prompt": 2,
+    "num_inference_steps": 2,
+    "num_pictures": 3,
+    "timestep_bins": 2,
+    "progress": False,
+}
+
+
+# Tiny models
+
+
+class Layout(nn.Module):
+    """An embedder that knows pictures by where they are light and dark: cosines are correlations of 8 x 8 cells."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        cells = nn.functional.adaptive_avg_pool2d(pixels, 8)
+        return (cells - cells.mean(dim=(2, 3), keepdim=True)).flatten(1)
+
+
+class Cells(nn.Module):
+    """Features of KID, from bytes."""
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 4).flatten(1)
+
+
+def tiny_clip(folder: Path) -> str:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    tokens = tokenizer()
+    small = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {
+        "vocab_size": len(tokens),
+        "max_position_embeddings": tokens.model_max_length,
+        "eos_token_id": tokens.eos_token_id,
+    }
+    config = CLIPConfig(
+        text_config={**small, **words}, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=8
+    )
+    CLIPModel(config).save_pretrained(folder)
+    square = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(CLIPImageProcessor(**square), tokens).save_pretrained(folder)
+    return str(folder)
+
+
+def pooling_onnx(path: Path, *, of_bytes: bool) -> Path:
+    """8 x 8 means of each channel, of bytes `(n, h, w, 3)` or of floats `(n, 3, 96, 96)`."""
+    nodes, name = [], "image"
+    if of_bytes:
+        nodes += [
+            helper.make_node("Cast", ["image"], ["floats"], to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["floats"], ["channels"], perm=[0, 3, 1, 2]),
+        ]
+        name = "channels"
+    side = 288 if of_bytes else 96
+    window = [side // 8, side // 8]
+    nodes += [
+        helper.make_node("AveragePool", [name], ["cells"], kernel_shape=window, strides=window),
+        helper.make_node("Flatten", ["cells"], ["embedding"]),
+    ]
+    shape = ["n", "h", "w", 3] if of_bytes else ["n", 3, side, side]
+    kind = TensorProto.UINT8 if of_bytes else TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "pooling",
+        [helper.make_tensor_value_info("image", kind, shape)],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 192])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def adapted(pipeline: Any, size: float, seed: int = 0) -> Any:
+    """A LoRA with random factors on a pipeline's denoiser."""
+    family = PipelineFamily.of(pipeline)
+    family.denoiser.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(family.target_modules)))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in family.denoiser.named_parameters():
+        if "lora_" in name:
+            parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("workshop")
+    PIPELINES["sd"]().save_pretrained(folder / "base")
+    for name, size in (("protected", 0.1), ("plain", 0.4)):
+        adapted(PIPELINES["sd"](), size).unet.save_lora_adapter(folder / name)
+    image_folder(folder / "reference", CAPTIONS)
+    logo().save(folder / "logo.png")
+    torch.jit.trace(Layout(), torch.zeros(1, 3, 288, 288)).save(str(folder / "sscd.pt"))
+    torch.jit.trace(Cells(), torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)).save(str(folder / "cells.pt"))
+    tiny_clip(folder / "clip")
+    (folder / "prompts.txt").write_text("a house\n\na tree\n")
+    return folder
+
+
+def reference() -> TrainingData:
+    return TrainingData([picture(index) for index in range(len(CAPTIONS))], CAPTIONS)
+
+
+# Copy detection
+
+
+def test_a_picture_is_most_similar_to_itself(workshop):
+    detector = CopyDetector(workshop / "sscd.pt")
+    pictures = [picture(seed, (40 + seed, 40)) for seed in range(3)]
+    scores = detector.scores(pictures, detector.embed(pictures))
+    torch.testing.assert_close(scores.diagonal(), torch.ones(3))
+    assert scores[~torch.eye(3, dtype=torch.bool)].max() < 0.9
+
+
+@pytest.mark.parametrize("place", [(0, 0), (48, 24), (72, 72)])
+def test_crops_find_a_copy_that_the_whole_picture_does_not_show(workshop, place):
+    detector = CopyDetector(workshop / "sscd.pt")
+    stamp, below = picture(1, (24, 24)), picture(2, (96, 96))
+    stamped = below.copy()
+    stamped.paste(stamp, place)
+    concept = detector.embed([stamp])
+    found = detector.scores([stamped, below], concept, sizes=[0.25]).flatten()
+    assert found[0] > 0.99
+    assert found[1] < 0.8
+    assert detector.scores([stamped], concept) < 0.8
+
+
+@given(st.integers(8, 70), st.integers(8, 70), st.floats(0.05, 1), st.floats(0.1, 1))
+def test_crops_cover_the_picture_without_gaps(width, height, size, stride):
+    numbered = Image.fromarray(np.arange(width * height, dtype=np.int32).reshape(height, width))
+    crops = [np.asarray(crop) for crop in square_crops(numbered, [size], stride=stride)]
+    side = max(1, round(size * min(width, height)))
+    assert all(crop.shape == (side, side) for crop in crops)
+    assert len(np.unique(np.concatenate([crop.ravel() for crop in crops]))) == width * height
+    for places in (
+        sorted({int(crop[0, 0]) % width for crop in crops}),
+        sorted({crop[0, 0] // width for crop in crops}),
+    ):
+        assert all(after - before <= max(1, stride * side) + 1 for before, after in pairwise(places))
+
+
+@given(st.data())
+def test_the_box_of_a_concept_is_a_square_in_the_picture_around_it(data):
+    width, height = data.draw(st.integers(4, 50)), data.draw(st.integers(4, 50))
+    left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    right, bottom = data.draw(st.integers(left + 1, width)), data.draw(st.integers(top + 1, height))
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (left, top, right, bottom))
+    box = concept_box(mask)
+    assert box[2] - box[0] == box[3] - box[1] == min(max(right - left, bottom - top), width, height)
+    assert min(box) >= 0
+    assert box[2] <= width
+    assert box[3] <= height
+    if max(right - left, bottom - top) <= min(width, height):
+        assert box[0] <= left
+        assert box[1] <= top
+        assert box[2] >= right
+        assert box[3] >= bottom
+
+
+def test_crops_have_the_sizes_of_the_concept():
+    boxes = [(0, 0, side, side) for side in (16, 20, 32)]
+    assert crop_sizes(boxes[:1], [64]) == [0.25]
+    sizes = crop_sizes(boxes, [64] * 3)
+    assert (sizes[0], sizes[-1]) == pytest.approx((0.25, 0.5))
+    assert all(after / before <= 1.4 + 1e-9 for before, after in pairwise(sizes))
+
+
+def test_onnx_models_of_bytes_and_of_floats_see_what_torchscript_sees(tmp_path):
+    class Means(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return nn.functional.adaptive_avg_pool2d(pixels, 8).flatten(1)
+
+    torch.jit.trace(Means(), torch.zeros(1, 3, 288, 288)).save(str(tmp_path / "means.pt"))
+    pictures = [picture(seed, (96, 96)) for seed in range(3)]
+    script = CopyDetector(tmp_path / "means.pt").embed(pictures)
+    floats = CopyDetector(pooling_onnx(tmp_path / "floats.onnx", of_bytes=False)).embed(pictures)
+    assert script.shape == floats.shape == (3, 192)
+    # Scaled to 288 and to 96 pixels.
+    torch.testing.assert_close(floats, script, atol=2e-2, rtol=0)
+    of_bytes = CopyDetector(pooling_onnx(tmp_path / "bytes.onnx", of_bytes=True)).embed(pictures)
+    cells = torch.stack([torch.tensor(np.asarray(p.resize((8, 8), Image.Resampling.BOX))) for p in pictures])
+    expected = nn.functional.normalize(cells.permute(0, 3, 1, 2).flatten(1).float(), dim=1)
+    torch.testing.assert_close(of_bytes, expected, atol=2e-2, rtol=0)
+
+
+def test_what_is_no_copy_detection_model_is_refused(workshop, tmp_path):
+    (tmp_path / "text.onnx").write_text("no model")
+    (tmp_path / "text.pt").write_text("no model")
+    for name, message in (("absent.pt", "there is no"), ("text.onnx", "ONNX"), ("text.pt", "TorchScript")):
+        with pytest.raises(BehaviourError, match=message):
+            CopyDetector(tmp_path / name)
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "identity",
+        [helper.make_tensor_value_info("x", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.INT64, [1])],
+    )
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "x.onnx")
+    with pytest.raises(BehaviourError, match="expected one input"):
+        CopyDetector(tmp_path / "x.onnx")
+    torch.jit.trace(nn.Identity(), torch.zeros(1, 3, 288, 288)).save(str(tmp_path / "identity.pt"))
+    with pytest.raises(BehaviourError, match="one vector each"):
+        CopyDetector(tmp_path / "identity.pt").embed([picture(0)])
+
+
+# CLIP score and KID
+
+
+def test_the_clip_score_is_the_cosine_of_picture_and_prompt(workshop):
+    from transformers import CLIPModel, CLIPProcessor
+
+    pictures, prompts = [picture(seed) for seed in range(4)], CAPTIONS[:4]
+    scores = ClipScorer(str(workshop / "clip")).scores(pictures, prompts)
+    model, processor = (kind.from_pretrained(workshop / "clip") for kind in (CLIPModel, CLIPProcessor))
+    with torch.no_grad():
+        output = model(**processor(text=prompts, images=pictures, return_tensors="pt", padding=True))
+    cosines = nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
+    torch.testing.assert_close(scores, (100 * cosines).clamp_min(0), atol=1e-3, rtol=1e-4)
+    assert scores.max() > 0
+
+
+@pytest.mark.parametrize("features", ["cells.pt", "clip"])
+def test_kid_is_small_between_pictures_of_one_kind_and_large_between_two(workshop, features):
+    pictures = [picture(seed, (SIDE, SIDE)) for seed in range(24)]
+    dark = [p.point(lambda level: level // 4) for p in pictures[12:]]
+    before = torch.get_rng_state()
+    distance = KernelDistance(str(workshop / features), pictures[:12])
+    same, other = distance.distance(pictures[12:]), distance.distance(dark)
+    assert abs(same.value) < 3 * same.standard_error
+    assert other.value > same.value + 3 * (same.standard_error + other.standard_error)
+    assert distance.distance(dark) == other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_models_that_are_not_there_are_refused(workshop):
+    for make in (ClipScorer, lambda path: KernelDistance(path, [picture(0)] * 4)):
+        with pytest.raises(BehaviourError, match="there is no"):
+            make(str(workshop / "base"))
+
+
+# Denoising losses and samples
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_losses_are_those_of_the_training_where_the_concept_is(kind):
+    family = PipelineFamily.of(PIPELINES[kind]())
+    examples = concept_examples(family, Overlay(logo(), **OVERLAY), reference(), count=2, center_crop=True)
+    asked = TimestepQuestions.draw(family, examples, bins=3, seed=0)
+    assert (asked.timesteps.diff(dim=1) > 0).all()
+    losses = asked.losses(family, batch_size=4)
+    z, noise, t = family.latents([examples[1].picture]), asked.noise[1, 2:3], asked.timesteps[1, 2:3]
+    conditions = family.conditions([examples[1].prompt], [examples[1].frame])
+    if kind == "sd3":
+        sigma = t / 1000
+        noised, target = (1 - sigma) * z + sigma * noise, noise - z
+    else:
+        kept = family.schedule.alphas_cumprod[t]
+        noised = kept.sqrt() * z + (1 - kept).sqrt() * noise
+        target = kept.sqrt() * noise - (1 - kept).sqrt() * z if kind == "sd-v" else noise
+    with torch.no_grad():
+        output = family.run(family.denoiser, {family.sample: noised, "timestep": t, **conditions})
+    weights = asked.weights[1]
+    assert 0 < weights.mean() < 1
+    expected = ((output - target).square() * weights).sum() / (weights.sum() * z.shape[1])
+    torch.testing.assert_close(losses[1, 2], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_bins_are_visited_equally_often_and_cover_all_timesteps():
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    examples = concept_examples(family, Overlay(logo(), **OVERLAY), reference(), count=1, center_crop=True)
+    ranges = TimestepQuestions.draw(family, examples, bins=5, seed=0).ranges
+    assert ranges[0][0] < 20
+    assert ranges[-1][1] > 980
+    assert all(150 < high - low < 250 for low, high in ranges)
+    assert all(low >= high for (_, high), (low, _) in pairwise(ranges))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+def test_a_sample_depends_on_its_own_prompt_and_seed_alone(kind):
+    family = PipelineFamily.of(PIPELINES[kind]())
+    given: Any = {"num_inference_steps": 2, "guidance_scale": 3.0, "resolution": SIDE}
+    together = draw_samples(family, ["a house", "a tree", "a house"], [5, 6, 7], **given, batch_size=3)
+    alone = draw_samples(family, ["a tree"], [6], **given)[0]
+    difference = np.asarray(together[1], dtype=int) - np.asarray(alone, dtype=int)
+    assert np.abs(difference).max() <= 1
+    assert together[0] != together[2]
+    assert together[0].size == (SIDE, SIDE)
+
+
+# Adapters
+
+
+def saved(pipeline: Any, folder: Path, layout: str) -> Path:
+    """A random adapter in one of the layouts that are published."""
+    from peft.utils import get_peft_model_state_dict
+
+    family = PipelineFamily.of(pipeline)
+    if layout == "peft":
+        config = LoraConfig(r=4, target_modules=list(family.target_modules), init_lora_weights=False)
+        get_peft_model(family.denoiser, config).save_pretrained(folder)
+        return folder
+    adapted(pipeline, 0.3)
+    if layout == "bare":
+        family.denoiser.save_lora_adapter(folder)
+        return folder
+    state = get_peft_model_state_dict(family.denoiser)
+    type(pipeline).save_lora_weights(folder, **{f"{family.component}_lora_layers": state})
+    return folder if layout == "pipeline" else next(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("sd", "peft"), ("sd", "bare"), ("sd", "file"), ("sdxl", "pipeline"), ("sd3", "pipeline"), ("sd3", "peft")],
+)
+def test_adapters_of_any_layout_are_put_on_and_taken_off(kind, layout, tmp_path):
+    path = saved(PIPELINES[kind](), tmp_path / "out", layout)
+    family = PipelineFamily.of(PIPELINES[kind]())
+    before = {name: value.clone() for name, value in family.denoiser.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in family.denoiser.parameters()]
+    examples = concept_examples(family, Overlay(logo(), **OVERLAY), reference(), count=1, center_crop=True)
+    asked = TimestepQuestions.draw(family, examples, bins=1, seed=0)
+    base = asked.losses(family)
+    with adapter_on(family, locate_adapter(path)):
+        assert not torch.equal(asked.losses(family), base)
+    assert torch.equal(asked.losses(family), base)
+    assert family.denoiser.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in family.denoiser.state_dict().items())
+    assert flags == [parameter.requires_grad for parameter in family.denoiser.parameters()]
+    assert not hasattr(family.denoiser, "peft_config")
+
+
+def test_adapters_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    names = set(family.denoiser.state_dict())
+    for kind in ("sdxl", "sd3"):
+        path = saved(PIPELINES[kind](), tmp_path / kind, "pipeline")
+        with (
+            pytest.raises(BehaviourError, match=r"another base model|cannot be loaded"),
+            adapter_on(family, locate_adapter(path)),
+        ):
+            pass
+        assert set(family.denoiser.state_dict()) == names
+    (tmp_path / "broken.safetensors").write_text("no tensors")
+    with (
+        pytest.raises(BehaviourError, match="cannot be loaded"),
+        adapter_on(family, locate_adapter(tmp_path / "broken.safetensors")),
+    ):
+        pass
+    for wrong in (tmp_path / "absent", tmp_path):
+        with pytest.raises(AdapterFolderError, match="there is no adapter"):
+            locate_adapter(wrong)
+
+
+# Whole evaluations
+
+
+def figures(report: Any) -> dict[str, Any]:
+    return {measure.name: measure.figures for measure in report.measures if not measure.not_measured}
+
+
+def test_one_adapter_twice_has_the_same_figures_and_the_base_does_not_drift(workshop):
+    pipeline = PIPELINES["sd"]()
+    family = PipelineFamily.of(pipeline)
+    concept = Overlay(logo(), **OVERLAY)
+    examples = concept_examples(family, concept, reference(), count=2, center_crop=True)
+    asked = TimestepQuestions.draw(family, examples, bins=1, seed=0)
+    conditions = family.conditions([e.prompt for e in examples], [e.frame for e in examples])
+    inputs = family.inputs(asked.latents, asked.noise[:, 0], asked.timesteps[:, 0], conditions)
+    probes = collect_concept_probes(family.denoiser, [(inputs, asked.weights)])
+    models: dict[str, Any] = {
+        "sscd": workshop / "sscd.pt",
+        "clip": str(workshop / "clip"),
+        "kid_features": str(workshop / "cells.pt"),
+        "probes": probes,
+        "reference": probes,
+    }
+    given: Any = {"plain": workshop / "protected", "reference_data": reference(), **models, **FAST}
+    report = evaluate_adapter(workshop / "protected", pipeline, concept, CAPTIONS[:2], **given)
+    found = figures(report)
+    assert set(found) >= {"sscd_crops", "sscd_crops_found", "sscd_whole", "clip_score", "kid", "drift", "concept_loss"}
+    for name, values in found.items():
+        if "plain" in values:
+            assert values["plain"] == values["protected"], name
+    assert found["drift"]["base"] == 0.0
+    with adapter_on(family, locate_adapter(workshop / "protected")), torch.no_grad():
+        moved = family.run(family.denoiser, inputs) - probes.targets
+    expected = (moved.square() * asked.weights).sum() / (asked.weights.sum() * moved.shape[1])
+    assert found["drift"]["protected"] == pytest.approx(float(expected), rel=1e-4)
+    again = evaluate_adapter(workshop / "protected", pipeline, concept, CAPTIONS[:2], **given)
+    assert {**again.to_dict(), "seconds": {}} == {**report.to_dict(), "seconds": {}}
+    # Real pictures say what the measure can tell, and set the threshold.
+    real = [found["sscd_crops"][column].value for column in ("with_concept", "without")]
+    assert real[0] > real[1] + 0.1
+    assert report.settings["sscd_thresholds"] == {"sscd_crops": pytest.approx(sum(real) / 2), "sscd_whole": 0.75}
+
+
+def test_what_no_model_was_given_for_is_not_measured(workshop):
+    concept = ConceptSet.from_pairs([picture(0)], [picture(1)], ["a house"])
+    report = evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, ["a house"], **FAST)
+    missing = {measure.name: measure.not_measured for measure in report.measures if measure.not_measured}
+    for name in ("sscd_crops", "sscd_crops_found", "sscd_whole", "sscd_whole_found", "clip_score", "kid"):
+        assert missing[name].startswith("no model given")
+        assert not report.to_dict()["measures"][name]["figures"]
+    assert missing["drift"].startswith("no probes given")
+    # Of pairs the other halves are the reference.
+    assert set(figures(report)) == {"concept_loss", "concept_learned", "reference_loss", "reference_learned"}
+
+
+def test_no_leak_without_a_figure_of_quality(workshop):
+    concept = ConceptSet.from_masks([picture(0)], [Image.new("L", (48, 40), 255)], ["a house"])
+    given: Any = {"sscd": workshop / "sscd.pt", **FAST}
+    with pytest.raises(ConceptDataError, match="quality"):
+        evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, ["a house"], **given)
+
+
+def test_probes_of_another_base_are_refused(workshop):
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    examples = concept_examples(family, Overlay(logo(), **OVERLAY), reference(), count=1, center_crop=True)
+    asked = TimestepQuestions.draw(family, examples, bins=1, seed=0)
+    conditions = family.conditions([examples[0].prompt], [examples[0].frame])
+    inputs = family.inputs(asked.latents, asked.noise[:, 0], asked.timesteps[:, 0], conditions)
+    probes = collect_concept_probes(adapted(PIPELINES["sd"](), 1.0).unet, [(inputs, None)])
+    probes.targets += 0.5
+    concept = ConceptSet.from_pairs([picture(0)], [picture(1)], ["a house"])
+    with pytest.raises(BehaviourError, match="another base model"):
+        evaluate_adapter(workshop / "protected", family.pipeline, concept, ["a house"], probes=probes, **FAST)
+
+
+def test_forms_of_a_concept_are_told_by_what_is_there(workshop, tmp_path):
+    assert isinstance(read_concept(str(workshop / "logo.png"), ranges={"scale": (0.2, 0.3)}), Overlay)
+    pictures = read_concept(str(workshop / "reference"))
+    assert isinstance(pictures, ConceptSet)
+    assert not pictures.paired
+    assert all(pair.mask.getextrema() == (255, 255) for pair in pictures)
+    folder = image_folder(tmp_path / "pairs", CAPTIONS[:1])
+    picture(9, (36, 44)).save(folder / "other.png")
+    for column in ("without", "mask"):
+        line = {"image_file_name": "0.png", f"{column}_file_name": "other.png", "text": "a house"}
+        (folder / "metadata.jsonl").write_text(json.dumps(line))
+        assert read_concept(str(folder), cache_dir=str(tmp_path / column)).paired == (column == "without")
+
+
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [
+        (Estimate(0.12345, 0.0123), "0.123 ± 0.012"),
+        (Estimate(12.345, 1.5), "12.3 ± 1.5"),
+        (Estimate(0.5, float("nan")), "0.5"),
+        (Estimate(float("nan"), 1.0), "–"),
+        (Share(1, 4), "25.0 ± 21.7 %"),
+        (0.0, "0"),
+        (None, "–"),
+    ],
+)
+def test_figures_are_rounded_to_their_errors(figure, text):
+    assert figure_text(figure) == text
+
+
+# The command
+
+
+def command(workshop: Path, output: Path, **changed: Any) -> list[str]:
+    options = {
+        "base": workshop / "base",
+        "concept": workshop / "logo.png",
+        "prompts": workshop / "prompts.txt",
+        "reference_data_dir": workshop / "reference",
+        "sscd": workshop / "sscd.pt",
+        "samples_per_prompt": 1,
+        "num_inference_steps": 2,
+        "num_pictures": 2,
+        "timestep_bins": 2,
+        "output_dir": output,
+        **changed,
+    }
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
+    return [
+        "evaluate",
+        str(workshop / "protected"),
+        *(word for pair in pairs for word in pair),
+        "--scale",
+        "0.6",
+        "0.6",
+    ]
+
+
+def test_the_command_writes_a_page_that_needs_nothing_else(workshop, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    run = CliRunner().invoke(app, [*command(workshop, output, plain=workshop / "plain"), "--json"])
+    assert run.exit_code == 0, run.output
+    report = json.loads(run.stdout)
+    assert report == json.loads((output / "evaluation.json").read_text())
+    assert report["models"] == ["base", "plain", "protected"]
+    assert report["versions"].keys() >= {"torch", "diffusers", "peft-gradproj"}
+    assert report["settings"]["protected"]["sha256"] != report["settings"]["plain"]["sha256"]
+    assert report["settings"]["guidance_scale"] == 7.5
+    assert [(s["prompt"], s["seed"]) for s in report["samples"]] == 3 * [("a house", 0), ("a tree", 1)]
+    for sample in report["samples"]:
+        with Image.open(output / sample["file"]) as drawn:
+            assert drawn.size == (SIDE, SIDE)
+        assert sample["scores"].keys() == {"sscd_crops", "sscd_whole"}
+    assert len(report["losses"]["concept"]["changes"]["plain"]) == 2
+    page = (output / "index.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 2 + 3 * 2 + 1
+    assert all(source.startswith("data:image/") for source in sources)
+    assert "not measured: no model given (--clip)" in page
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_earlier_evaluation_is_replaced_as_a_whole_or_left_as_it_was(workshop, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    for sscd, count in ((workshop / "sscd.pt", 6), (None, 3)):
+        prompts = "a house" if sscd is None else workshop / "prompts.txt"
+        arguments = command(workshop, output, sscd=sscd, prompts=prompts, plain=workshop / "plain")
+        run = CliRunner().invoke(app, arguments)
+        assert run.exit_code == 0, run.output
+        assert len(list(output.glob("samples/*/*.png"))) == count
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    wrong = [
+        {"plain": workshop / "reference"},
+        {"sscd": workshop / "logo.png"},
+        {"concept": tmp_path / "absent.png"},
+        {"base": workshop / "reference"},
+        {"resolution": 33},
+        {"samples_per_prompt": 0},
+    ]
+    for changed in wrong:
+        monkeypatch.setattr("sys.argv", ["gradproj", *command(workshop, output, **changed)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("gradproj: ")
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_holds_other_things_is_not_replaced(workshop, tmp_path):
+    (tmp_path / "thesis.txt").write_text("three years of work")
+    run = CliRunner().invoke(app, command(workshop, tmp_path))
+    assert isinstance(run.exception, ConceptDataError)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
