@@ -375,7 +375,9 @@ def evaluate(
     probes: Annotated[str | None, typer.Option(help="File of concept probes.")] = None,
     reference: Annotated[str | None, typer.Option(help="File of probes that are free of the concept.")] = None,
     sscd: Annotated[Path | None, typer.Option(help="Copy-detection model, TorchScript or .onnx.")] = None,
-    sscd_threshold: Annotated[float, typer.Option(help="Similarity above which the concept counts as found.")] = 0.75,
+    sscd_threshold: Annotated[
+        float | None, typer.Option(help="Similarity above which it counts as found; between those of real pictures.")
+    ] = None,
     clip: Annotated[str | None, typer.Option(help="CLIP model for the CLIP score, folder or Hub id.")] = None,
     kid_features: Annotated[
         str | None, typer.Option(help="KID's features: TorchScript, or folder or Hub id of a CLIP vision model.")
