@@ -64,6 +64,7 @@ METHODS = {
         OURS,
         Method("masked, found", masked="found"),
         Method("online", online=True),
+        Method("online, every step, restore 1", online=True, probe_every=1, restore=1.0),
         Method("masked, found + online", masked="found", online=True),
         Method("subspace + online", spaces=("input", "output"), online=True),
         Method("filtered, perfect", filtered="perfect"),
