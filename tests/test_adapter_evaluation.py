@@ -42,6 +42,8 @@ from peft_gradproj.evaluation.sampling import draw_samples
 from peft_gradproj.evaluation.timestep_losses import TimestepQuestions
 from peft_gradproj.pipelines import PipelineFamily
 
+pytest_plugins = ("hub_server",)
+
 CAPTIONS = ["a house", "a tree", "a cat", "a dog", "a pot"]
 OVERLAY = {"scale": (0.6, 0.6), "angle": (0.0, 0.0)}
 FAST: dict[str, Any] = {
@@ -375,6 +377,45 @@ def test_adapters_of_any_layout_are_put_on_and_taken_off(kind, layout, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in family.denoiser.state_dict().items())
     assert flags == [parameter.requires_grad for parameter in family.denoiser.parameters()]
     assert not hasattr(family.denoiser, "peft_config")
+
+
+def test_an_adapter_of_the_text_encoder_counts_as_well(tmp_path):
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = adapted(PIPELINES["sd"](), 0.3)
+    pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    layers = {f"{part}_lora_layers": getattr(pipeline, part) for part in ("unet", "text_encoder")}
+    states = {name: get_peft_model_state_dict(model) for name, model in layers.items()}
+    type(pipeline).save_lora_weights(tmp_path, **states)
+    family = PipelineFamily.of(PIPELINES["sd"]())
+
+    def embeddings() -> torch.Tensor:
+        return family.conditions(["a house"], [])["encoder_hidden_states"]
+
+    before = embeddings()
+    with adapter_on(family, locate_adapter(tmp_path)):
+        assert (embeddings() - before).abs().max() > 1e-3
+        with (
+            pytest.raises(BehaviourError, match="carries adapters already"),
+            adapter_on(family, locate_adapter(tmp_path)),
+        ):
+            pass
+        assert (embeddings() - before).abs().max() > 1e-3
+    assert torch.equal(embeddings(), before)
+
+
+def test_adapters_on_the_hub_are_fetched_without_what_lies_beside_them(hub, workshop):
+    weights = (workshop / "protected" / "pytorch_lora_weights.safetensors").read_bytes()
+    hub.add_repo("user/name", {"pytorch_lora_weights.safetensors": weights, "pytorch_lora_weights.bin": b"a pickle"})
+    found = locate_adapter("user/name")
+    assert found.path.read_bytes() == weights
+    assert [path.name for path in found.path.parent.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert re.fullmatch("[0-9a-f]{40}", found.revision)
+    assert locate_adapter("user/name", revision=found.revision) == found
+    with pytest.raises(AdapterFolderError, match="neither a path"):
+        locate_adapter("user/absent")
+    with pytest.raises(AdapterFolderError, match="only the Hub has revisions"):
+        locate_adapter(workshop / "protected", revision="main")
 
 
 def test_adapters_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
