@@ -5,7 +5,7 @@ Every `LoraConfig` that the script adds to a model *for training* becomes a `Gra
 `PeftModel.from_pretrained` loads as trainable. What the script loads to sample or to evaluate stays a plain LoRA:
 loaders call none of these functions, which is why they are wrapped, and not `LoraConfig`. Concept basis, manifest and
 model card are written beside each set of weights that the script saves, checkpoints included, before the script's own
-upload; a card that the script writes itself gets our section when it is uploaded.
+upload; a card that the script writes itself gets our section when it is uploaded, and checkpoints stay at home.
 
     gradproj launch --concept-basis logo.safetensors train_text_to_image_lora.py --rank=16 ...
     accelerate launch -m peft_gradproj.launch --concept-basis logo.safetensors train_text_to_image_lora.py ...
@@ -277,10 +277,14 @@ class LaunchedRun:
 
         @wraps(original)
         def upload(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
+            bound = signature.bind(*args, **kwargs)
+            given = bound.arguments
             # Scripts write a card of their own after they have saved, over what is there.
             complete_card(given["folder_path"], repo_id=given["repo_id"])
-            return original(*args, **kwargs)
+            # In checkpoints are optimizer states, some of them pickles.
+            ignored = given.get("ignore_patterns") or []
+            given["ignore_patterns"] = [*([ignored] if isinstance(ignored, str) else ignored), "checkpoint-*"]
+            return original(*bound.args, **bound.kwargs)
 
         return upload
 

@@ -128,6 +128,8 @@ def test_the_upload_of_a_script_has_basis_manifest_and_card(hub, tmp_path, card_
         card = load_or_create_model_card(NAME, from_training=True, model_description="What I trained.", license="mit")
         populate_model_card(card, tags=["lora"]).save(tmp_path / "README.md")
         assert "gradproj:begin" not in (tmp_path / "README.md").read_text()
+        (tmp_path / "checkpoint-1").mkdir()
+        (tmp_path / "checkpoint-1" / "optimizer.bin").write_bytes(b"a pickle")
         upload_folder(repo_id=NAME, folder_path=tmp_path, ignore_patterns=["step_*", "epoch_*"])
         (tmp_path / "README.md").unlink()
         hub.add_repo("user/again")
