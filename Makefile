@@ -17,6 +17,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2
 
 bench: bench-overhead
+	$(BIN)/python benchmarks/verify.py
 
 # Goes on where it was; `rm benchmarks/results/overhead.json` first to measure everything anew.
 bench-overhead: $(INSTALLED)
