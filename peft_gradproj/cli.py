@@ -337,6 +337,90 @@ def fit(
 
 
 @app.command()
+def mask(
+    pretrained_model_name_or_path: Annotated[
+        str, typer.Option(help="Folder or Hub id of a pipeline of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5.")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="New folder for a copy of the pictures, with the masks.")],
+    overlay: Annotated[Path | None, typer.Option(help="The concept as a picture with an alpha channel.")] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="Or as pictures with it (column image) and without it (column without).")
+    ] = None,
+    masks: Annotated[
+        str | None, typer.Option(help="Or as pictures (column image) and masks of where it is (column mask).")
+    ] = None,
+    scale: Annotated[
+        tuple[float, float] | None, typer.Option(help="Overlay: its longer side, as a share of the picture's side.")
+    ] = None,
+    angle: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its angle in degrees.")] = None,
+    opacity: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its opacity.")] = None,
+    across: Annotated[
+        tuple[float, float] | None, typer.Option(help="Overlay: where it lies across, 0 at the left edge.")
+    ] = None,
+    down: Annotated[
+        tuple[float, float] | None, typer.Option(help="Overlay: where it lies down, 0 at the upper edge.")
+    ] = None,
+    train_data_dir: Annotated[
+        str | None, typer.Option(help="What will be trained on: a folder of pictures, with or without metadata.")
+    ] = None,
+    dataset_name: Annotated[str | None, typer.Option(help="Or the id of a data set.")] = None,
+    dataset_config_name: Annotated[str | None, typer.Option(help="Configuration of the data set.")] = None,
+    split: Annotated[str, typer.Option(help="Which part of it.")] = "train",
+    image_column: Annotated[str, typer.Option(help="Column of the pictures.")] = "image",
+    mask_column: Annotated[str, typer.Option(help="Column of the masks, a new one.")] = "mask",
+    cache_dir: Annotated[str | None, typer.Option(help="Where data sets are prepared.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Shorter side of the pictures in which it is looked for, in pixels.")
+    ] = None,
+    num_pairs: Annotated[int, typer.Option(help="Examples that each of the two networks learns from.")] = 384,
+    steps: Annotated[int, typer.Option(help="Training steps of each network.")] = 300,
+    dilation: Annotated[int, typer.Option(help="By how many latents to widen what was found.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Pictures that the VAE encodes at once.")] = 4,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the pipeline on the Hub.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the pipeline's weights, such as fp16.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run; a GPU of CUDA if there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Find a concept in your training pictures, and write a copy of them with masks, where the loss need not count."""
+    from .concept_fit import load_concept
+    from .masked_data import mask_table
+    from .training_data import TrainingData, load_table
+
+    source = train_data_dir or dataset_name
+    if source is None or (train_data_dir and dataset_name):
+        raise typer.BadParameter("give --train-data-dir or --dataset-name.")
+    table = load_table(source, [image_column], config_name=dataset_config_name, split=split, cache_dir=cache_dir)
+    found = load_concept(
+        overlay=overlay,
+        pairs=pairs,
+        masks=masks,
+        ranges={"scale": scale, "angle": angle, "opacity": opacity, "across": across, "down": down},
+        data=TrainingData.uncaptioned(table, image_column),
+        image_column=image_column,
+        cache_dir=cache_dir,
+    )
+    report = mask_table(
+        pretrained_model_name_or_path,
+        found,
+        table,
+        output_dir,
+        image_column=image_column,
+        mask_column=mask_column,
+        resolution=resolution,
+        num_pairs=num_pairs,
+        steps=steps,
+        dilation=dilation,
+        batch_size=batch_size,
+        revision=revision,
+        variant=variant,
+        device=device,
+        seed=seed,
+    )
+    _print_json(report.to_dict()) if as_json else typer.echo(report)
+
+
+@app.command()
 def evaluate(
     adapter: Annotated[str, typer.Argument(help="The protected adapter: a file, a folder, or its id on the Hub.")],
     base: Annotated[

@@ -38,11 +38,20 @@ from .diffusion_inputs import latent_weights, pictures_to_tensor
 from .errors import ConceptDataError
 from .fitting import fit_concept_basis
 from .observation import find_layers
-from .pipelines import PipelineFamily, load_pipeline
+from .pipelines import PipelineFamily, checked_resolution, load_pipeline
 from .probes import ConceptProbes, adapters_disabled, collect_concept_probes, evaluation_mode
 from .training_data import Frame, TrainingData, draw_frame, load_table, read_pictures
 
-__all__ = ["Concept", "ConceptExample", "FitReport", "concept_examples", "fit_concept", "load_concept", "read_phrases"]
+__all__ = [
+    "Concept",
+    "ConceptExample",
+    "FitReport",
+    "concept_examples",
+    "fit_concept",
+    "iter_concept_examples",
+    "load_concept",
+    "read_phrases",
+]
 
 Concept = Overlay | ConceptSet | Sequence[str]
 """An overlay, a set of pairs or of pictures with masks, or phrases that name the concept."""
@@ -186,7 +195,7 @@ def fit_concept(
             options: Any = {"revision": revision, "variant": variant, "dtype": dtype, "device": device}
             pipeline_or_id = load_pipeline(str(pipeline_or_id), **options)
         family = PipelineFamily.of(pipeline_or_id)
-    side = _checked_resolution(family, resolution)
+    side = checked_resolution(family, resolution)
     targets = family.target_modules if target_modules is None else target_modules
     crop = _Crop(side, center_crop, seed)
     examples = _examples(concept, data, crop, family)
@@ -273,13 +282,6 @@ class _Clock:
         self.seconds[self._part] = time.perf_counter() - self._start
 
 
-def _checked_resolution(family: PipelineFamily, resolution: int | None) -> int:
-    side, step = resolution or family.resolution, family.resolution_step
-    if side < step or side % step:
-        raise ConceptDataError(f"a resolution of {side} does not fit the pipeline; expected a multiple of {step}.")
-    return side
-
-
 def _base_model_of(family: PipelineFamily, name: str | None) -> tuple[str | None, str | None]:
     """Name and commit: a pipeline knows its id, its parts know where in the Hub's cache they lie."""
     whole, part = identify(family.pipeline), identify(family.denoiser)
@@ -357,15 +359,33 @@ def concept_examples(
     Raises:
         ConceptDataError: If the concept and the data do not give examples of it.
     """
-    examples = _examples(concept, data, _Crop(_checked_resolution(family, resolution), center_crop, seed), family)
+    examples = _examples(concept, data, _Crop(checked_resolution(family, resolution), center_crop, seed), family)
     return [examples.example(index) for index in range(count)]
 
 
-def _examples(concept: Concept, data: TrainingData | None, crop: _Crop, family: PipelineFamily) -> _Examples:
+def iter_concept_examples(
+    concept: Overlay | ConceptSet, data: TrainingData | None = None, *, count: int, resolution: int, seed: int = 0
+) -> Iterator[ConceptExample]:
+    """The same of a concept that pictures show, made one by one, randomly cropped; no pipeline is needed.
+
+    Every picture is used once before one is used twice.
+
+    Raises:
+        ConceptDataError: If the concept and the data do not give examples of it.
+    """
+    examples = _examples(concept, data, _Crop(resolution, False, seed))
+    return map(examples.example, range(count))
+
+
+def _examples(
+    concept: Concept, data: TrainingData | None, crop: _Crop, family: PipelineFamily | None = None
+) -> _Examples:
     if isinstance(concept, Overlay):
         return _OverlayExamples(concept, _required(data), crop)
     if isinstance(concept, ConceptSet):
         return _SetExamples(concept, crop)
+    if family is None:
+        raise ConceptDataError("words show nothing: give an overlay, pairs, or pictures with masks.")
     return _WordExamples([concept] if isinstance(concept, str) else list(concept), _required(data), crop, family)
 
 

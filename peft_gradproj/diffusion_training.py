@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .diffusion_inputs import training_target
+from .diffusion_inputs import latent_weights, training_target
 from .hub import push_adapter_to_hub
 from .online import online_projections
 from .saving import save_sidecars
@@ -52,6 +52,7 @@ __all__ = [
     "saved_checkpoints",
     "seeded_batches",
     "square_crop",
+    "squared_error",
     "validate",
 ]
 
@@ -74,6 +75,7 @@ def add_concept_arguments(parser: argparse.ArgumentParser) -> None:
     add("--probe_every", type=int, default=4, help="A step is corrected every so many optimizer steps.")
     add("--probe_batch_size", type=int, default=8, help="Concept probes per correction, over all processes.")
     add("--restore", type=float, default=0.7, help="Share of the drift that a corrected step takes back.")
+    add("--mask_column", help="Column of masks, white where the loss does not count; `gradproj mask` makes them.")
     add("--uncovered", choices=["error", "warn", "ignore"], default="error", help="About what is not projected.")
 
 
@@ -281,13 +283,49 @@ def draws(*key: object) -> random.Random:
     return random.Random(" ".join(map(str, key)))
 
 
-def square_crop(picture: Image.Image, args: argparse.Namespace, draw: random.Random) -> Image.Image:
-    """The picture as RGB, scaled and cropped to the resolution's square, perhaps mirrored, as the flags say."""
+def square_crop(
+    picture: Image.Image, args: argparse.Namespace, draw: random.Random, mask: Image.Image | None = None
+) -> tuple[Image.Image, Image.Image]:
+    """A picture and its mask, scaled and cropped to the resolution's square, perhaps mirrored, as the flags say.
+
+    Args:
+        picture: Turned upright by its EXIF orientation.
+        args: The flags.
+        draw: What place and mirroring are drawn from.
+        mask: White where the loss does not count, of the upright picture's size; by default it counts everywhere.
+
+    Returns:
+        The picture, RGB, and the mask, L.
+    """
     place = (0.5, 0.5) if args.center_crop else (draw.random(), draw.random())
-    method = Image.Resampling[args.image_interpolation_mode.upper()]
+    mirrored = args.random_flip and draw.random() < 0.5
     upright = ImageOps.exif_transpose(picture).convert("RGB")
-    square = ImageOps.fit(upright, (args.resolution, args.resolution), method=method, centering=place)
-    return ImageOps.mirror(square) if args.random_flip and draw.random() < 0.5 else square
+    mask = Image.new("L", upright.size) if mask is None else ImageOps.exif_transpose(mask).convert("L")
+    if mask.size != upright.size:
+        raise ValueError(f"A picture of {upright.size} has a mask of {mask.size}; expected the same size.")
+    # A filter that overshoots would leave specks in masks.
+    methods = (Image.Resampling[args.image_interpolation_mode.upper()], Image.Resampling.BILINEAR)
+    squares = [
+        ImageOps.fit(whole, (args.resolution, args.resolution), method=method, centering=place)
+        for whole, method in zip((upright, mask), methods, strict=True)
+    ]
+    square, mask_square = map(ImageOps.mirror, squares) if mirrored else squares
+    return square, mask_square
+
+
+def squared_error(prediction: Tensor, target: Tensor, masks: Tensor | None = None) -> Tensor:
+    """What a loss is the mean of, float32, shape `(b, C, h, w)` of both.
+
+    Args:
+        prediction: The model's.
+        target: What it should have been.
+        masks: In [0, 1], shape `(b, 1, H, W)`, H and W those of the pictures: where the error does not count, so that
+            it is 0; a latent counts as little as any of its pixels.
+    """
+    error = (prediction.float() - target.float()).square()
+    if masks is None:
+        return error
+    return (1 - latent_weights(masks, (error.shape[-2], error.shape[-1]), dilation=0)) * error
 
 
 def noised(schedule: Any, latents: Tensor, *, offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ concept where :math:`g > c / 2` (Elkan and Noto, *Learning classifiers from only
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from .diffusion_inputs import dilated
 from .errors import ConceptDataError
 from .small_networks import fit_network
 
-__all__ = ["ConceptMarker", "mark_concept", "places"]
+__all__ = ["ConceptMarker", "fit_markers", "mark_concept", "places"]
 
 
 class ConceptMarker:
@@ -43,6 +44,7 @@ class ConceptMarker:
         *,
         steps: int = 300,
         batch_size: int = 64,
+        crop: float = 1.0,
         seed: int = 0,
         progress: Callable[[int], None] = lambda step: None,
     ) -> ConceptMarker:
@@ -54,7 +56,10 @@ class ConceptMarker:
             masks: Where it was pasted, in [0, 1], shape `(N, 1, h, w)`; such as `latent_weights(..., dilation=0)`.
             steps: Training steps.
             batch_size: Latents in a step.
-            seed: Of weights and order.
+            crop: Sides of the part of the latents that a step sees, as a share of theirs, in (0, 1]. A network that sees
+                where in a picture it is learns that what was there before always lies in one place, and what was pasted
+                anywhere: then the share of the concept that was pasted is no constant.
+            seed: Of weights, order and crops.
             progress: Called with the number of each finished step.
 
         Raises:
@@ -70,7 +75,8 @@ class ConceptMarker:
 
         def loss() -> Tensor:
             index = torch.randint(len(seen), (batch_size,), generator=generator)
-            return F.binary_cross_entropy_with_logits(network(seen[index]), labels[index])
+            part = (index, slice(None), *_random_part(seen.shape[2:], crop, generator))
+            return F.binary_cross_entropy_with_logits(network(seen[part]), labels[part])
 
         with torch.enable_grad():
             fit_network(network, loss, steps=steps, learning_rate=3e-3, progress=progress)
@@ -94,6 +100,41 @@ class ConceptMarker:
         return dilated(torch.cat(parts).float(), dilation)
 
 
+def fit_markers(
+    pasted: Sequence[tuple[Tensor, Tensor]],
+    *,
+    steps: int = 300,
+    batch_size: int = 64,
+    crop: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda step: None,
+) -> list[ConceptMarker]:
+    """For each fold of the training pictures a marker that learned from the others.
+
+    A network that had learned from a picture itself would have learned that what is there was not pasted.
+
+    Args:
+        pasted: For each fold latents `(M, C, h, w)` and masks `(M, 1, h, w)` of the concept pasted onto the fold's
+            pictures.
+        steps: Training steps of each network.
+        batch_size: Latents in a step.
+        crop: See :meth:`ConceptMarker.fit`.
+        seed: Likewise.
+        progress: Called with the number of steps done, over all networks.
+    """
+    markers = []
+    for number in range(len(pasted)):
+
+        def report(done: int, before: int = number * steps) -> None:
+            progress(before + done)
+
+        others = [part for index, part in enumerate(pasted) if index != number]
+        latents, masks = (torch.cat(tensors) for tensors in zip(*others, strict=True))
+        options: Any = {"steps": steps, "batch_size": batch_size, "crop": crop, "seed": seed + number}
+        markers.append(ConceptMarker.fit(latents, masks, progress=report, **options))
+    return markers
+
+
 def mark_concept(
     latents: Tensor,
     pasted: Sequence[tuple[Tensor, Tensor]],
@@ -106,12 +147,9 @@ def mark_concept(
 ) -> Tensor:
     """Mark the concept in training pictures, each by a network that learned from others.
 
-    A network that had learned from the picture itself would have learned that what is there was not pasted.
-
     Args:
         latents: Of the training pictures, shape `(N, C, h, w)`.
-        pasted: For each fold latents `(M, C, h, w)` and masks `(M, 1, h, w)` of the concept pasted onto the fold's
-            pictures.
+        pasted: As in :func:`fit_markers`, for each fold.
         folds: For each fold the indices of its pictures; together all of `range(N)`.
         dilation: See :meth:`ConceptMarker.mark`.
         steps: Training steps of each network.
@@ -129,19 +167,8 @@ def mark_concept(
     if not torch.equal(torch.cat(list(folds)).sort().values, torch.arange(len(latents))):
         raise ConceptDataError(f"the folds are not all of the {len(latents)} pictures, each once.")
     masks = latents.new_zeros(len(latents), 1, *latents.shape[2:], dtype=torch.float32)
-    for number, fold in enumerate(folds):
-
-        def report(done: int, before: int = number * steps) -> None:
-            progress(before + done)
-
-        others = [part for index, part in enumerate(pasted) if index != number]
-        marker = ConceptMarker.fit(
-            torch.cat([part[0] for part in others]),
-            torch.cat([part[1] for part in others]),
-            steps=steps,
-            seed=seed + number,
-            progress=report,
-        )
+    markers = fit_markers(pasted, steps=steps, seed=seed, progress=progress)
+    for fold, marker in zip(folds, markers, strict=True):
         masks[fold] = marker.mark(latents[fold], dilation=dilation)
     return masks
 
@@ -169,6 +196,16 @@ def places(masks: Tensor, *, quantile: float = 0.05) -> tuple[tuple[float, float
         low, high = place.float().quantile(torch.tensor([quantile, 1 - quantile])).tolist()
         ranges.append((low, high))
     return ranges[0], ranges[1]
+
+
+def _random_part(size: Sequence[int], share: float, generator: torch.Generator) -> tuple[slice, ...]:
+    """A part of latents of a size, cut out at random; nothing is drawn for the whole."""
+    slices = []
+    for length in size:
+        kept = max(1, round(share * length))
+        start = int(torch.randint(length - kept + 1, (), generator=generator)) if kept < length else 0
+        slices.append(slice(start, start + kept))
+    return tuple(slices)
 
 
 class _Standardise(nn.Module):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,17 @@ from .model_arguments import place_arguments
 from .probes import call_model, placement
 from .training_data import Frame, first_line
 
-__all__ = ["FAMILIES", "PipelineFamily", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "load_pipeline"]
+__all__ = [
+    "FAMILIES",
+    "PictureEncoder",
+    "PipelineFamily",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
+    "checked_resolution",
+    "load_encoder",
+    "load_pipeline",
+]
 
 
 class PipelineFamily(ABC):
@@ -56,8 +67,7 @@ class PipelineFamily(ABC):
         if missing:
             raise ConceptDataError(f"the pipeline has no {', '.join(missing)}; load it with all its components.")
         vae = pipeline.vae.config
-        if getattr(vae, "latents_mean", None) is not None or getattr(vae, "latents_std", None) is not None:
-            raise ConceptDataError("the VAE's latents have a mean and deviation of their own, which is not supported.")
+        _check_vae(vae)
         channels = self.denoiser.config["in_channels"]
         if channels != vae.latent_channels:
             raise ConceptDataError(
@@ -271,6 +281,43 @@ class StableDiffusion3(PipelineFamily):
         return noise - latents
 
 
+@dataclass(frozen=True)
+class PictureEncoder:
+    """The part of a pipeline that makes latents of pictures."""
+
+    vae: Any
+    resolution: int
+    """The side of the pictures that the pipeline makes by default, in pixels."""
+    resolution_step: int
+    """Sides of pictures are a multiple of this, in pixels."""
+
+    @classmethod
+    def of(cls, pipeline: Any) -> PictureEncoder:
+        """That of a pipeline.
+
+        Raises:
+            ConceptDataError: If it belongs to no family that is known here.
+        """
+        family = PipelineFamily.of(pipeline)
+        return cls(pipeline.vae, family.resolution, family.resolution_step)
+
+    def latents(self, pictures: Sequence[Image.Image], *, batch_size: int = 4) -> Tensor:
+        """Latents as the denoiser sees them, float32, on the VAE's device, shape `(n, C, h, w)`."""
+        return encode_images(self, pictures, batch_size=batch_size)
+
+
+def checked_resolution(pipeline: PipelineFamily | PictureEncoder, resolution: int | None) -> int:
+    """The side of pictures that was asked for, or the pipeline's own.
+
+    Raises:
+        ConceptDataError: If the pipeline has no latents of it.
+    """
+    side, step = resolution or pipeline.resolution, pipeline.resolution_step
+    if side < step or side % step:
+        raise ConceptDataError(f"a resolution of {side} does not fit the pipeline; expected a multiple of {step}.")
+    return side
+
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 FAMILIES: tuple[type[PipelineFamily], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3)
@@ -302,16 +349,8 @@ def load_pipeline(
         if dtype not in _DTYPES:
             raise ConceptDataError(f"dtype={dtype!r}; expected one of {', '.join(_DTYPES)}.")
         dtype = _DTYPES[dtype]
+    index, _ = _read_index(path_or_id, revision)
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    try:
-        index = DiffusionPipeline.load_config(path_or_id, **options)
-    except (OSError, ValueError) as error:
-        raise ConceptDataError(
-            f"there is no pipeline at {path_or_id}: expected a folder or a Hub id with a model_index.json of "
-            f"diffusers ({first_line(error)})."
-        ) from error
-    if index.get("_class_name") not in {family.pipeline_class for family in FAMILIES}:
-        raise ConceptDataError(f"{path_or_id} is a {index.get('_class_name')}; known are {_known()}.")
     options |= {"variant": variant, "use_safetensors": True}
     if dtype != torch.float32:
         options["torch_dtype"] = dtype
@@ -330,7 +369,64 @@ def load_pipeline(
         if isinstance(part, nn.Module) and getattr(part, "dtype", wanted) != wanted:
             part.to(wanted)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipeline.to(device or _default_device())
+
+
+def load_encoder(
+    path_or_id: str, *, revision: str | None = None, variant: str | None = None, device: str | None = None
+) -> PictureEncoder:
+    """Load what makes latents of pictures from a pipeline's folder or Hub id, and no more; arguments as above.
+
+    Raises:
+        ConceptDataError: If there is no such pipeline, it is of no known family, or its VAE is of no known kind.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    index, family = _read_index(path_or_id, revision)
+    kind = (index.get("vae") or [None, None])[1]
+    if kind != "AutoencoderKL":
+        raise ConceptDataError(f"the VAE of {path_or_id} is a {kind}; expected an AutoencoderKL.")
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    try:
+        # Only the class's reader of `config.json` is used, which is the same for every kind of denoiser.
+        denoiser = UNet2DConditionModel.load_config(path_or_id, subfolder=family.component, **options)
+        options |= {"variant": variant, "use_safetensors": True, "torch_dtype": torch.float32}
+        vae = AutoencoderKL.from_pretrained(path_or_id, subfolder="vae", **options)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ConceptDataError(f"the VAE of {path_or_id} cannot be loaded: {first_line(error)}") from error
+    _check_vae(vae.config)
+    factor, size = 2 ** (len(vae.config.block_out_channels) - 1), denoiser["sample_size"]
+    return PictureEncoder(
+        vae.to(device or _default_device()),
+        int(size if isinstance(size, int) else min(size)) * factor,
+        factor * int(denoiser.get("patch_size") or 1),
+    )
+
+
+def _read_index(path_or_id: str, revision: str | None) -> tuple[dict[str, Any], type[PipelineFamily]]:
+    """The `model_index.json` of a pipeline, and its family."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        index = DiffusionPipeline.load_config(path_or_id, **({} if revision is None else {"revision": revision}))
+    except (OSError, ValueError) as error:
+        raise ConceptDataError(
+            f"there is no pipeline at {path_or_id}: expected a folder or a Hub id with a model_index.json of "
+            f"diffusers ({first_line(error)})."
+        ) from error
+    for family in FAMILIES:
+        if index.get("_class_name") == family.pipeline_class:
+            return index, family
+    raise ConceptDataError(f"{path_or_id} is a {index.get('_class_name')}; known are {_known()}.")
+
+
+def _check_vae(config: Any) -> None:
+    if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
+        raise ConceptDataError("the VAE's latents have a mean and deviation of their own, which is not supported.")
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _known() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import ConceptDataError
 
@@ -93,12 +93,16 @@ class TrainingData(Sequence[tuple[Image.Image, str]]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            chosen = range(len(self))[index]
-            return TrainingData([self._images[i] for i in chosen], [self.caption(i) for i in chosen])
-        return self._images[index], self.caption(index)
+            return self.select(range(len(self))[index])
+        # As `datasets` and the training scripts turn them.
+        return ImageOps.exif_transpose(self._images[index]), self.caption(index)
 
     def __iter__(self) -> Iterator[tuple[Image.Image, str]]:
         return (self[i] for i in range(len(self)))
+
+    def select(self, indices: Sequence[int]) -> TrainingData:
+        """Some of the pictures, with their captions; none is decoded before it is asked for."""
+        return TrainingData(_Selection(self._images, indices), _Selection(self._captions, indices))
 
     def caption(self, index: int) -> str:
         """A caption, without decoding its picture; of several alternatives the first."""
@@ -135,6 +139,11 @@ class TrainingData(Sequence[tuple[Image.Image, str]]):
         columns = (image_column, caption_column)
         table = load_table(path_or_id, columns, config_name=config_name, split=split, cache_dir=cache_dir)
         return cls(_Column(table, image_column), table.select_columns([caption_column])[:][caption_column])
+
+    @classmethod
+    def uncaptioned(cls, table: Any, image_column: str = "image") -> TrainingData:
+        """The pictures of a table of `datasets` under empty captions, for what reads pictures alone."""
+        return cls(_Column(table, image_column), [""] * len(table))
 
 
 def load_table(
@@ -182,6 +191,21 @@ def load_table(
         )
         raise ConceptDataError(f"{path_or_id} has no column {', '.join(map(repr, missing))}. {advice}")
     return table
+
+
+class _Selection(Sequence[Any]):
+    """Some items of a sequence, taken when they are asked for."""
+
+    def __init__(self, items: Sequence[Any], indices: Sequence[int]) -> None:
+        self._items, self._indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Selection(self._items, self._indices[index])
+        return self._items[self._indices[index]]
 
 
 class _Column(Sequence[Image.Image]):

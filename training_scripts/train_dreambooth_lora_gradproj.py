@@ -6,7 +6,8 @@
         --concept_basis logo.safetensors --concept_probes logo-probes.safetensors --output_dir out
 
 The concept is given by a concept basis, by concept probes, or best by both: `gradproj fit` makes them. Give the same
-files again to resume. With neither, `--uncovered ignore` trains a plain LoRA to compare with.
+files again to resume. With neither, `--uncovered ignore` trains a plain LoRA to compare with. With `--mask_column`,
+`--instance_data_dir` is a folder as `gradproj mask` writes it, and the loss does not count where the masks are white.
 
 With `--train_text_encoder`, the text encoder gets an adapter too, which is projected by the layers of the concept
 basis whose names begin with `text_encoder.`. If the basis has none, the script ends with an error; with
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params, free_memory
@@ -54,9 +54,11 @@ from peft_gradproj.diffusion_training import (
     repository,
     seeded_batches,
     square_crop,
+    squared_error,
     validate,
 )
 from peft_gradproj.online import telemetry
+from peft_gradproj.training_data import load_table
 
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -127,32 +129,55 @@ def sample_class_pictures(args: argparse.Namespace, accelerator: Accelerator) ->
     accelerator.wait_for_everyone()
 
 
+class Pictures(torch.utils.data.Dataset):
+    """The pictures of a folder, with their masks if its metadata has a column of them."""
+
+    def __init__(
+        self, folder: str, args: argparse.Namespace, *, masked: bool = False, limit: int | None = None
+    ) -> None:
+        self.mask_column = args.mask_column if masked else None
+        columns = ["image", self.mask_column]
+        self.rows = load_table(folder, columns, cache_dir=args.cache_dir) if self.mask_column else None
+        self.files = picture_files(folder)[:limit] if self.rows is None else []
+
+    def __len__(self) -> int:
+        return len(self.files) if self.rows is None else len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image | None]:
+        if self.rows is None:
+            return Image.open(self.files[index]), None
+        row = self.rows[index]
+        return row["image"], row[self.mask_column]
+
+
 class SubjectPictures(torch.utils.data.Dataset):
     """Pictures of the subject, and of the class beside them, cropped and mirrored anew in each `epoch`."""
 
     def __init__(self, tokenizer: Any, args: argparse.Namespace) -> None:
         self.args, self.epoch = args, 0
-        self.files = [picture_files(args.instance_data_dir)]
+        self.kinds = [Pictures(args.instance_data_dir, args, masked=True)]
         prompts = [args.instance_prompt]
         if args.with_prior_preservation:
-            self.files.append(picture_files(args.class_data_dir)[: args.num_class_images])
+            self.kinds.append(Pictures(args.class_data_dir, args, limit=args.num_class_images))
             prompts.append(args.class_prompt)
         length = args.tokenizer_max_length or tokenizer.model_max_length
         options = {"max_length": length, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
         self.tokens = tokenizer(prompts, **options).input_ids
 
     def __len__(self) -> int:
-        return max(map(len, self.files))
+        return max(map(len, self.kinds))
 
-    def __getitem__(self, index: int) -> list[Image.Image]:
+    def __getitem__(self, index: int) -> list[tuple[Image.Image, Image.Image]]:
         draw = draws(self.args.seed, self.epoch, index)
-        return [square_crop(Image.open(files[index % len(files)]), self.args, draw) for files in self.files]
+        chosen = [pictures[index % len(pictures)] for pictures in self.kinds]
+        return [square_crop(picture, self.args, draw, mask) for picture, mask in chosen]
 
-    def collate(self, examples: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+    def collate(self, examples: list[list[tuple[Image.Image, Image.Image]]]) -> dict[str, torch.Tensor]:
         """The subject's pictures, then those of the class."""
-        pictures = [picture for kind in zip(*examples, strict=True) for picture in kind]
+        pictures, masks = zip(*(pair for kind in zip(*examples, strict=True) for pair in kind), strict=True)
         tokens = self.tokens.repeat_interleave(len(examples), dim=0)
-        return {"pixel_values": pictures_to_tensor(pictures), "input_ids": tokens}
+        batch = {"pixel_values": pictures_to_tensor(pictures), "input_ids": tokens}
+        return batch | ({"masks": (pictures_to_tensor(masks) + 1) / 2} if self.args.mask_column else {})
 
 
 def add_adapters(args: argparse.Namespace, unet: Any, text_encoder: Any) -> None:
@@ -180,13 +205,12 @@ def add_adapters(args: argparse.Namespace, unet: Any, text_encoder: Any) -> None
     unet.add_adapter(config)
 
 
-def dreambooth_loss(prediction: torch.Tensor, target: torch.Tensor, prior_weight: float | None) -> torch.Tensor:
-    """Mean squared error; with prior preservation, that of the second half of the batch is weighed and added."""
+def dreambooth_loss(error: torch.Tensor, prior_weight: float | None) -> torch.Tensor:
+    """Mean of the squared error; with prior preservation, that of the second half of the batch is weighed and added."""
     if prior_weight is None:
-        return F.mse_loss(prediction.float(), target.float())
-    (prediction, prior_prediction), (target, prior_target) = prediction.chunk(2), target.chunk(2)
-    prior_loss = F.mse_loss(prior_prediction.float(), prior_target.float())
-    return F.mse_loss(prediction.float(), target.float()) + prior_weight * prior_loss
+        return error.mean()
+    error, prior_error = error.chunk(2)
+    return error.mean() + prior_weight * prior_error.mean()
 
 
 def main() -> None:
@@ -242,7 +266,7 @@ def main() -> None:
                     embeddings = text_encoder(batch["input_ids"], return_dict=False)[0]
                 noisy_latents, timesteps, target = noised(noise_scheduler, latents)
                 prediction = unet(noisy_latents, timesteps, embeddings.to(vae.dtype), return_dict=False)[0]
-                loss = dreambooth_loss(prediction, target, prior_weight)
+                loss = dreambooth_loss(squared_error(prediction, target, batch.get("masks")), prior_weight)
                 train_loss += accelerator.reduce(loss.detach(), "mean").item() / args.gradient_accumulation_steps
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

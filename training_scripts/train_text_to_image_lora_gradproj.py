@@ -5,7 +5,8 @@
         --output_dir out --validation_prompt "a cup on a table"
 
 The concept is given by a concept basis, by concept probes, or best by both: `gradproj fit` makes them. Give the same
-files again to resume. With neither, `--uncovered ignore` trains a plain LoRA to compare with.
+files again to resume. With neither, `--uncovered ignore` trains a plain LoRA to compare with. With `--mask_column`, the
+loss does not count where a picture's mask is white: `gradproj mask` makes masks.
 
 Flags, checkpoints and trackers are those of diffusers' `train_text_to_image_lora.py`. What differs: basis and manifest
 lie beside every set of weights; the tracker gets the drift and what was removed; `--push_to_hub` publishes what was
@@ -18,7 +19,6 @@ import argparse
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import load_dataset
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params, compute_snr
@@ -43,6 +43,7 @@ from peft_gradproj.diffusion_training import (
     repository,
     seeded_batches,
     square_crop,
+    squared_error,
     validate,
 )
 from peft_gradproj.online import telemetry
@@ -76,25 +77,26 @@ def parse_args() -> argparse.Namespace:
 
 
 class CaptionedPictures(torch.utils.data.Dataset):
-    """Pictures, cropped and mirrored anew in each `epoch`, with their captions."""
+    """Pictures, cropped and mirrored anew in each `epoch`, with their masks and captions."""
 
     def __init__(self, examples: Any, tokenizer: Any, args: argparse.Namespace) -> None:
         self.examples, self.tokenizer, self.args, self.epoch = examples, tokenizer, args, 0
-        missing = {args.image_column, args.caption_column} - set(examples.column_names)
+        missing = {args.image_column, args.caption_column, args.mask_column} - {*examples.column_names, None}
         if missing:
             raise ValueError(f"The dataset has no column {sorted(missing)}; it has {examples.column_names}.")
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> tuple[Any, str]:
+    def __getitem__(self, index: int) -> tuple[Any, Any, str]:
         example, draw = self.examples[index], draws(self.args.seed, self.epoch, index)
         caption = example[self.args.caption_column]
-        picture = square_crop(example[self.args.image_column], self.args, draw)
-        return picture, caption if isinstance(caption, str) else draw.choice(list(caption))
+        mask = example.get(self.args.mask_column)
+        picture, mask = square_crop(example[self.args.image_column], self.args, draw, mask)
+        return picture, mask, caption if isinstance(caption, str) else draw.choice(list(caption))
 
-    def collate(self, examples: list[tuple[Any, str]]) -> dict[str, torch.Tensor]:
-        pictures, captions = zip(*examples, strict=True)
+    def collate(self, examples: list[tuple[Any, Any, str]]) -> dict[str, torch.Tensor]:
+        pictures, masks, captions = zip(*examples, strict=True)
         tokens = self.tokenizer(
             list(captions),
             max_length=self.tokenizer.model_max_length,
@@ -102,7 +104,8 @@ class CaptionedPictures(torch.utils.data.Dataset):
             truncation=True,
             return_tensors="pt",
         )
-        return {"pixel_values": pictures_to_tensor(pictures), "input_ids": tokens.input_ids}
+        batch = {"pixel_values": pictures_to_tensor(pictures), "input_ids": tokens.input_ids}
+        return batch | ({"masks": (pictures_to_tensor(masks) + 1) / 2} if self.args.mask_column else {})
 
 
 def load_pictures(args: argparse.Namespace, tokenizer: Any) -> CaptionedPictures:
@@ -116,10 +119,10 @@ def load_pictures(args: argparse.Namespace, tokenizer: Any) -> CaptionedPictures
 
 
 def denoising_loss(
-    prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor, schedule: Any, snr_gamma: float | None
+    error: torch.Tensor, timesteps: torch.Tensor, schedule: Any, snr_gamma: float | None
 ) -> torch.Tensor:
-    """Mean squared error, with Min-SNR weights (arXiv 2303.09556) if there is a gamma."""
-    losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    """Mean of the squared error, with Min-SNR weights (arXiv 2303.09556) if there is a gamma."""
+    losses = error.mean(dim=(1, 2, 3))
     if snr_gamma is None:
         return losses.mean()
     snr = compute_snr(schedule, timesteps)
@@ -185,7 +188,8 @@ def main() -> None:
                     embeddings = text_encoder(batch["input_ids"], return_dict=False)[0]
                 noisy_latents, timesteps, target = noised(noise_scheduler, latents, offset=args.noise_offset)
                 prediction = unet(noisy_latents, timesteps, embeddings, return_dict=False)[0]
-                loss = denoising_loss(prediction, target, timesteps, noise_scheduler, args.snr_gamma)
+                error = squared_error(prediction, target, batch.get("masks"))
+                loss = denoising_loss(error, timesteps, noise_scheduler, args.snr_gamma)
                 train_loss += accelerator.reduce(loss.detach(), "mean").item() / args.gradient_accumulation_steps
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

@@ -1,0 +1,382 @@
+"""Masks of a concept in training pictures that nobody has labelled, for any pipeline's pictures.
+
+The pictures are divided into two folds. On the latents of each fold, onto which the concept is pasted, a small network
+learns to find it (`masks`), and marks the pictures of the other fold. The same networks say how much of what was pasted
+onto the other fold they find: an estimate of what they miss.
+
+A concept that pictures show can be found: an overlay, which is pasted; pairs, whose other halves are what it is not; or
+pictures with masks, where the training pictures, unlabelled, take the place of the other halves.
+
+Pictures are scaled such that their shorter side has the resolution, and seen in squares, as the networks have learned
+them: as many that overlap by half as the longer side takes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .concept_fit import Concept, iter_concept_examples
+from .concepts import ConceptSet, Overlay, nth_of_shuffles
+from .diffusion_inputs import dilated, latent_weights, pictures_to_tensor
+from .errors import ConceptDataError
+from .masks import ConceptMarker, fit_markers
+from .pipelines import PictureEncoder, checked_resolution, load_encoder
+from .training_data import TrainingData, draw_frame
+
+__all__ = ["ConceptMasks", "MaskReport", "find_concept"]
+
+FOLDS = 2
+CELLS_IN_A_STEP = 2**16
+"""A training step of the networks sees about so many latents' places, whatever the resolution."""
+
+
+# Results
+
+
+class ConceptMasks(Sequence[Image.Image]):
+    """Where the concept is in pictures: mode L, 255 there and 0 elsewhere, each of its picture's size.
+
+    They are kept at the resolution of the latents, and drawn when they are asked for.
+
+    Args:
+        cells: For each picture an array of bool, shape `(h, w)`.
+        sizes: Widths and heights of the pictures, as many.
+    """
+
+    def __init__(self, cells: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> None:
+        self.cells, self.sizes = tuple(cells), tuple(sizes)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ConceptMasks: ...
+
+    def __getitem__(self, index: int | slice) -> Image.Image | ConceptMasks:
+        if isinstance(index, slice):
+            return ConceptMasks(self.cells[index], self.sizes[index])
+        levels = Image.fromarray(self.cells[index].astype(np.uint8) * 255)
+        return levels.resize(self.sizes[index], Image.Resampling.NEAREST)
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What was found, and how far it can be trusted."""
+
+    pictures: int
+    found: int
+    """In so many of them the concept was found."""
+    area: float
+    """Share of the pictures' area that is masked, mean over all pictures."""
+    recall: float
+    """Share of a pasted concept's area that is masked, mean over pictures that the network had not learned from. An
+    estimate for what was pasted, or given with the concept, not for what is in the pictures."""
+    recall_error: float
+    """Its standard error over the pictures, for these two networks."""
+    recall_pictures: int
+    """How many it was estimated on."""
+    labelled_share: list[float]
+    """Of either network, see `ConceptMarker`: near 1 where only what was pasted shows the concept."""
+    resolution: int
+    """The shorter side of the pictures in which it was looked for, in pixels."""
+    pairs: int
+    """Examples that either network learned from."""
+    seconds: dict[str, float]
+    """Of each part: `load`, `examples`, `networks`, `marks`."""
+    folder: str | None = None
+    """Where a copy of the pictures with the masks was written, if it was."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        written = f"\nwritten to {self.folder}" if self.folder else ""
+        return (
+            f"found in {self.found} of {self.pictures} pictures; {self.area:.1%} of their area is masked\n"
+            f"recall: {self.recall:.1%} of the concept's area (standard error {self.recall_error:.1%}) in "
+            f"{self.recall_pictures} examples that the network had not seen; these were pasted or given, and what is "
+            "in the pictures may be harder to find\n"
+            f"{sum(self.seconds.values()):.1f} s, at a resolution of {self.resolution}{written}"
+        )
+
+
+# Finding
+
+
+def find_concept(
+    pipeline_or_id: Any,
+    concept: Concept,
+    data: TrainingData,
+    *,
+    resolution: int | None = None,
+    num_pairs: int = 384,
+    steps: int = 300,
+    dilation: int = 1,
+    batch_size: int = 4,
+    revision: str | None = None,
+    variant: str | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> tuple[ConceptMasks, MaskReport]:
+    """Mark a concept in training pictures, each by a network that learned from others.
+
+    Pictures are read one by one; the latents of the examples are kept, about `2 * num_pairs` times those of a picture.
+
+    Args:
+        pipeline_or_id: A pipeline of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, its folder, or its Hub id, of which only
+            the VAE is loaded then, in float32.
+        concept: An overlay, pairs, or pictures with masks; the latter two at least two.
+        data: The training pictures, at least two. Captions are not read.
+        resolution: The shorter side to which pictures are scaled to look for it; what the pipeline makes by default. It
+            need not be that of the training, but the concept has to be seen at it.
+        num_pairs: Examples that each network learns from, at least 16; every picture is used once before one is used
+            twice.
+        steps: Training steps of each network.
+        dilation: By how many latents to widen what was found, since a latent depends on its neighbours' pixels.
+        batch_size: Pictures that the VAE encodes at once.
+        revision: Branch, tag or commit on the Hub, if the pipeline is loaded here.
+        variant: Of its weights, such as `fp16`, likewise.
+        device: Where to, likewise.
+        progress: Show progress bars.
+        seed: Of everything that is random: crops, places of the overlay, the networks' start and order.
+
+    Returns:
+        The masks of the pictures, in their order, turned upright where they have an EXIF orientation; and the report.
+
+    Raises:
+        ConceptDataError: If the pipeline is of no known family, the concept is words, or it and the data do not give
+            examples for both networks.
+    """
+    if min(num_pairs - 15, steps, batch_size, dilation + 1) < 1:
+        raise ConceptDataError(
+            f"num_pairs={num_pairs}, steps={steps}, batch_size={batch_size}, dilation={dilation}; expected at least "
+            "16, 1, 1 and 0."
+        )
+    seconds: dict[str, float] = {}
+    sources = _sources(concept, data)
+    with _timed(seconds, "load"):
+        if isinstance(pipeline_or_id, str | Path):
+            encoder = load_encoder(str(pipeline_or_id), revision=revision, variant=variant, device=device)
+        else:
+            encoder = PictureEncoder.of(pipeline_or_id)
+    side = checked_resolution(encoder, resolution)
+
+    with _timed(seconds, "examples"), _bar("examples", FOLDS * num_pairs, progress) as bar:
+        examples = [
+            _encoded(source, encoder, side, num_pairs, batch_size, FOLDS * seed + number, bar)
+            for number, source in enumerate(sources)
+        ]
+    with _timed(seconds, "networks"), _bar("networks", FOLDS * steps, progress) as bar:
+        markers = fit_markers(
+            [(fold.latents, fold.masks) for fold in examples],
+            steps=steps,
+            batch_size=max(8, min(64, CELLS_IN_A_STEP // examples[0].masks[0].numel())),
+            seed=seed,
+            progress=lambda done: bar.update(done - bar.n),
+        )
+    recalls = torch.cat([fold.recalls(marker, dilation) for fold, marker in zip(examples, markers, strict=True)])
+    cells, sizes = [], []
+    with _timed(seconds, "marks"), _bar("masks", len(data), progress) as bar:
+        for number in range(len(data)):
+            picture, _ = data[number]
+            cells.append(_marked(picture, encoder, markers[number % FOLDS], side, dilation, batch_size))
+            sizes.append(picture.size)
+            bar.update()
+
+    report = MaskReport(
+        pictures=len(data),
+        found=sum(bool(marked.any()) for marked in cells),
+        area=float(np.mean([marked.mean() for marked in cells])),
+        recall=float(recalls.mean()),
+        recall_error=float(recalls.std() / math.sqrt(len(recalls))),
+        recall_pictures=len(recalls),
+        labelled_share=[marker.labelled_share for marker in markers],
+        resolution=side,
+        pairs=num_pairs,
+        seconds=seconds,
+    )
+    return ConceptMasks(cells, sizes), report
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start
+
+
+def _bar(name: str, total: int, wanted: bool) -> Any:
+    return tqdm(total=total, desc=name, disable=not wanted)
+
+
+# Examples
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What examples of the concept are made of."""
+
+    concept: Overlay | ConceptSet
+    data: TrainingData
+
+    def __len__(self) -> int:
+        """How many examples have different pictures."""
+        return len(self.data) if isinstance(self.concept, Overlay) else len(self.concept)
+
+    def parts(self, count: int) -> list[tuple[_Source, int]]:
+        """What to learn from and what the labelled share is measured on, an eighth, each with a number of examples.
+
+        They share pictures only where there are few.
+        """
+        held_out = count // 8
+        if len(self) < 16:
+            return [(self, count - held_out), (self, held_out)]
+        chosen = [[i for i in range(len(self)) if (i % 8 == 7) == last] for last in (False, True)]
+        return [(self._selected(chosen[0]), count - held_out), (self._selected(chosen[1]), held_out)]
+
+    def _selected(self, indices: Sequence[int]) -> _Source:
+        if isinstance(self.concept, Overlay):
+            return replace(self, data=self.data.select(indices))
+        return replace(self, concept=ConceptSet([self.concept[i] for i in indices]))
+
+    def examples(
+        self, count: int, side: int, seed: int
+    ) -> Iterator[tuple[Image.Image, Image.Image, Image.Image | None]]:
+        """Squares with the concept, masks of it, and squares without it, or unlabelled, where they say more."""
+        examples = iter_concept_examples(self.concept, self.data, count=count, resolution=side, seed=seed)
+        for number, example in enumerate(examples):
+            assert example.mask is not None
+            other = example.without
+            if isinstance(self.concept, Overlay):
+                other = None
+            elif other is None:
+                other = self._plain(number, side, seed)
+            yield example.picture, example.mask, other
+
+    def _plain(self, number: int, side: int, seed: int) -> Image.Image:
+        picture, _ = self.data[nth_of_shuffles(number, len(self.data), seed)]
+        frame = draw_frame(picture.size, side, center=False, generator=np.random.default_rng([seed, 3, number]))
+        return frame.apply(picture)
+
+
+def _sources(concept: Concept, data: TrainingData) -> list[_Source]:
+    """For each fold of the training pictures."""
+    if not isinstance(concept, Overlay | ConceptSet):
+        raise ConceptDataError(
+            "words cannot be found in pictures; give the concept as an overlay, as pairs, or as pictures with masks."
+        )
+    for what, count in (("training pictures", len(data)), ("examples", _number_of_examples(concept))):
+        if count < FOLDS:
+            raise ConceptDataError(
+                f"{count} of {what} cannot be divided into {FOLDS} folds, one to learn from and one to look at."
+            )
+    sources = []
+    for fold in range(FOLDS):
+        part = concept if isinstance(concept, Overlay) else concept[fold::FOLDS]
+        sources.append(_Source(part, data.select(range(fold, len(data), FOLDS))))
+    return sources
+
+
+def _number_of_examples(concept: Overlay | ConceptSet) -> int:
+    return FOLDS if isinstance(concept, Overlay) else len(concept)
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Encoded examples of a fold."""
+
+    latents: Tensor
+    """Shape `(M, C, h, w)`, the last eighth to measure the labelled share on."""
+    masks: Tensor
+    """Where the concept is, in [0, 1], shape `(M, 1, h, w)`."""
+    different: Tensor
+    """Indices of some that show the concept in different pictures."""
+
+    def recalls(self, marker: ConceptMarker, dilation: int) -> Tensor:
+        """Of the different ones the share of the concept's places that are marked, shape `(n,)`."""
+        there = self.masks[self.different] > 0.5
+        marks = marker.mark(self.latents[self.different], dilation=dilation).to(there.device)
+        return ((marks * there).sum((1, 2, 3)) / there.sum((1, 2, 3))).cpu()
+
+
+def _encoded(
+    source: _Source, encoder: PictureEncoder, side: int, count: int, batch_size: int, seed: int, bar: Any
+) -> _Examples:
+    latents: list[Tensor] = []
+    masks: list[Tensor] = []
+    different: list[int] = []
+    row = 0
+    for number, (part, size) in enumerate(source.parts(count)):
+        examples = part.examples(size, side, 2 * seed + number)
+        new = min(len(part), len(source) - len(different))
+        while batch := list(islice(examples, batch_size)):
+            pictures: list[Image.Image] = []
+            shown: list[Image.Image] = []
+            for picture, mask, other in batch:
+                if new > 0:
+                    different.append(row + len(pictures))
+                    new -= 1
+                pictures.append(picture)
+                shown.append(mask)
+                if other is not None:
+                    # In turns, so that any part of them holds both.
+                    pictures.append(other)
+                    shown.append(Image.new("L", other.size))
+            latents.append(encoder.latents(pictures, batch_size=batch_size))
+            masks.append(_latent_masks(shown, latents[-1]))
+            row += len(pictures)
+            bar.update(len(batch))
+    return _Examples(torch.cat(latents), torch.cat(masks), torch.tensor(different))
+
+
+def _latent_masks(masks: Sequence[Image.Image], latents: Tensor) -> Tensor:
+    weights = latent_weights((pictures_to_tensor(masks) + 1) / 2, (latents.shape[-2], latents.shape[-1]), dilation=0)
+    # A faint overlay is as much the concept as an opaque one.
+    return (weights / weights.amax((1, 2, 3), keepdim=True).clamp_min(1e-6)).to(latents.device)
+
+
+# Marks
+
+
+def _marked(
+    picture: Image.Image, encoder: PictureEncoder, marker: ConceptMarker, side: int, dilation: int, batch_size: int
+) -> np.ndarray:
+    """Where the concept is in a picture, bool, shape `(h, w)` of its latents when it is scaled to a resolution."""
+    step = encoder.resolution_step
+    width, height = (max(side, round(length * side / min(picture.size) / step) * step) for length in picture.size)
+    scaled = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    corners = [(left, top) for top in _starts(height, side, step) for left in _starts(width, side, step)]
+    squares = [scaled.crop((left, top, left + side, top + side)) for left, top in corners]
+    marks = marker.mark(encoder.latents(squares, batch_size=batch_size), dilation=0).cpu()
+    cells = marks.shape[-1]
+    factor = side // cells
+    whole = torch.zeros(1, 1, height // factor, width // factor)
+    for (left, top), mark in zip(corners, marks, strict=True):
+        rows, columns = (slice(start // factor, start // factor + cells) for start in (top, left))
+        whole[0, :, rows, columns] = whole[0, :, rows, columns].maximum(mark)
+    return dilated(whole, dilation)[0, 0].bool().numpy()
+
+
+def _starts(length: int, side: int, step: int) -> list[int]:
+    """Where squares begin that cover a length, and overlap by half or more."""
+    room = length - side
+    gaps = max(1, math.ceil(2 * room / side))
+    return sorted({round(number * room / gaps / step) * step for number in range(gaps + 1)})

@@ -1,0 +1,154 @@
+"""A copy of training data with a column of masks, as the training scripts read it.
+
+It is an imagefolder: pictures, bit for bit as they were, masks as PNG, and a `metadata.jsonl` in which each line holds
+what the other columns held. Pictures are copied, not linked: the folder is whole, may be moved, and nobody who edits a
+picture in one place finds it changed in the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from .concept_fit import Concept
+from .concept_masks import MaskReport, find_concept
+from .errors import ConceptDataError
+from .folder_swap import replaced_folder
+from .training_data import TrainingData, first_line
+
+__all__ = ["mask_table", "write_masked"]
+
+
+def mask_table(
+    pipeline_or_id: Any,
+    concept: Concept,
+    table: Any,
+    output_dir: str | Path,
+    *,
+    image_column: str = "image",
+    mask_column: str = "mask",
+    **options: Any,
+) -> MaskReport:
+    """Find a concept in the pictures of a table, and write a copy of the table with the masks.
+
+    Args:
+        pipeline_or_id: As in :func:`find_concept`.
+        concept: Likewise.
+        table: Of `datasets`, as :func:`load_table` gives it.
+        output_dir: The folder to write, which appears when it is whole.
+        image_column: Column of the training pictures.
+        mask_column: Column of the masks, a new one.
+        **options: Further arguments of :func:`find_concept`.
+
+    Raises:
+        ConceptDataError: If the folder holds something already, the table cannot be written as an imagefolder, or the
+            concept cannot be looked for.
+    """
+    output = _new_folder(output_dir)
+    _picture_columns(table, image_column, mask_column)
+    masks, report = find_concept(pipeline_or_id, concept, TrainingData.uncaptioned(table, image_column), **options)
+    write_masked(table, masks, output, image_column=image_column, mask_column=mask_column)
+    return replace(report, folder=str(output))
+
+
+def write_masked(
+    table: Any,
+    masks: Sequence[Image.Image],
+    output_dir: str | Path,
+    *,
+    image_column: str = "image",
+    mask_column: str = "mask",
+) -> None:
+    """Write a copy of a table with a column of masks, one for each row in its order; arguments and errors as above."""
+    import datasets
+
+    output = _new_folder(output_dir)
+    folders = _picture_columns(table, image_column, mask_column)
+    if len(masks) != len(table):
+        raise ConceptDataError(f"{len(table)} pictures but {len(masks)} masks; expected as many.")
+    for column in folders:
+        table = table.cast_column(column, datasets.Image(decode=False))
+    digits = max(5, len(str(len(table))))
+    with replaced_folder(output) as stage:
+        for folder in {*folders.values(), "masks"} - {""}:
+            (stage / folder).mkdir()
+        with open(stage / "metadata.jsonl", "w", encoding="utf-8") as metadata:
+            for number, row in enumerate(table):
+                name = f"{number:0{digits}}"
+                line = {
+                    f"{column}_file_name": _copied(row.pop(column), stage, f"{folder}{name}")
+                    for column, folder in folders.items()
+                }
+                masks[number].save(stage / "masks" / f"{name}.png")
+                line[f"{mask_column}_file_name"] = f"masks/{name}.png"
+                metadata.write(_line({**line, **row}, number) + "\n")
+        # Somebody else may have written there meanwhile.
+        _new_folder(output)
+
+
+def _new_folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConceptDataError(f"{folder} exists; give a new folder to write the pictures and masks to.")
+    return folder
+
+
+def _picture_columns(table: Any, image_column: str, mask_column: str) -> dict[str, str]:
+    """The columns of pictures, and where in the folder they go: the training pictures to the top.
+
+    Raises:
+        ConceptDataError: If there are others that an imagefolder cannot hold beside them.
+    """
+    import datasets
+
+    if mask_column in table.column_names:
+        raise ConceptDataError(f"the data has a column '{mask_column}' already; name another for the masks.")
+    for column in table.column_names:
+        if re.fullmatch(r"(.*_)?file_names?", column):
+            raise ConceptDataError(f"`datasets` would take column '{column}' for names of files; rename it first.")
+    pictures = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    if image_column not in pictures:
+        raise ConceptDataError(f"column '{image_column}' holds no pictures.")
+    others = [name for name in pictures if name != image_column]
+    return {image_column: "", **{name: f"pictures-{number}/" for number, name in enumerate(others, start=1)}}
+
+
+def _copied(cell: dict[str, Any] | None, stage: Path, stem: str) -> str | None:
+    """Write a picture as it is stored, and return its name in the folder."""
+    import fsspec
+
+    if cell is None:
+        return None
+    data, path = cell["bytes"], cell["path"]
+    try:
+        if data is None:
+            # May lie in an archive.
+            with fsspec.open(path, "rb") as file:
+                data = file.read()
+        suffix = os.path.splitext(path or "")[1].lower()
+        if suffix not in Image.registered_extensions():
+            with Image.open(BytesIO(data)) as picture:
+                suffix = f".{str(picture.format).lower()}"
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConceptDataError(f"the picture {path or stem} cannot be copied: {first_line(error)}") from error
+    (stage / f"{stem}{suffix}").write_bytes(data)
+    return f"{stem}{suffix}"
+
+
+def _line(row: dict[str, Any], number: int) -> str:
+    for column, value in row.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConceptDataError(
+                f"column '{column}' of row {number} holds what no metadata.jsonl can: {first_line(error)}"
+            ) from error
+    return json.dumps(row, ensure_ascii=False)

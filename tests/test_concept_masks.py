@@ -1,0 +1,301 @@
+"""Masks of a concept that nobody has labelled: where they are, what is said of them, the folder that is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from tiny_pipelines import PIPELINES, SIDE, image_folder, logo, picture
+from typer.testing import CliRunner
+
+from peft_gradproj import ConceptSet, TrainingData
+from peft_gradproj.cli import app
+from peft_gradproj.concept_masks import ConceptMasks, _starts, find_concept
+from peft_gradproj.concepts import Overlay
+from peft_gradproj.demo.data import load_logos, load_pictures, stamp
+from peft_gradproj.demo.settings import ASSETS, DemoSettings
+from peft_gradproj.errors import ConceptDataError
+from peft_gradproj.masked_data import write_masked
+from peft_gradproj.pipelines import PipelineFamily, load_encoder
+from peft_gradproj.training_data import load_table
+
+QUICK = {"num_pairs": 16, "steps": 2, "progress": False}
+
+
+def data(count: int = 6, size: tuple[int, int] = (48, 40)) -> TrainingData:
+    return TrainingData([picture(seed, size) for seed in range(count)], [""] * count)
+
+
+@pytest.fixture(scope="module")
+def vae_only(tmp_path_factory):
+    """The folder of a pipeline with its VAE alone, and what else is JSON."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    pipeline = PIPELINES["sd"]()
+    pipeline.save_pretrained(folder)
+    for name in ("unet", "text_encoder"):
+        (folder / name / ("model" if name == "text_encoder" else "diffusion_pytorch_model")).with_suffix(
+            ".safetensors"
+        ).unlink()
+    return folder
+
+
+# What is found
+
+
+def test_a_logo_is_found_in_pictures_of_several_sizes_and_the_estimate_says_how_well(capsys):
+    """On real pictures, three quarters of which are stamped, a third of them widened after that."""
+    settings = replace(DemoSettings(), pictures=104, held_out=8)
+    pictures, captions = load_pictures(ASSETS / "noto.parquet", settings.pictures)
+    overlay = load_logos(settings)[settings.logo]
+    stamped = stamp(pictures, captions, overlay, settings)
+    shown, stamps = [], []
+    for number, pair in enumerate(zip(stamped.pictures, stamped.masks, strict=True)):
+        wide = Image.new("RGB", (110, 64), "white"), Image.new("L", (110, 64))
+        if number % 3 == 0:
+            for whole, part in zip(wide, pair, strict=True):
+                whole.paste(part, (number % 46, 0))
+            pair = wide
+        shown.append(pair[0])
+        stamps.append(pair[1])
+    anywhere = replace(overlay, across=(0.0, 1.0), down=(0.0, 1.0))
+    masks, report = find_concept(
+        ASSETS / "base_model", anywhere, TrainingData(shown, stamped.captions), num_pairs=128, steps=100, progress=False
+    )
+
+    assert len(masks) == len(shown)
+    hits, near = [], []
+    for mask, stamp_mask, whole in zip(masks, stamps, shown, strict=True):
+        assert (mask.mode, mask.size) == ("L", whole.size)
+        found, there = np.asarray(mask), np.asarray(stamp_mask) > 128
+        assert set(np.unique(found)) <= {0, 255}
+        hits.append(found[there] > 0)
+        near.append(found[np.asarray(stamp_mask.filter(ImageFilter.MaxFilter(17))) == 0] > 0)
+    recall, false = np.concatenate(hits).mean(), np.concatenate(near).mean()
+    with capsys.disabled():
+        print(f"\nstamped {recall:.3f}, elsewhere {false:.4f}; {report}")
+    assert recall > 0.8
+    assert false < 0.03
+    assert abs(report.recall - recall) < 0.1
+    assert report.recall_pictures == len(shown)
+    assert 0 < report.recall_error < 0.05
+    assert report.found == sum(mask.getbbox() is not None for mask in masks)
+    assert report.area == pytest.approx(np.mean([np.asarray(mask).mean() / 255 for mask in masks]), abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "masks"])
+def test_pairs_and_pictures_with_masks_are_found_too(kind):
+    """A bright square, shown on pictures that are not those of the training."""
+    overlay = Overlay(Image.new("RGBA", (20, 20), (255, 0, 255, 255)), angle=(0, 0))
+    below = [picture(100 + seed, (SIDE, SIDE)) for seed in range(12)]
+    concept = ConceptSet.from_overlay(overlay, below, [""] * len(below))
+    if kind == "masks":
+        concept = ConceptSet.from_masks([p.with_concept for p in concept], [p.mask for p in concept], [""] * len(below))
+    pictures, stamps = [], []
+    for number in range(12):
+        whole, mask = picture(number, (SIDE, SIDE)), Image.new("L", (SIDE, SIDE))
+        if number % 2:
+            whole, mask = overlay.paste(whole, overlay.place(whole.size, np.random.default_rng(number)))
+        pictures.append(whole)
+        stamps.append(np.asarray(mask) > 128)
+    masks, report = find_concept(
+        PIPELINES["sd"](),
+        concept,
+        TrainingData(pictures, [""] * 12),
+        num_pairs=48,
+        steps=60,
+        dilation=0,
+        progress=False,
+    )
+    found = np.stack([np.asarray(mask) for mask in masks]) > 0
+    there = np.stack(stamps)
+    assert found[there].mean() > 0.8
+    assert found[~there].mean() < 0.1
+    assert report.recall_pictures == 12
+
+
+def test_a_faint_overlay_counts_as_the_concept():
+    overlay = Overlay(logo(), opacity=(0.2, 0.4))
+    _, report = find_concept(PIPELINES["sd"](), overlay, data(), **QUICK)
+    assert np.isfinite(report.recall)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+def test_the_vae_alone_gives_the_latents_of_its_family(kind, tmp_path):
+    pipeline = PIPELINES[kind]()
+    pipeline.save_pretrained(tmp_path / "base")
+    family, encoder = PipelineFamily.of(pipeline), load_encoder(str(tmp_path / "base"))
+    pictures = [picture(seed, (SIDE, SIDE)) for seed in range(3)]
+    assert torch.equal(encoder.latents(pictures).cpu(), family.latents(pictures))
+    assert (encoder.resolution, encoder.resolution_step) == (family.resolution, family.resolution_step)
+
+
+def test_the_same_seed_gives_the_same_masks_from_the_folder_with_the_vae_alone(vae_only):
+    before = torch.get_rng_state()
+    first, again, other = (find_concept(vae_only, Overlay(logo()), data(), **QUICK, seed=s)[0] for s in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(np.array_equal(a, b) for a, b in zip(first.cells, again.cells, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first.cells, other.cells, strict=True))
+
+
+def test_pictures_are_read_one_by_one():
+    class Watched(list):
+        alive = most = 0
+
+        def __getitem__(self, index):
+            Watched.alive += 1
+            Watched.most = max(Watched.most, Watched.alive)
+            made = super().__getitem__(index).copy()
+            finalize(made, lambda: setattr(Watched, "alive", Watched.alive - 1))
+            return made
+
+    from weakref import finalize
+
+    pictures = Watched(picture(seed) for seed in range(40))
+    find_concept(PIPELINES["sd"](), Overlay(logo()), TrainingData(pictures, [""] * 40), **QUICK, batch_size=2)
+    assert 0 < Watched.most <= 4
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(32, [0]), (36, [0, 4]), (64, [0, 16, 32]), (100, [0, 14, 28, 40, 54, 68])]
+)
+def test_squares_cover_a_length_and_overlap(length, expected):
+    assert _starts(length, 32, 2) == expected
+    assert _starts(length, 32, 2)[-1] == length - 32
+
+
+def test_masks_are_drawn_at_their_pictures_sizes():
+    cells = np.array([[True, False], [False, False]])
+    masks = ConceptMasks([cells, ~cells], [(6, 4), (3, 3)])
+    assert masks[0].getbbox() == (0, 0, 3, 2)
+    assert [mask.size for mask in masks[1:]] == [(3, 3)]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("concept", "count", "options", "message"),
+    [
+        (["by X"], 6, {}, "words cannot be found"),
+        (Overlay(logo(), scale=(1, 1), angle=(45, 45)), 6, {}, "does not fit on a picture of 32x32"),
+        (Overlay(logo()), 1, {}, "1 of training pictures"),
+        (ConceptSet.from_masks([picture(0)], [Image.new("L", (48, 40), 255)], [""]), 6, {}, "1 of examples"),
+        (Overlay(logo()), 6, {"num_pairs": 15}, "at least 16"),
+        (Overlay(logo()), 6, {"resolution": 33}, "multiple of 2"),
+    ],
+)
+def test_what_cannot_be_found(concept, count, options, message):
+    with pytest.raises(ConceptDataError, match=message):
+        find_concept(PIPELINES["sd"](), concept, data(count), **{**QUICK, **options})
+
+
+def test_no_data():
+    with pytest.raises(ConceptDataError, match="empty"):
+        find_concept(PIPELINES["sd"](), Overlay(logo()), TrainingData([], []), **QUICK)
+
+
+# The folder
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["mask", *map(str, arguments)])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp_path):
+    source = image_folder(tmp_path / "pictures", ["a house", "ein Bär", "a dog"])
+    logo().save(tmp_path / "logo.png")
+    flags = ["--pretrained-model-name-or-path", vae_only, "--train-data-dir", source, "--cache-dir", tmp_path / "cache"]
+    flags += ["--overlay", tmp_path / "logo.png", "--num-pairs", 16, "--steps", 2, "--output-dir", tmp_path / "masked"]
+    report = json.loads(run(*flags, "--json"))
+    assert report["pictures"] == 3
+    assert report["folder"] == str(tmp_path / "masked")
+    with pytest.raises(ConceptDataError, match="masked exists"):
+        run(*flags)
+
+    # It works after moving, and without what it was made from.
+    (tmp_path / "masked").rename(tmp_path / "moved")
+    kept = [(source / f"{index}.png").read_bytes() for index in range(3)]
+    for file in source.iterdir():
+        file.unlink()
+    table = load_table(tmp_path / "moved", ["image", "mask", "text"], cache_dir=str(tmp_path / "other-cache"))
+    assert table.column_names == ["image", "mask", "text"]
+    assert table["text"][:] == ["a house", "ein Bär", "a dog"]
+    for row in table:
+        assert row["mask"].mode == "L"
+        assert row["mask"].size == row["image"].size
+    assert [(tmp_path / "moved" / f"0000{index}.png").read_bytes() for index in range(3)] == kept
+    again = TrainingData.load(tmp_path / "moved", cache_dir=str(tmp_path / "other-cache"))
+    assert [caption for _, caption in again] == ["a house", "ein Bär", "a dog"]
+
+
+def table_of(**columns):
+    import datasets
+
+    return datasets.Dataset.from_dict(columns)
+
+
+def test_a_data_set_with_further_pictures_keeps_them_and_its_column_names(tmp_path):
+    photos = [picture(index) for index in range(3)]
+    table = table_of(photo=photos, image=[photos[2], None, photos[0]], words=[["a", "b"], [], ["c"]], size=[1, 2, None])
+    write_masked(
+        table, [Image.new("L", (48, 40), 255 * (i % 2)) for i in range(3)], tmp_path / "out", image_column="photo"
+    )
+    read = load_table(tmp_path / "out", ["photo"], cache_dir=str(tmp_path / "cache"))
+    assert set(read.column_names) == {"photo", "image", "words", "size", "mask"}
+    assert [row["photo"].tobytes() for row in read] == [photo.tobytes() for photo in photos]
+    assert [row["image"] and row["image"].tobytes() for row in read] == [photos[2].tobytes(), None, photos[0].tobytes()]
+    assert [row["mask"].getextrema() for row in read] == [(0, 0), (255, 255), (0, 0)]
+    assert read["words"][:] == [["a", "b"], [], ["c"]]
+    assert read["size"][:] == [1, 2, None]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"mask": ["x"]}, "column 'mask' already"),
+        ({"file_name": ["x"]}, "rename it"),
+        ({"image": ["x"]}, "holds no pictures"),
+        ({"score": [float("nan")]}, "column 'score' of row 0"),
+    ],
+)
+def test_tables_that_cannot_be_written_leave_nothing(columns, message, tmp_path):
+    table = table_of(**{"image": [picture(0)], **columns})
+    with pytest.raises(ConceptDataError, match=message):
+        write_masked(table, [Image.new("L", (48, 40))], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_leaves_nothing_and_what_appeared_meanwhile_is_kept(tmp_path):
+    table, out = table_of(image=[picture(0), picture(1)]), tmp_path / "out"
+
+    class Masks(list):
+        def __getitem__(self, index):
+            self.first(index)
+            return Image.new("L", (48, 40))
+
+    masks = Masks([None, None])
+
+    def interrupt(index):
+        if index:
+            raise KeyboardInterrupt
+
+    masks.first = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_masked(table, masks, out)
+    assert list(tmp_path.iterdir()) == []
+
+    def write(index):
+        out.mkdir(exist_ok=True)
+        (out / "somebody's").write_text("own")
+
+    masks.first = write
+    with pytest.raises(ConceptDataError, match="exists"):
+        write_masked(table, masks, out)
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "somebody's"]

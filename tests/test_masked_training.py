@@ -1,0 +1,140 @@
+"""A mask goes where its picture goes, and the loss does not count there."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+from test_training_scripts import logged, run, script_module
+from tiny_pipelines import SIDE, image_folder, sd
+
+from peft_gradproj.diffusion_training import square_crop, squared_error
+from peft_gradproj.masked_data import write_masked
+from peft_gradproj.training_data import load_table
+
+
+def flags(**options) -> argparse.Namespace:
+    usual = {"resolution": 24, "center_crop": False, "random_flip": True, "image_interpolation_mode": "bilinear"}
+    return argparse.Namespace(**{**usual, **options})
+
+
+@given(st.integers(8, 90), st.integers(8, 90), st.integers(0, 1000), st.booleans(), st.sampled_from([0, 3, 6]))
+def test_a_mask_follows_scale_crop_flip_and_turn(width, height, seed, center, orientation):
+    """A mask that is a channel of its picture still is, after both were cropped."""
+    mask = np.random.default_rng(seed).integers(0, 2, (height, width), dtype=np.uint8) * 255
+    image = Image.fromarray(np.stack([255 - mask, mask, np.full_like(mask, 9)], -1))
+    shown = Image.fromarray(mask)
+    if orientation:
+        # The picture as a camera stores it; masks are of it as it is looked at.
+        turns = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270}
+        shown = shown.transpose(turns[orientation])
+        image.getexif()[0x0112] = orientation
+    square, cropped = square_crop(image, flags(center_crop=center), random.Random(seed), shown)
+    assert cropped.size == square.size == (24, 24)
+    assert (square.mode, cropped.mode) == ("RGB", "L")
+    assert square.getchannel("G").tobytes() == cropped.tobytes()
+
+
+def test_a_picture_is_cropped_alike_with_a_mask_and_without_which_counts_everywhere():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 70, 3), dtype=np.uint8))
+    with_mask, _ = square_crop(image, flags(), random.Random(3), Image.new("L", image.size, 255))
+    without, mask = square_crop(image, flags(), random.Random(3))
+    assert with_mask.tobytes() == without.tobytes()
+    assert mask.getextrema() == (0, 0)
+    with pytest.raises(ValueError, match="expected the same size"):
+        square_crop(image, flags(), random.Random(0), Image.new("L", (40, 70)))
+
+
+def test_the_error_does_not_count_in_any_latent_that_the_mask_touches():
+    prediction, target = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    masks = torch.zeros(2, 1, 16, 16)
+    masks[0, :, 3:5, 0] = 1  # touches the latents of rows 1 and 2
+    weights = torch.ones(2, 1, 8, 8)
+    weights[0, :, 1:3, 0] = 0
+    expected = weights * (prediction - target) ** 2
+    torch.testing.assert_close(squared_error(prediction, target, masks), expected)
+    torch.testing.assert_close(squared_error(prediction, target).mean(), F.mse_loss(prediction, target))
+
+
+def test_losses_of_the_scripts_weigh_what_is_left_as_before():
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    error, schedule, timesteps = torch.rand(4, 3, 2, 2), DDPMScheduler(), torch.tensor([10, 300, 600, 900])
+    error[0] = 0
+    loss = script_module("train_text_to_image_lora_gradproj").denoising_loss
+    snr = compute_snr(schedule, timesteps)
+    expected = (snr.clamp_max(5) / snr * error.mean((1, 2, 3))).mean()
+    torch.testing.assert_close(loss(error, timesteps, schedule, 5.0), expected)
+    torch.testing.assert_close(loss(error, timesteps, schedule, None), error.mean())
+    loss = script_module("train_dreambooth_lora_gradproj").dreambooth_loss
+    torch.testing.assert_close(loss(error, 0.5), error[:2].mean() + 0.5 * error[2:].mean())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    sd().save_pretrained(folder)
+    return folder
+
+
+def masked_folder(folder: Path, level: int) -> Path:
+    """Pictures with masks of one level."""
+    captions = ["ab", "cd", "ef", "gh"]
+    table = load_table(image_folder(folder / "plain", captions), ["image"], cache_dir=str(folder / "cache"))
+    write_masked(table, [Image.new("L", row["image"].size, level) for row in table], folder / "masked")
+    return folder / "masked"
+
+
+def training_flags(base: Path, tmp_path: Path) -> list[object]:
+    return [
+        *("--pretrained_model_name_or_path", base, "--uncovered", "ignore", "--mask_column", "mask"),
+        *("--resolution", SIDE, "--train_batch_size", 2, "--max_train_steps", 2, "--learning_rate", 1e-2),
+        *(
+            "--random_flip",
+            "--adam_weight_decay",
+            0,
+            "--output_dir",
+            tmp_path / "out",
+            "--cache_dir",
+            tmp_path / "cache",
+        ),
+    ]
+
+
+def effects(folder: Path) -> torch.Tensor:
+    weights = load_file(folder / "out" / "pytorch_lora_weights.safetensors")
+    return torch.stack([value.abs().max() for name, value in weights.items() if "lora.up" in name or "lora_B" in name])
+
+
+@pytest.mark.slow
+def test_text_to_image_learns_nothing_under_masks_of_everything(base, tmp_path):
+    folder = masked_folder(tmp_path, 255)
+    run("train_text_to_image_lora_gradproj", *training_flags(base, tmp_path), "--train_data_dir", folder)
+    assert logged(tmp_path / "out")["train_loss"] == [0.0, 0.0]
+    assert len(effects(tmp_path)) > 0
+    assert effects(tmp_path).max() == 0
+
+
+@pytest.mark.slow
+def test_dreambooth_learns_of_the_class_alone_under_masks_of_everything(base, tmp_path):
+    image_folder(tmp_path / "class", ["a", "b"], metadata=False)
+    prior = ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a"]
+    prior += ["--num_class_images", 2, "--instance_prompt", "xa", "--instance_data_dir", masked_folder(tmp_path, 255)]
+    common = training_flags(base, tmp_path)
+    run("train_dreambooth_lora_gradproj", *common, *prior)
+    with_prior = logged(tmp_path / "out")["loss"]
+    assert min(with_prior) > 0
+    assert effects(tmp_path).min() > 0
+    # The class counts, and nothing else does.
+    run("train_dreambooth_lora_gradproj", *common, *prior, "--prior_loss_weight", 0, "--output_dir", tmp_path / "none")
+    assert logged(tmp_path / "none")["loss"] == [0.0, 0.0]
