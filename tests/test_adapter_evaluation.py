@@ -274,16 +274,17 @@ def test_kid_is_small_between_pictures_of_one_kind_and_large_between_two(worksho
     pictures = [picture(seed, (SIDE, SIDE)) for seed in range(24)]
     dark = [p.point(lambda level: level // 4) for p in pictures[12:]]
     before = torch.get_rng_state()
-    distance = KernelDistance(str(workshop / features), pictures[:12])
-    same, other = distance.distance(pictures[12:]), distance.distance(dark)
+    kid = KernelDistance(str(workshop / features))
+    known, drawn, darkened = (kid.features(part) for part in (pictures[:12], pictures[12:], dark))
+    same, other = kid.distance(drawn, known), kid.distance(darkened, known)
     assert abs(same.value) < 3 * same.standard_error
     assert other.value > same.value + 3 * (same.standard_error + other.standard_error)
-    assert distance.distance(dark) == other
+    assert kid.distance(darkened, known) == other
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_models_that_are_not_there_are_refused(workshop):
-    for make in (ClipScorer, lambda path: KernelDistance(path, [picture(0)] * 4)):
+    for make in (ClipScorer, KernelDistance):
         with pytest.raises(BehaviourError, match="there is no"):
             make(str(workshop / "base"))
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import inspect
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,7 +33,7 @@ from ..errors import BehaviourError, ConceptDataError
 from ..pipelines import PipelineFamily, load_pipeline
 from ..probes import ConceptProbes
 from ..training_data import TrainingData, draw_frame, load_table
-from .adapters import adapter_on, locate_adapter
+from .adapters import AdapterFile, adapter_on, locate_adapter
 from .evaluation_page import write_evaluation
 from .evaluation_report import EvaluationReport, LossCurves, Measure, Sample
 from .figures import mean_estimate, share_of_drop
@@ -193,38 +193,20 @@ def evaluate_adapter(
             kind: TimestepQuestions.draw(family, examples, bins=timestep_bins, seed=seed + number)
             for number, (kind, examples) in enumerate(_asked(pictures).items())
         }
-    sampling = _Sampling.of(family, prompts, samples_per_prompt, num_inference_steps, guidance_scale, seed)
-    drift: dict[str, BehaviourResult] = {}
-    losses: dict[str, dict[str, Tensor]] = {kind: {} for kind in questions}
-    samples: dict[str, list[Image.Image]] = {}
-    for model, file in files.items():
-        with clock(model), nullcontext() if file is None else adapter_on(family, file):
-            if probe_sets[0] is not None:
-                drift[model] = _drift(family, probe_sets[0], probe_sets[1], batch_size)
-            for kind, asked in questions.items():
-                with bar(f"{model}: losses, {kind}", len(asked)) as shown:
-                    losses[kind][model] = asked.losses(family, batch_size=batch_size, progress=shown.update)
-            with bar(f"{model}: samples", len(sampling.seeds)) as shown:
-                samples[model] = draw_samples(
-                    family,
-                    sampling.prompts,
-                    sampling.seeds,
-                    num_inference_steps=sampling.steps,
-                    guidance_scale=sampling.guidance,
-                    resolution=pictures.side,
-                    batch_size=batch_size,
-                    progress=shown.update,
-                )
+    sampling = _Sampling.of(
+        family, prompts, samples_per_prompt, num_inference_steps, guidance_scale, pictures.side, seed
+    )
+    answers = _Answers.of(family, files, probe_sets, questions, sampling, batch_size, clock, bar)
     with clock("judge"):
-        verdict = judges.judge(samples, sampling.prompts, pictures, bar)
+        verdict = judges.judge(answers.samples, sampling.prompts, pictures, bar)
 
     report = EvaluationReport(
         concept=name or "the concept",
         models=tuple(files),
-        measures=(*verdict.measures, *_learned(losses), *_drifts(drift, probe_sets)),
-        drift=drift,
-        curves={kind: _curves(questions[kind], found) for kind, found in losses.items()},
-        samples=tuple(_described(samples, sampling, verdict)),
+        measures=(*verdict.measures, *_learned(answers.losses), *_drifts(answers.drift, probe_sets)),
+        drift=answers.drift,
+        curves={kind: _curves(questions[kind], losses) for kind, losses in answers.losses.items()},
+        samples=tuple(_described(files, sampling, verdict)),
         settings={
             "base": dict(zip(("name", "revision"), identify(family.pipeline), strict=True)),
             **{model: file.to_dict() for model, file in files.items() if file is not None},
@@ -253,7 +235,7 @@ def evaluate_adapter(
         command=tuple(command),
     )
     if output_dir is not None:
-        drawn = [picture for model in files for picture in samples[model]]
+        drawn = [picture for model in files for picture in answers.samples[model]]
         write_evaluation(Path(output_dir), report, drawn, [example.picture for example in pictures.concept])
     return report
 
@@ -311,6 +293,7 @@ class _Sampling:
     seeds: list[int]
     steps: int
     guidance: float
+    side: int
 
     @classmethod
     def of(
@@ -320,6 +303,7 @@ class _Sampling:
         repeats: int,
         steps: int | None,
         guidance: float | None,
+        side: int,
         seed: int,
     ) -> _Sampling:
         usual = inspect.signature(family.pipeline.__call__).parameters
@@ -329,7 +313,62 @@ class _Sampling:
             [seed + number for number in range(len(every))],
             usual["num_inference_steps"].default if steps is None else steps,
             usual["guidance_scale"].default if guidance is None else guidance,
+            side,
         )
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the models, taking turns on one pipeline, answered."""
+
+    drift: dict[str, BehaviourResult]
+    """By model; empty without probes."""
+    losses: dict[str, dict[str, Tensor]]
+    """By kind of pictures and model, shape `(N, bins)`."""
+    samples: dict[str, list[Image.Image]]
+    """By model."""
+
+    @classmethod
+    def of(
+        cls,
+        family: PipelineFamily,
+        files: Mapping[str, AdapterFile | None],
+        probe_sets: Sequence[ConceptProbes | None],
+        questions: Mapping[str, TimestepQuestions],
+        sampling: _Sampling,
+        batch_size: int,
+        clock: _Clock,
+        bar: Bar,
+    ) -> _Answers:
+        for file in files.values():
+            # What does not fit is to show before hours of sampling.
+            with _turn(family, file):
+                pass
+        answers = cls({}, {kind: {} for kind in questions}, {})
+        for model, file in files.items():
+            with clock(model), _turn(family, file):
+                if probe_sets[0] is not None:
+                    answers.drift[model] = _drift(family, probe_sets[0], probe_sets[1], batch_size)
+                for kind, asked in questions.items():
+                    with bar(f"{model}: losses, {kind}", len(asked)) as shown:
+                        losses = asked.losses(family, batch_size=batch_size, progress=shown.update)
+                    answers.losses[kind][model] = losses
+                with bar(f"{model}: samples", len(sampling.seeds)) as shown:
+                    answers.samples[model] = draw_samples(
+                        family,
+                        sampling.prompts,
+                        sampling.seeds,
+                        num_inference_steps=sampling.steps,
+                        guidance_scale=sampling.guidance,
+                        resolution=sampling.side,
+                        batch_size=batch_size,
+                        progress=shown.update,
+                    )
+        return answers
+
+
+def _turn(family: PipelineFamily, file: AdapterFile | None) -> AbstractContextManager[None]:
+    return nullcontext() if file is None else adapter_on(family, file)
 
 
 def _drift(
@@ -425,8 +464,8 @@ def _curves(questions: TimestepQuestions, losses: Mapping[str, Tensor]) -> LossC
     )
 
 
-def _described(samples: Mapping[str, Sequence[Image.Image]], sampling: _Sampling, verdict: Verdict) -> Iterator[Sample]:
-    for model in samples:
+def _described(models: Iterable[str], sampling: _Sampling, verdict: Verdict) -> Iterator[Sample]:
+    for model in models:
         for index, (prompt, seed) in enumerate(zip(sampling.prompts, sampling.seeds, strict=True)):
             scores = {measure: float(values[model][index]) for measure, values in verdict.scores.items()}
             yield Sample(model, prompt, seed, f"samples/{model}/{index:04d}.png", scores)

@@ -105,11 +105,7 @@ class CopyDetector:
                 found = self._run(self._pixels(part)).float().cpu()
             except (RuntimeError, ValueError, TypeError, AttributeError) as error:
                 raise BehaviourError(f"{self._path} does not take pictures: {first_line(error)}") from error
-            if found.ndim != 2 or found.shape[0] != len(part):
-                raise BehaviourError(
-                    f"{self._path} gives shape {tuple(found.shape)} for {len(part)} pictures; expected one vector each."
-                )
-            parts.append(nn.functional.normalize(found, dim=1))
+            parts.append(nn.functional.normalize(_vectors(found, len(part), self._path), dim=1))
         return torch.cat(parts)
 
     def _pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -241,69 +237,61 @@ def _pooled(output: Any) -> Tensor:
 
 
 class KernelDistance:
-    """torchmetrics' kernel inception distance to reference pictures.
+    """torchmetrics' kernel inception distance between two sets of pictures.
 
     The estimate is unbiased, so that it may be below 0 where two sets are alike. Subsets are half of the smaller set,
     which makes their spread the delete-half jackknife's standard error.
 
     Args:
         path_or_id: TorchScript that takes uint8 `(n, 3, H, W)` and gives features `(n, d)` (with `return_features=True`
-            where it has that argument); or a CLIP vision model's folder or Hub id.
-        reference: Pictures of one size, at least 4.
+            where it has that argument); or a CLIP model's folder or Hub id, of which the part that sees is used.
         device: Where the features are computed.
         seed: Of the subsets.
-        progress: Called with the number of pictures that were just seen.
 
     Raises:
         BehaviourError: If there is no such model, or torchmetrics is not installed.
     """
 
     subsets = 100
+    fewest = 4
+    """Pictures of each set, that halves of it can differ."""
 
-    def __init__(
-        self,
-        path_or_id: str,
-        reference: Sequence[Image.Image],
-        *,
-        device: str | torch.device = "cpu",
-        seed: int = 0,
-        progress: Progress = lambda count: None,
-    ) -> None:
+    def __init__(self, path_or_id: str, *, device: str | torch.device = "cpu", seed: int = 0) -> None:
         _require_torchmetrics()
-        features = _ScriptFeatures(path_or_id) if Path(path_or_id).is_file() else _ClipVision(path_or_id)
-        self._features, self._seed, self._device = features.eval().to(device), seed, device
-        self._name, self._reference = path_or_id, self._of(reference, progress)
-
-    def distance(self, pictures: Sequence[Image.Image], *, progress: Progress = lambda count: None) -> Estimate:
-        """The distance of at least 4 pictures from the reference, with its standard error."""
-        from torchmetrics.image.kid import KernelInceptionDistance
-
-        size = min(len(pictures), len(self._reference)) // 2
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
-            metric = KernelInceptionDistance(nn.Identity(), subsets=self.subsets, subset_size=size)
-            metric.update(self._reference, real=True)
-            metric.update(self._of(pictures, progress), real=False)
-            torch.manual_seed(self._seed)
-            mean, spread = metric.compute()
-        return Estimate(float(mean), float(spread))
+        model = _ScriptFeatures(path_or_id) if Path(path_or_id).is_file() else _ClipVision(path_or_id)
+        self._model, self._name, self._device, self._seed = model.eval().to(device), path_or_id, device, seed
 
     @torch.no_grad()
-    def _of(self, pictures: Sequence[Image.Image], progress: Progress) -> Tensor:
+    def features(self, pictures: Sequence[Image.Image], *, progress: Progress = lambda count: None) -> Tensor:
+        """Features of pictures of one size, float64 on the CPU, shape `(N, d)`.
+
+        Raises:
+            BehaviourError: If the model does not give one vector for each picture.
+        """
         parts = []
         for start in range(0, len(pictures), _BATCH):
             part = torch.stack([_bytes(picture) for picture in pictures[start : start + _BATCH]])
             try:
-                found = self._features(part.to(self._device)).double().cpu()
+                found = self._model(part.to(self._device)).double().cpu()
             except (RuntimeError, ValueError, TypeError, AttributeError) as error:
                 raise BehaviourError(f"{self._name} does not take pictures: {first_line(error)}") from error
-            if found.ndim != 2 or found.shape[0] != len(part):
-                raise BehaviourError(
-                    f"{self._name} gives shape {tuple(found.shape)} for {len(part)} pictures; expected (n, d)."
-                )
-            parts.append(found)
+            parts.append(_vectors(found, len(part), self._name))
             progress(len(part))
         return torch.cat(parts)
+
+    def distance(self, features: Tensor, reference: Tensor) -> Estimate:
+        """The distance of features `(N, d)` from those of the reference `(M, d)`, both at least `fewest`."""
+        from torchmetrics.image.kid import KernelInceptionDistance
+
+        size = min(len(features), len(reference)) // 2
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
+            metric = KernelInceptionDistance(nn.Identity(), subsets=self.subsets, subset_size=size)
+            metric.update(reference, real=True)
+            metric.update(features, real=False)
+            torch.manual_seed(self._seed)
+            mean, spread = metric.compute()
+        return Estimate(float(mean), float(spread))
 
 
 class _ScriptFeatures(nn.Module):
@@ -356,6 +344,12 @@ def _torchscript(path: Path) -> Any:
 def _on(device: str | torch.device, script: Any) -> Callable[[Tensor], Tensor]:
     script = script.to(device)
     return lambda pixels: script(pixels.to(device))
+
+
+def _vectors(found: Tensor, count: int, name: str | Path) -> Tensor:
+    if found.ndim != 2 or found.shape[0] != count:
+        raise BehaviourError(f"{name} gives shape {tuple(found.shape)} for {count} pictures; expected one vector each.")
+    return found
 
 
 def _require_torchmetrics() -> None:

@@ -21,7 +21,6 @@ __all__ = ["Bar", "Judges", "Pictures", "Verdict"]
 Bar = Callable[[str, int], Any]
 """`bar(description, total)` gives a progress bar, as tqdm's."""
 
-FEWEST_FOR_KID = 4
 WHOLE_THRESHOLD = 0.75
 """By SSCD's authors, 9 of 10 pairs of whole pictures above it are copies (of `sscd_disc_mixup`, on DISC)."""
 FILLING = 0.9
@@ -64,18 +63,14 @@ class Judges:
     Args:
         detector: For SSCD similarity.
         clip: For the CLIP score.
-        kid_features: Where KID's features come from.
+        kid: For the kernel inception distance.
         threshold: Of SSCD similarity, above which the concept counts as found; `None` for one that suits the measure.
-        device: Where KID's features are computed.
-        seed: Of KID's subsets.
     """
 
     detector: CopyDetector | None
     clip: ClipScorer | None
-    kid_features: str | None
+    kid: KernelDistance | None
     threshold: float | None
-    device: str | torch.device
-    seed: int
 
     @classmethod
     def load(
@@ -88,7 +83,7 @@ class Judges:
         device: str | torch.device,
         seed: int,
     ) -> Judges:
-        """Load what is given.
+        """Load what is given; `seed` is that of KID's subsets.
 
         Raises:
             BehaviourError: If there is no such model.
@@ -96,10 +91,8 @@ class Judges:
         return cls(
             None if sscd is None else CopyDetector(sscd, device=device),
             None if clip is None else ClipScorer(clip, device=device),
-            kid_features,
+            None if kid_features is None else KernelDistance(kid_features, device=device, seed=seed),
             threshold,
-            device,
-            seed,
         )
 
     def judge(
@@ -152,21 +145,17 @@ class Judges:
             "things than those pictures show.",
         }
         reference, fewest = pictures.reference_set, min(map(len, samples.values()))
-        if self.kid_features is None:
+        if self.kid is None:
             return Measure(**about, not_measured="no model given (--kid-features)")
         if not reference:
             return Measure(**about, not_measured="no pictures without the concept (--reference-data-dir)")
-        if min(fewest, len(reference)) < FEWEST_FOR_KID:
-            return Measure(
-                **about,
-                not_measured=f"{fewest} samples and {len(reference)} pictures; it takes {FEWEST_FOR_KID} of each",
-            )
+        if min(fewest, len(reference)) < self.kid.fewest:
+            reason = f"{fewest} samples and {len(reference)} pictures; it takes {self.kid.fewest} of each"
+            return Measure(**about, not_measured=reason)
         with bar("KID", len(reference) + sum(map(len, samples.values()))) as progress:
-            distance = KernelDistance(
-                self.kid_features, reference, device=self.device, seed=self.seed, progress=progress.update
-            )
-            figures = {name: distance.distance(drawn, progress=progress.update) for name, drawn in samples.items()}
-        return Measure(**about, figures=figures)
+            known = self.kid.features(reference, progress=progress.update)
+            drawn = {name: self.kid.features(shown, progress=progress.update) for name, shown in samples.items()}
+        return Measure(**about, figures={name: self.kid.distance(found, known) for name, found in drawn.items()})
 
 
 class _Likeness:
