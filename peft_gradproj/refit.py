@@ -25,7 +25,7 @@ from .errors import BehaviourError, ConceptBasisError, GradProjError
 from .fitting import fit_concept_basis
 from .model_arguments import place_arguments
 from .probes import placement
-from .untrusted import printable
+from .untrusted import printable, shown
 
 __all__ = ["REFIT_TOLERANCE", "Difference", "Recipe", "largest_sine", "refit_basis", "refit_differences"]
 
@@ -78,7 +78,7 @@ class Recipe:
             raise ConceptBasisError("it is a union of several bases; only one fit can be done again.")
         spaces = fit.get("spaces")
         if not isinstance(spaces, list) or not spaces or not all(isinstance(space, str) for space in spaces):
-            raise ConceptBasisError(f"its recipe is malformed: spaces is {_short(spaces)}.")
+            raise ConceptBasisError(f"its recipe is malformed: spaces is {shown(spaces)}.")
         if not _FITTED_SPACES.issuperset(spaces):
             raise ConceptBasisError(
                 "the rank and gradient spaces depend on the adapter's start and on a loss, which are not published."
@@ -86,7 +86,7 @@ class Recipe:
         options = {name: fit.get(name) for name in _OPTIONS}
         for name, value in options.items():
             if not _OPTIONS[name](value):
-                raise ConceptBasisError(f"its recipe is malformed: {name} is {_short(value)}.")
+                raise ConceptBasisError(f"its recipe is malformed: {name} is {shown(value)}.")
         names = [fit.get(key) for key in ("layers", "left_out")]
         layers = tuple(sorted({name for part in names if isinstance(part, dict) for name in part}))
         if not 0 < len(layers) <= _MAX_LAYERS:
@@ -132,10 +132,6 @@ _OPTIONS: dict[str, Any] = {
     "seed": lambda v: _is_count(v, 2**62),
 }
 """The options of a recipe, and what is taken for a value of each; `fit_concept_basis` checks ranges."""
-
-
-def _short(value: Any) -> str:
-    return printable(repr(value))[:60]
 
 
 # The fit
