@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from published_folders import (
     random_basis,
     safetensors_bytes,
 )
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from peft_gradproj import ConceptBasis, adapter_folder, verify_adapter
 from peft_gradproj.adapter_folder import (
@@ -48,6 +49,7 @@ from peft_gradproj.untrusted import (
     MAX_JSON_BYTES,
     SAFETENSORS_DTYPES,
     FileBytes,
+    _read_exactly,
     parse_json,
     parse_safetensors,
     printable,
@@ -343,6 +345,22 @@ def test_only_plain_names_are_read(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(AdapterFolderError, match="no plain file name"):
         read_file(tmp_path / "folder", name, limit=100)
+
+
+def test_what_was_hashed_is_what_is_looked_at_whatever_happens_to_the_file(tmp_path):
+    honest_folder(tmp_path)
+    read, before = read_adapter_folder(tmp_path), load((tmp_path / WEIGHTS).read_bytes())
+    with open(tmp_path / WEIGHTS, "r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        file.write(b"\xff" * 100)
+    assert read.files == read.claimed_files
+    assert all(torch.equal(read.weights[WEIGHTS][key], tensor) for key, tensor in before.items())
+    assert read_adapter_folder(tmp_path).files != read.files
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused():
+    with pytest.raises(AdapterFolderError, match="changed while it was read"):
+        _read_exactly(io.BytesIO(b"abc"), 5, Path("weights"))
 
 
 def test_a_text_over_the_limit_is_not_parsed():
