@@ -216,8 +216,8 @@ def parts(results: Results) -> str | None:
             "",
             "Each part by itself, in milliseconds of processor time, and as a share of a stock step's, at r = k = 16. "
             f"*By step* is what a projection adds on average, with one step in {DEFAULT_EVERY} corrected on half as "
-            "many probes as there are training examples. The Llama's probes hold no targets, as is advised for language "
-            "models, so that a probe pass has a further forward, of the base model.",
+            "many probes as there are training examples. The Llama's probes hold no targets, as is advised for "
+            "language models, so that a probe pass has a further forward, of the base model.",
             "",
             *table(("model", "training on", "part", "ms", "of a stock step"), rows),
         ]

@@ -354,7 +354,8 @@ def inner(u: Sequence[Tensor], v: Sequence[Tensor], metric: Sequence[Tensor] | N
     """
     total = None
     for i, (x, y) in enumerate(zip(u, v, strict=True)):
-        left, right = x.double(), y.double()
+        left = x.double()
+        right = left if y is x else y.double()
         if metric is not None:
             right = right / metric[i].double()
         product = torch.dot(left.reshape(-1), right.reshape(-1))
