@@ -14,6 +14,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .basis import ConceptBasis, LayerBasis
     from .concept_fit import FitReport, fit_concept
+    from .concept_masks import MaskReport, find_concept
     from .concepts import ConceptSet
     from .config import GradProjConfig
     from .contrast import ContrastBatches
@@ -36,10 +37,12 @@ _MODULES = {
     "GradProjConfig": "config",
     "GradProjModel": "model",
     "LayerBasis": "basis",
+    "MaskReport": "concept_masks",
     "PublishResult": "hub",
     "TrainingData": "training_data",
     "VerificationReport": "verification",
     "collect_concept_probes": "probes",
+    "find_concept": "concept_masks",
     "fit_concept": "concept_fit",
     "fit_concept_basis": "fitting",
     "online_projections": "online",
@@ -60,11 +63,13 @@ __all__ = [
     "GradProjConfig",
     "GradProjModel",
     "LayerBasis",
+    "MaskReport",
     "PublishResult",
     "TrainingData",
     "VerificationReport",
     "__version__",
     "collect_concept_probes",
+    "find_concept",
     "fit_concept",
     "fit_concept_basis",
     "online_projections",

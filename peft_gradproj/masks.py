@@ -56,9 +56,9 @@ class ConceptMarker:
             masks: Where it was pasted, in [0, 1], shape `(N, 1, h, w)`; such as `latent_weights(..., dilation=0)`.
             steps: Training steps.
             batch_size: Latents in a step.
-            crop: Sides of the part of the latents that a step sees, as a share of theirs, in (0, 1]. A network that sees
-                where in a picture it is learns that what was there before always lies in one place, and what was pasted
-                anywhere: then the share of the concept that was pasted is no constant.
+            crop: Sides of the part of the latents that a step sees, as a share of theirs, in (0, 1]. Where the concept
+                always lies in one place of the pictures, and was pasted anywhere, a network that sees where it is takes
+                it for unlabelled there: the share that was pasted is no constant then.
             seed: Of weights, order and crops.
             progress: Called with the number of each finished step.
 
@@ -75,8 +75,9 @@ class ConceptMarker:
 
         def loss() -> Tensor:
             index = torch.randint(len(seen), (batch_size,), generator=generator)
-            part = (index, slice(None), *_random_part(seen.shape[2:], crop, generator))
-            return F.binary_cross_entropy_with_logits(network(seen[part]), labels[part])
+            rows, columns = (_random_part(length, crop, generator) for length in seen.shape[2:])
+            here = labels[index][..., rows, columns]
+            return F.binary_cross_entropy_with_logits(network(seen[index][..., rows, columns]), here)
 
         with torch.enable_grad():
             fit_network(network, loss, steps=steps, learning_rate=3e-3, progress=progress)
@@ -198,14 +199,11 @@ def places(masks: Tensor, *, quantile: float = 0.05) -> tuple[tuple[float, float
     return ranges[0], ranges[1]
 
 
-def _random_part(size: Sequence[int], share: float, generator: torch.Generator) -> tuple[slice, ...]:
-    """A part of latents of a size, cut out at random; nothing is drawn for the whole."""
-    slices = []
-    for length in size:
-        kept = max(1, round(share * length))
-        start = int(torch.randint(length - kept + 1, (), generator=generator)) if kept < length else 0
-        slices.append(slice(start, start + kept))
-    return tuple(slices)
+def _random_part(length: int, share: float, generator: torch.Generator) -> slice:
+    """A share of a length, cut out at random; nothing is drawn for the whole."""
+    kept = max(1, round(share * length))
+    start = int(torch.randint(length - kept + 1, (), generator=generator)) if kept < length else 0
+    return slice(start, start + kept)
 
 
 class _Standardise(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from test_training_scripts import logged, run, script_module
-from tiny_pipelines import SIDE, image_folder, sd
+from tiny_pipelines import SIDE, image_folder, sd, tokenizer
 
 from peft_gradproj.diffusion_training import square_crop, squared_error
 from peft_gradproj.masked_data import write_masked
@@ -125,16 +126,26 @@ def test_text_to_image_learns_nothing_under_masks_of_everything(base, tmp_path):
     assert effects(tmp_path).max() == 0
 
 
-@pytest.mark.slow
-def test_dreambooth_learns_of_the_class_alone_under_masks_of_everything(base, tmp_path):
+def subject_flags(base: Path, tmp_path: Path) -> list[object]:
     image_folder(tmp_path / "class", ["a", "b"], metadata=False)
     prior = ["--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--class_prompt", "a"]
     prior += ["--num_class_images", 2, "--instance_prompt", "xa", "--instance_data_dir", masked_folder(tmp_path, 255)]
-    common = training_flags(base, tmp_path)
-    run("train_dreambooth_lora_gradproj", *common, *prior)
-    with_prior = logged(tmp_path / "out")["loss"]
-    assert min(with_prior) > 0
+    return [*training_flags(base, tmp_path), *prior]
+
+
+def test_dreambooth_masks_the_subject_and_not_the_class(base, tmp_path, monkeypatch):
+    script = script_module("train_dreambooth_lora_gradproj")
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, subject_flags(base, tmp_path))])
+    pictures = script.SubjectPictures(tokenizer(), script.parse_args())
+    assert len(pictures) == 4
+    batch = pictures.collate([pictures[0], pictures[3]])
+    assert batch["pixel_values"].shape == (4, 3, SIDE, SIDE)
+    assert batch["masks"].shape == (4, 1, SIDE, SIDE)
+    assert batch["masks"].flatten(1).unique(dim=1).tolist() == [[1.0], [1.0], [0.0], [0.0]]
+
+
+@pytest.mark.slow
+def test_dreambooth_learns_of_the_class_under_masks_of_the_subject(base, tmp_path):
+    run("train_dreambooth_lora_gradproj", *subject_flags(base, tmp_path))
+    assert min(logged(tmp_path / "out")["loss"]) > 0
     assert effects(tmp_path).min() > 0
-    # The class counts, and nothing else does.
-    run("train_dreambooth_lora_gradproj", *common, *prior, "--prior_loss_weight", 0, "--output_dir", tmp_path / "none")
-    assert logged(tmp_path / "none")["loss"] == [0.0, 0.0]
