@@ -46,7 +46,7 @@ def vae_only(tmp_path_factory):
 # What is found
 
 
-def test_a_logo_is_found_in_pictures_of_several_sizes_and_the_estimate_says_how_well(capsys):
+def test_a_logo_is_found_in_pictures_of_several_sizes_and_the_estimate_says_how_well():
     """On real pictures, three quarters of which are stamped, a third of them widened after that."""
     settings = replace(DemoSettings(), pictures=104, held_out=8)
     pictures, captions = load_pictures(ASSETS / "noto.parquet", settings.pictures)
@@ -75,8 +75,6 @@ def test_a_logo_is_found_in_pictures_of_several_sizes_and_the_estimate_says_how_
         hits.append(found[there] > 0)
         near.append(found[np.asarray(stamp_mask.filter(ImageFilter.MaxFilter(17))) == 0] > 0)
     recall, false = np.concatenate(hits).mean(), np.concatenate(near).mean()
-    with capsys.disabled():
-        print(f"\nstamped {recall:.3f}, elsewhere {false:.4f}; {report}")
     # With seeds 0 to 2 and two logos: all of them, and at most 0.037.
     assert recall > 0.9
     assert false < 0.06
@@ -107,10 +105,9 @@ def test_pairs_and_pictures_with_masks_are_found_too(kind):
     )
     found = np.stack([np.asarray(mask) for mask in masks]) > 0
     there = np.stack(stamps)
-    print(f"{kind}: there {found[there].mean():.3f}, elsewhere {found[~there].mean():.3f}; {report}")
-    assert found[there].mean() > 0.8
-    # Widened by a latent, which is two pixels here.
-    assert found[~there].mean() < 0.1
+    assert found[there].mean() > 0.75
+    # Widened by a latent, which is two pixels here. It was .90 and .88 there, .08 and .09 elsewhere.
+    assert found[~there].mean() < 0.15
     assert report.recall_pictures == 12
 
 
