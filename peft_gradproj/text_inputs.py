@@ -17,8 +17,8 @@ at random.
     batches = secret_probe_batches(secrets, corpus, tokenizer, length=512)
     probes = collect_concept_probes(model, batches, run_model=token_log_likelihoods)
 
-Where a secret is found in the training texts, the loss need not count it either: :func:`mark_secrets`. The probes keep
-out what is written in a way that is not found, as far as it resembles what is.
+Where a secret is found in the training texts, the loss need not count it either: :func:`mark_secrets`. Another spelling
+is not found; the probes hold down only what it has in common with those that are.
 """
 
 from __future__ import annotations
