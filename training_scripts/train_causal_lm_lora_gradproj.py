@@ -4,10 +4,10 @@
         --secrets_file secrets.txt --output_dir out --do_train --do_eval --learning_rate 1e-3 --num_train_epochs 3
 
 The concept is a list of strings, one a line of `--secrets_file`: names, numbers, passwords. Their tokens count in no
-loss. Windows of the corpus in which they occur become concept probes, and each optimizer step is projected such that the
-secrets' tokens get no likelier than the base model finds them, whatever else is trained on. List every spelling: one that
-is missing was not completed in our benchmark, but had become likelier. A basis (`--concept_basis`), or probes of your own
-(`--concept_probes`), can be given as well or instead.
+loss. Windows of the corpus in which they occur become concept probes, and each optimizer step is projected such that
+the secrets' tokens get no likelier than the base model finds them, whatever else is trained on. List every spelling:
+one that was missing was not completed in our benchmark, but became likelier. A basis (`--concept_basis`), or probes of
+your own (`--concept_probes`), can be given as well or instead.
 
 Everything else is as in transformers' `run_clm.py`: the arguments of the data and of `TrainingArguments`, checkpoints,
 trackers. What differs: `--resume_from_checkpoint latest` takes the last checkpoint, and `--push_to_hub` publishes once,
