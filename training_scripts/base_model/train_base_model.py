@@ -69,7 +69,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--noise-power", type=float, default=1.5, help="above 1: more of the noisy timesteps")
     add("--text-dropout", type=float, default=0.1, help="share of pictures with an empty prompt")
     add("--ema-decay", type=float, default=0.999, help="decay of the averaged weights")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
     return parser.parse_args(argv)
 
 
@@ -303,7 +302,6 @@ def train_unet(args: argparse.Namespace, interrupt: Interrupt) -> None:
     scheduler = build_scheduler()
     ids, empty = model.tokenize(captions), model.tokenize([""])
     step = restore(path, model, optimizer, ema)
-    forward = torch.compile(model) if args.compile else model
     print(
         f"denoiser: {count_parameters(model.unet):,} parameters, text encoder: "
         f"{count_parameters(model.text_encoder):,}, from step {step}",
@@ -321,7 +319,9 @@ def train_unet(args: argparse.Namespace, interrupt: Interrupt) -> None:
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
-            output = forward(noisy, timesteps, prompt)
+            # Not compiled: torch 2.13 on a CPU then gives convolutions that start at zero, as the last of each residual
+            # branch does, a gradient of exactly zero, and they are never trained.
+            output = model(noisy, timesteps, prompt)
         loss = F.mse_loss(output.float(), target)
         optimizer.zero_grad()
         loss.backward()
