@@ -16,8 +16,12 @@ test: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
 
+# Some ten hours on two cores; what is there is not run again.
 bench: bench-overhead
 	$(BIN)/python benchmarks/verify.py
+	$(BIN)/python benchmarks/secret_strings.py --output benchmarks/results/secrets.json
+	$(BIN)/python -m benchmarks.protection
+	$(BIN)/python -m benchmarks.protection --attacks
 
 # Goes on where it was; `rm benchmarks/results/overhead.json` first to measure everything anew.
 bench-overhead: $(INSTALLED)

@@ -17,6 +17,7 @@ import torch
 from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.evaluation.figures import Share
 
+from .matrix import MATRIX, Entry
 from .methods import MAIN, METHODS, SWEEPS
 from .runs import BASE, write_json
 from .tasks import TaskKey
@@ -171,9 +172,23 @@ def write_page(content: Mapping[str, Any], docs: Path) -> None:
     environment.filters["figure"] = figure
     environment.filters["share"] = lambda d: f"{Share(**d).value:.3f} of {d['total']}"
     text = environment.get_template("benchmark.md.jinja").render(
-        content=content, tables=[(title(key), table) for key, table in ordered], sweeps=set(SWEEPS)
+        content=content,
+        tables=[(title(key), table) for key, table in ordered],
+        sweeps=set(SWEEPS),
+        total=len(MATRIX),
+        missing=len(MATRIX) - sum(made(entry, rows) for entry in MATRIX),
     )
     (docs / "benchmark.md").write_text(text, encoding="utf-8")
+
+
+def made(entry: Entry, rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a run of the matrix is among the rows."""
+    task = entry.task
+    wanted = (task.concept, task.named, task.percent, entry.method)
+    return any(
+        (row["concept"], row["named"], row["percent"], row["method"]) == wanted and task.seed in row["seeds"]
+        for row in rows
+    )
 
 
 def title(key: tuple[str, bool, int]) -> str:
