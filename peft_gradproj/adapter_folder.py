@@ -18,9 +18,8 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +27,7 @@ from unicodedata import normalize
 
 from torch import Tensor
 
-from ._version import __version__
+from ._version import installed_versions
 from .basis import BASIS_FILE_NAME as BASIS_NAME
 from .basis import FORMAT_VERSION as BASIS_FORMAT_VERSION
 from .basis import SPACES
@@ -490,7 +489,7 @@ def _manifest(
         },
         "leakage": {} if basis is None else _measured_leakage(sources, basis),
         "uncovered": list(uncovered),
-        "versions": _versions(),
+        "versions": installed_versions("torch", "peft", "transformers", "diffusers", "safetensors"),
         "recipe": None if recipe is None else dict(recipe),
     }
 
@@ -505,14 +504,6 @@ def _measured_leakage(sources: Mapping[str, FileBytes], basis: ConceptBasis) -> 
                 measured = layer_leakage(pair, dict(basis[module].items()))
                 result[module] = {space: value if isfinite(value) else None for space, value in measured.items()}
     return result
-
-
-def _versions() -> dict[str, str]:
-    found = {"peft-gradproj": __version__}
-    for name in ("torch", "peft", "transformers", "diffusers", "safetensors"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 @contextmanager

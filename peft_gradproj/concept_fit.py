@@ -32,6 +32,7 @@ from torch import Tensor
 from .attention import complete_attention
 from .base_models import identify
 from .basis import ConceptBasis
+from .clock import Clock
 from .concepts import ConceptSet, Overlay, nth_of_shuffles
 from .contrast import ContrastBatches
 from .diffusion_inputs import latent_weights, pictures_to_tensor
@@ -189,7 +190,7 @@ def fit_concept(
         raise ConceptDataError(f"spaces={list(spaces)}; expected 'input', 'output' or both: others need an adapter.")
     if save_contrast and output_dir is None:
         raise ConceptDataError("save_contrast needs output_dir, the folder to write the contrast batches to.")
-    clock = _Clock()
+    clock = Clock()
     with clock("load"):
         if isinstance(pipeline_or_id, str | Path):
             options: Any = {"revision": revision, "variant": variant, "dtype": dtype, "device": device}
@@ -262,24 +263,6 @@ def _saved(
         files={name: str(file) for name, file in files.items()},
         bytes={name: file.stat().st_size for name, file in files.items()},
     )
-
-
-class _Clock:
-    """Remembers how long the parts took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._part, self._start = "", 0.0
-
-    def __call__(self, part: str) -> _Clock:
-        self._part, self._start = part, time.perf_counter()
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: Any) -> None:
-        self.seconds[self._part] = time.perf_counter() - self._start
 
 
 def _base_model_of(family: PipelineFamily, name: str | None) -> tuple[str | None, str | None]:

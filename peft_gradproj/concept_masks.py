@@ -14,9 +14,7 @@ them: as many that overlap by half as the longer side takes.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -28,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .clock import Clock
 from .concept_fit import Concept, iter_concept_examples
 from .concepts import ConceptSet, Overlay, nth_of_shuffles
 from .diffusion_inputs import dilated, latent_weights, pictures_to_tensor
@@ -172,21 +171,21 @@ def find_concept(
             f"num_pairs={num_pairs}, steps={steps}, batch_size={batch_size}, dilation={dilation}; expected at least "
             "16, 1, 1 and 0."
         )
-    seconds: dict[str, float] = {}
+    clock = Clock()
     sources = _sources(concept, data)
-    with _timed(seconds, "load"):
+    with clock("load"):
         if isinstance(pipeline_or_id, str | Path):
             encoder = load_encoder(str(pipeline_or_id), revision=revision, variant=variant, device=device)
         else:
             encoder = PictureEncoder.of(pipeline_or_id)
     side = checked_resolution(encoder, resolution)
 
-    with _timed(seconds, "examples"), _bar("examples", FOLDS * num_pairs, progress) as bar:
+    with clock("examples"), _bar("examples", FOLDS * num_pairs, progress) as bar:
         examples = [
             _encoded(source, encoder, side, num_pairs, batch_size, FOLDS * seed + number, bar)
             for number, source in enumerate(sources)
         ]
-    with _timed(seconds, "networks"), _bar("networks", FOLDS * steps, progress) as bar:
+    with clock("networks"), _bar("networks", FOLDS * steps, progress) as bar:
         markers = fit_markers(
             [(fold.latents, fold.masks) for fold in examples],
             steps=steps,
@@ -197,7 +196,7 @@ def find_concept(
         )
     recalls = torch.cat([fold.recalls(marker, dilation) for fold, marker in zip(examples, markers, strict=True)])
     cells, sizes = [], []
-    with _timed(seconds, "marks"), _bar("masks", len(data), progress) as bar:
+    with clock("marks"), _bar("masks", len(data), progress) as bar:
         for number in range(len(data)):
             picture, _ = data[number]
             cells.append(_marked(picture, encoder, markers[number % FOLDS], side, dilation, batch_size))
@@ -214,16 +213,9 @@ def find_concept(
         labelled_share=[marker.labelled_share for marker in markers],
         resolution=side,
         pairs=num_pairs,
-        seconds=seconds,
+        seconds=clock.seconds,
     )
     return ConceptMasks(cells, sizes), report
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[part] = time.perf_counter() - start
 
 
 def _bar(name: str, total: int, wanted: bool) -> Any:

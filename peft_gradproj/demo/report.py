@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from .. import __version__
-from ..evaluation.figures import Estimate, Share
+from .._version import installed_versions
+from ..evaluation.figures import Share, json_value
 from ..verification import VerificationReport
 from .measuring import Figures, Judges
 from .settings import DemoSettings
@@ -77,8 +75,7 @@ class DemoReport:
             step_seconds=step_seconds,
             stage_seconds=stage_seconds,
             versions={
-                "peft-gradproj": __version__,
-                **{name: version(name) for name in LIBRARIES},
+                **installed_versions(*LIBRARIES),
                 "python": platform.python_version(),
                 "threads": str(torch.get_num_threads()),
             },
@@ -97,9 +94,9 @@ class DemoReport:
         """The report, JSON-able."""
         return {
             "settings": asdict(self.settings),
-            "figures": {name: _plain(figures) for name, figures in self.figures.items()},
-            "detector": _plain(self.detector),
-            "real_fidelity": {"top1": _plain(self.real_fidelity[0]), "top5": _plain(self.real_fidelity[1])},
+            "figures": {name: json_value(vars(figures)) for name, figures in self.figures.items()},
+            "detector": json_value(self.detector),
+            "real_fidelity": json_value(dict(zip(("top1", "top5"), self.real_fidelity, strict=True))),
             "masks": self.masks,
             "verification": self.verification.to_dict(),
             "step_ratios": self.step_ratios(),
@@ -119,24 +116,3 @@ class DemoReport:
                 f"{name:<8} leak {row.leak.value:.3f}  kept {kept}  learned {learned}  top-5 {row.top5.value:.2f}"
             )
         return "\n".join([*lines, f"verify: {self.verification.status}", f"{self.minutes:.1f} minutes"])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Share):
-        return {
-            "hits": value.hits,
-            "total": value.total,
-            "value": _finite(value.value),
-            "standard_error": _finite(value.standard_error),
-        }
-    if isinstance(value, Estimate):
-        return {"value": _finite(value.value), "standard_error": _finite(value.standard_error)}
-    if isinstance(value, Figures):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return _finite(value) if isinstance(value, float) else value
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

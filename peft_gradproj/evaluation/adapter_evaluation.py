@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import inspect
 import platform
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import __version__
+from .._version import installed_versions
 from ..base_models import identify
 from ..behaviour import BehaviourResult, load_probes, measure_drift
+from ..clock import Clock
 from ..concept_fit import Concept, ConceptExample, concept_examples, load_concept
 from ..concepts import ConceptSet
 from ..errors import BehaviourError, ConceptDataError
@@ -169,7 +168,7 @@ def evaluate_adapter(
         )
     if output_dir is not None:
         _check_output(Path(output_dir))
-    clock, bar = _Clock(), _bars(progress)
+    clock, bar = Clock(), _bars(progress)
     with clock("load"):
         files = {"base": None, "protected": locate_adapter(adapter, revision=revision)}
         if plain is not None:
@@ -230,7 +229,11 @@ def evaluate_adapter(
             "dtype": str(family.denoiser.dtype).removeprefix("torch."),
             "device": str(family.denoiser.device),
         },
-        versions=_versions(),
+        versions={
+            **installed_versions(*_LIBRARIES),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
         seconds=clock.seconds,
         command=tuple(command),
     )
@@ -337,7 +340,7 @@ class _Answers:
         questions: Mapping[str, TimestepQuestions],
         sampling: _Sampling,
         batch_size: int,
-        clock: _Clock,
+        clock: Clock,
         bar: Bar,
     ) -> _Answers:
         for file in files.values():
@@ -469,32 +472,6 @@ def _described(models: Iterable[str], sampling: _Sampling, verdict: Verdict) -> 
         for index, (prompt, seed) in enumerate(zip(sampling.prompts, sampling.seeds, strict=True)):
             scores = {measure: float(values[model][index]) for measure, values in verdict.scores.items()}
             yield Sample(model, prompt, seed, f"samples/{model}/{index:04d}.png", scores)
-
-
-def _versions() -> dict[str, str]:
-    found = {"peft-gradproj": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    for library in _LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-# Time
-
-
-class _Clock:
-    """Remembers how long the parts took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[part] = time.perf_counter() - start
 
 
 def _bars(wanted: bool) -> Bar:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..diffusion_inputs import noised_inputs, training_target
 
-__all__ = ["DenoisingQuestions", "denoising_loss", "denoising_losses"]
+__all__ = ["DenoisingQuestions", "denoising_loss", "denoising_losses", "weighted_errors"]
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,23 @@ def denoising_losses(unet: Any, questions: DenoisingQuestions, schedule: Any, *,
     for index in torch.arange(questions.latents.shape[0]).split(batch_size):
         latents, noise, timesteps = questions.latents[index], questions.noise[index], questions.timesteps[index]
         inputs = noised_inputs(latents, questions.embeddings[index], noise, timesteps, schedule)
-        square = (unet(**inputs).sample.float() - training_target(schedule, latents, noise, timesteps)).square()
-        square = square.mean(dim=1, keepdim=True)
-        weights = torch.ones_like(square) if questions.weights is None else questions.weights[index]
-        losses.append((square * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3)))
+        target = training_target(schedule, latents, noise, timesteps)
+        weights = None if questions.weights is None else questions.weights[index]
+        losses.append(weighted_errors(unet(**inputs).sample.float(), target, weights))
     return torch.cat(losses)
+
+
+def weighted_errors(answers: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean square error of each answer where it counts, shape `(N,)`.
+
+    Args:
+        answers: Shape `(N, C, h, w)`.
+        targets: Same shape.
+        weights: Shape `(N, 1, h, w)`, or `None` for everywhere.
+    """
+    square = (answers - targets).square().mean(dim=1, keepdim=True)
+    weights = torch.ones_like(square) if weights is None else weights
+    return (square * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3))
 
 
 def denoising_loss(unet: Any, questions: DenoisingQuestions, schedule: Any, *, batch_size: int = 64) -> float:

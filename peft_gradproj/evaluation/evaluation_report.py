@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..behaviour import BehaviourResult
 from ..untrusted import printable
-from .figures import Estimate, Share
+from .figures import Estimate, Share, json_value
 
 __all__ = ["COLUMNS", "EvaluationReport", "Figure", "LossCurves", "Measure", "Sample", "figure_text"]
 
@@ -49,7 +49,7 @@ class Measure:
             "about": self.about,
             "explanation": self.explanation,
             "not_measured": self.not_measured,
-            "figures": {column: _plain(figure) for column, figure in self.figures.items()},
+            "figures": json_value(self.figures),
         }
 
 
@@ -70,8 +70,8 @@ class LossCurves:
         return {
             "pictures": self.pictures,
             "timesteps": [list(ends) for ends in self.timesteps],
-            "losses": {model: [_plain(e) for e in estimates] for model, estimates in self.losses.items()},
-            "changes": {model: [_plain(e) for e in estimates] for model, estimates in self.changes.items()},
+            "losses": {model: [json_value(e) for e in estimates] for model, estimates in self.losses.items()},
+            "changes": {model: [json_value(e) for e in estimates] for model, estimates in self.changes.items()},
         }
 
 
@@ -119,7 +119,7 @@ class EvaluationReport:
             "concept": self.concept,
             "models": list(self.models),
             "measures": {measure.name: measure.to_dict() for measure in self.measures},
-            "drift": {model: {k: _plain(v) for k, v in vars(result).items()} for model, result in self.drift.items()},
+            "drift": {model: json_value(vars(result)) for model, result in self.drift.items()},
             "losses": {name: curves.to_dict() for name, curves in self.curves.items()},
             "samples": [{**vars(sample), "scores": dict(sample.scores)} for sample in self.samples],
             "settings": dict(self.settings),
@@ -157,16 +157,3 @@ def figure_text(figure: Figure) -> str:
         return f"{value:.3g}"
     decimals = min(max(0, 1 - math.floor(math.log10(error))), 8)
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
-
-
-def _plain(figure: Any) -> Any:
-    if isinstance(figure, Share):
-        return {
-            "value": _plain(figure.value),
-            "standard_error": _plain(figure.standard_error),
-            "hits": figure.hits,
-            "total": figure.total,
-        }
-    if isinstance(figure, Estimate):
-        return {"value": _plain(figure.value), "standard_error": _plain(figure.standard_error)}
-    return None if isinstance(figure, float) and not math.isfinite(figure) else figure

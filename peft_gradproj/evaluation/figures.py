@@ -12,12 +12,13 @@ With denoising losses :math:`L` of the base model, an adapter :math:`x` and a ya
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Estimate", "Share", "mean_estimate", "share_of_drop"]
+__all__ = ["Estimate", "Share", "json_value", "mean_estimate", "share_of_drop"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,22 @@ class Share:
             return math.nan
         p = min(max(self.value, 0.5 / self.total), 1 - 0.5 / self.total)
         return math.sqrt(p * (1 - p) / self.total)
+
+
+def json_value(figure: Any) -> Any:
+    """A figure, or a mapping of some, as JSON has it: what is not finite is `None`, and what is no figure stays."""
+    if isinstance(figure, Share):
+        return {
+            "hits": figure.hits,
+            "total": figure.total,
+            "value": json_value(figure.value),
+            "standard_error": json_value(figure.standard_error),
+        }
+    if isinstance(figure, Estimate):
+        return {"value": json_value(figure.value), "standard_error": json_value(figure.standard_error)}
+    if isinstance(figure, Mapping):
+        return {name: json_value(value) for name, value in figure.items()}
+    return None if isinstance(figure, float) and not math.isfinite(figure) else figure
 
 
 def mean_estimate(values: Tensor) -> Estimate:

@@ -18,6 +18,7 @@ from ..diffusion_inputs import latent_weights, pictures_to_tensor
 from ..errors import ConceptDataError
 from ..pipelines import PipelineFamily
 from ..probes import evaluation_mode
+from .denoising import weighted_errors
 from .figures import Estimate, mean_estimate
 
 __all__ = ["TimestepQuestions", "estimates_by_timestep"]
@@ -105,9 +106,8 @@ class TimestepQuestions:
             inputs = family.inputs(latents, noise, timesteps, {name: x[i] for name, x in conditions.items()})
             with evaluation_mode(denoiser):
                 output = family.run(denoiser, inputs).float().cpu()
-            square = (output - family.loss_target(latents, noise, timesteps)).square().mean(1, keepdim=True)
-            weights = torch.ones_like(square) if self.weights is None else self.weights[i]
-            losses.append((square * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3)))
+            target = family.loss_target(latents, noise, timesteps)
+            losses.append(weighted_errors(output, target, None if self.weights is None else self.weights[i]))
             progress(len(index))
         return torch.cat(losses).reshape(count, bins)
 
