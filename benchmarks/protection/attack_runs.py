@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peft_gradproj.demo.measuring import Judges
 from peft_gradproj.demo.pipeline import with_unet
 from peft_gradproj.demo.sampling import sample
 from peft_gradproj.demo.settings import DemoSettings
@@ -26,7 +27,7 @@ from peft_gradproj.evaluation.denoising import denoising_loss
 from peft_gradproj.evaluation.figures import Estimate
 from peft_gradproj.evaluation.membership import loss_scores, pia_scores, roc_auc
 
-from .judges import Judges, load_judges
+from .judges import load_judges
 from .methods import METHODS, Method
 from .runs import BASE, Folders, Material, load_material, lora_config, run, write_json
 from .tasks import TaskKey
@@ -113,33 +114,26 @@ class Attacker:
     def revival(self, latents: Tensor) -> list[Any]:
         """Fine-tuning goes on, on pictures with or without the concept, under captions that do not name it."""
         embeddings = encode_prompts(self.material.pipeline, self.task.data.held_out_captions)
-        return revive(
-            self.unet,
-            latents,
-            embeddings,
-            self.material.schedule,
-            steps=self.steps,
-            every=min(REVIVAL_EVERY, self.steps),
-            measure=self.figures,
-            learning_rate=REVIVAL_RATE,
-            seed=self.settings.seed,
-            autocast_dtype=torch.bfloat16,
-        )
+        return revive(self.unet, latents, embeddings, self.material.schedule, **self._training)
 
     def adaptive(self, *, within_basis: bool) -> list[Any]:
         """Training for what the probes show, if need be such that the adapter still verifies."""
         ours = METHODS["ours"]
-        return revive_with_probes(
-            self.unet,
-            self.material.probes(replace(ours, rule="orthogonal")),
-            basis=self.material.basis(ours.basis_rank) if within_basis else None,
-            steps=self.steps,
-            every=min(REVIVAL_EVERY, self.steps),
-            measure=self.figures,
-            learning_rate=REVIVAL_RATE,
-            seed=self.settings.seed,
-            autocast_dtype=torch.bfloat16,
-        )
+        probes = self.material.probes(replace(ours, rule="orthogonal"))
+        basis = self.material.basis(ours.basis_rank) if within_basis else None
+        return revive_with_probes(self.unet, probes, basis=basis, **self._training)
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        """How every revival trains."""
+        return {
+            "steps": self.steps,
+            "every": min(REVIVAL_EVERY, self.steps),
+            "measure": self.figures,
+            "learning_rate": REVIVAL_RATE,
+            "seed": self.settings.seed,
+            "autocast_dtype": torch.bfloat16,
+        }
 
     def inversion(self) -> dict[str, float]:
         """A new token is made to stand for the concept, on pictures that show it."""

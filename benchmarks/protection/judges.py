@@ -6,57 +6,42 @@ Trained once on real pictures of all styles, as the base model's VAE shows them,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor, nn
 
-from peft_gradproj.concepts import Overlay
 from peft_gradproj.demo.data import load_logos, load_pictures
+from peft_gradproj.demo.measuring import Judges, as_decoded, train_detector, train_fidelity
 from peft_gradproj.demo.settings import ASSETS as DEMO_ASSETS
 from peft_gradproj.demo.settings import DemoSettings
-from peft_gradproj.diffusion_inputs import decode_latents, encode_images, pictures_to_tensor
-from peft_gradproj.evaluation.detector import ConceptDetector, DetectorErrors
+from peft_gradproj.diffusion_inputs import pictures_to_tensor
+from peft_gradproj.evaluation.detector import DetectorErrors
 from peft_gradproj.evaluation.fidelity import PromptFidelity
 from peft_gradproj.evaluation.figures import Share
 from peft_gradproj.small_networks import batch_indices, blur, conv_block, fit_network, jitter_pictures, shift_colours
 
+from .once import make_once
 from .tasks import ASSETS, FORBIDDEN_CHARACTER, load_characters
 
 FALSE_POSITIVE_RATE = 0.01
 
 
-@dataclass(frozen=True)
-class Judges:
-    """The two networks that look at samples of a concept."""
-
-    detector: Any
-    """With `detect(pictures) -> bool (N,)` and `errors`."""
-    fidelity: PromptFidelity
-
-
 def load_judges(concept: str, pipeline: Any, settings: DemoSettings, folder: Path) -> Judges:
     """The judges of a concept, trained where they are not in the folder yet."""
-    return Judges(
-        _kept(folder / f"detector-{concept}.pt", lambda: _train_detector(concept, pipeline, settings)),
-        _kept(folder / "fidelity.pt", lambda: _train_fidelity(pipeline, settings)),
+    # The same for every seed of a task.
+    settings = replace(settings, seed=0)
+    detector = make_once(
+        folder / f"detector-{concept}.pt",
+        lambda part: torch.save(_train_detector(concept, pipeline, settings), part),
     )
-
-
-def _kept(path: Path, make: Any) -> Any:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            made = make()
-            torch.save(made, path.with_suffix(".part"))
-            path.with_suffix(".part").rename(path)
-        # Written by this program; never a file from elsewhere.
-        return torch.load(path, weights_only=False)
+    fidelity = make_once(folder / "fidelity.pt", lambda part: torch.save(_train_fidelity(pipeline, settings), part))
+    # Written by this program; never files from elsewhere.
+    return Judges(*(torch.load(path, weights_only=False) for path in (detector, fidelity)))
 
 
 class StyleDetector:
@@ -126,29 +111,20 @@ class StyleDetector:
 def _train_detector(concept: str, pipeline: Any, settings: DemoSettings) -> Any:
     styles, _ = _styles(settings)
     if concept == "style":
-        *others, styled = (_distort(pipeline, pictures_to_tensor(pictures)) for pictures in styles)
+        *others, styled = (as_decoded(pipeline, pictures_to_tensor(pictures)) for pictures in styles)
         return StyleDetector.fit(styled, others, steps=settings.detector_steps)
-    overlays = _anywhere(load_characters(settings) if concept == "identity" else load_logos(settings))
+    overlays = load_characters(settings) if concept == "identity" else load_logos(settings)
     name = FORBIDDEN_CHARACTER if concept == "identity" else concept.removeprefix("logo-")
-    return ConceptDetector.fit(
-        overlays[name],
-        [picture for pictures in styles[:2] for picture in pictures],
-        distractors=[overlay for other, overlay in overlays.items() if other != name],
-        distort=lambda pixels: _distort(pipeline, pixels),
-        steps=settings.detector_steps,
-        scenes=settings.detector_scenes,
-    )
+    pictures = [picture for style in styles[:2] for picture in style]
+    return train_detector(pipeline, overlays, name, pictures, settings)
 
 
 def _train_fidelity(pipeline: Any, settings: DemoSettings) -> PromptFidelity:
     styles, captions = _styles(settings)
-    return PromptFidelity.fit(
-        [picture for pictures in styles for picture in pictures],
-        captions * len(styles),
-        overlays=list({**_anywhere(load_logos(settings)), **_anywhere(load_characters(settings))}.values()),
-        distort=lambda pixels: _distort(pipeline, pixels),
-        steps=2 * settings.fidelity_steps,
-    )
+    pictures = [picture for style in styles for picture in style]
+    overlays = {**load_logos(settings), **load_characters(settings)}
+    steps = 2 * settings.fidelity_steps
+    return train_fidelity(pipeline, overlays.values(), pictures, captions * len(styles), steps, settings)
 
 
 def _styles(settings: DemoSettings) -> tuple[list[list[Image.Image]], list[str]]:
@@ -156,13 +132,3 @@ def _styles(settings: DemoSettings) -> tuple[list[list[Image.Image]], list[str]]
     files = (DEMO_ASSETS / "fluent.parquet", DEMO_ASSETS / "noto.parquet", ASSETS / "openmoji.parquet")
     loaded = [load_pictures(file, settings.pictures) for file in files]
     return [[picture.convert("RGB") for picture in pictures] for pictures, _ in loaded], loaded[0][1]
-
-
-def _anywhere(overlays: dict[str, Overlay]) -> dict[str, Overlay]:
-    """Wherever a sample may show them."""
-    return {name: replace(overlay, across=(0.0, 1.0), down=(0.0, 1.0)) for name, overlay in overlays.items()}
-
-
-@torch.autocast("cpu", torch.bfloat16)
-def _distort(pipeline: Any, pixels: Tensor) -> Tensor:
-    return decode_latents(pipeline, encode_images(pipeline, pixels))

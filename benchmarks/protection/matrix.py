@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .methods import MAIN, METHODS, SWEEPS
@@ -45,8 +45,8 @@ def _entries() -> Iterator[Entry]:
         yield from _row(TaskKey(concept, False, 75, 0), SWEEPS)
 
 
-def _row(task: TaskKey, methods: object) -> Iterator[Entry]:
-    for method in (BASE, *methods):  # type: ignore[misc]
+def _row(task: TaskKey, methods: Iterable[str]) -> Iterator[Entry]:
+    for method in (BASE, *methods):
         yield Entry(task, method)
 
 

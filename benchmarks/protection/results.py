@@ -7,13 +7,13 @@ import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 
+from peft_gradproj._version import installed_versions
 from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.evaluation.figures import Share
 
@@ -41,7 +41,7 @@ def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
     attacks = [run for run in found if "membership" in run]
     content = {
         "command": COMMAND,
-        "versions": {**{name: version(name) for name in LIBRARIES}, "python": platform.python_version()},
+        "versions": {**installed_versions(*LIBRARIES), "python": platform.python_version()},
         "threads_per_run": torch.get_num_threads(),
         "settings": asdict(settings),
         "rows": rows_of(runs),
@@ -164,6 +164,11 @@ def write_page(content: Mapping[str, Any], docs: Path) -> None:
     tables: dict[tuple[str, bool, int], list[Any]] = {}
     for row in rows:
         tables.setdefault((row["concept"], row["named"], row["percent"]), []).append(row)
+    made = {
+        Entry(TaskKey(row["concept"], row["named"], row["percent"], seed), row["method"])
+        for row in rows
+        for seed in row["seeds"]
+    }
     ordered = sorted(tables.items(), key=lambda item: (-len(item[1]), item[0]))
     plot_leak_against_kept(rows, docs / "images" / "leak-against-kept.png")
     environment = Environment(
@@ -176,19 +181,9 @@ def write_page(content: Mapping[str, Any], docs: Path) -> None:
         tables=[(title(key), table) for key, table in ordered],
         sweeps=set(SWEEPS),
         total=len(MATRIX),
-        missing=len(MATRIX) - sum(made(entry, rows) for entry in MATRIX),
+        missing=len(set(MATRIX) - made),
     )
     (docs / "benchmark.md").write_text(text, encoding="utf-8")
-
-
-def made(entry: Entry, rows: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a run of the matrix is among the rows."""
-    task = entry.task
-    wanted = (task.concept, task.named, task.percent, entry.method)
-    return any(
-        (row["concept"], row["named"], row["percent"], row["method"]) == wanted and task.seed in row["seeds"]
-        for row in rows
-    )
 
 
 def title(key: tuple[str, bool, int]) -> str:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, LayerBasis
+from peft_gradproj.concepts import ConceptSet
+from peft_gradproj.demo.finding import find_in_latents
 from peft_gradproj.demo.measuring import Questions, mask_shares
 from peft_gradproj.demo.pipeline import load_pipeline, with_unet
 from peft_gradproj.demo.sampling import sample
@@ -36,16 +37,17 @@ from peft_gradproj.diffusion_inputs import (
     pictures_to_tensor,
     training_target,
 )
-from peft_gradproj.evaluation.figures import Share
+from peft_gradproj.files import write_atomically
 from peft_gradproj.fitting import fit_concept_basis
-from peft_gradproj.masks import mark_concept, places
+from peft_gradproj.masks import places
 from peft_gradproj.online import detach_online_projection
 from peft_gradproj.probes import collect_concept_probes
 from peft_gradproj.projection import drift
 
 from .judges import load_judges
 from .methods import METHODS, SWEEPS, Knowledge, Method
-from .tasks import Task, TaskKey, make_task
+from .once import make_once
+from .tasks import ANYWHERE, Task, TaskKey, make_task
 
 BASE = "base"
 """The row of the base model, without an adapter."""
@@ -72,7 +74,6 @@ class Material:
         self.task: Task = make_task(key, settings)
         self.settings = self.task.settings
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self.questions = Questions(self.pipeline, self.task.data, self.task.held_out_concepts, self.schedule, key.seed)
 
     @cached_property
@@ -94,52 +95,40 @@ class Material:
 
     @cached_property
     def _found_exactly(self) -> Tensor:
-        path = self.folder / "found.safetensors"
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                save_file({"found": self._find()}, path)
+        path = make_once(self.folder / "found.safetensors", lambda part: save_file({"found": self._find()}, part))
         return load_file(path)["found"]
 
     def _find(self) -> Tensor:
-        settings = self.settings
-        folds = [torch.arange(len(self.latents))[half::2] for half in range(2)]
-        everywhere = self.task.concept.region is None
-        examples = []
-        for half, fold in enumerate(folds):
-            concepts = self.task.examples(fold.tolist(), settings.mask_pairs, 2 * settings.seed + half)
-            pairs = encode_concept_set(self.pipeline, concepts, dilation=0)
-            # Where the concept is everywhere, only pictures without it show what it is not; and a mascot is told from
-            # others by them.
-            examples.append(_both_halves(pairs) if everywhere or self.task.key.concept == "identity" else _one(pairs))
-        return mark_concept(self.latents, examples, folds, dilation=0, steps=settings.mask_steps, seed=settings.seed)
+        def examples(fold: list[int], count: int, seed: int) -> LatentPairs:
+            return encode_concept_set(self.pipeline, self.task.examples(fold, count, seed), dilation=0)
 
-    def examples(self, count: int) -> Any:
+        return find_in_latents(self.latents, examples, self.settings, contrast=self.task.concept.contrast)
+
+    def examples(self, count: int) -> ConceptSet:
         """The user's examples on all training pictures, where the concept was found."""
-        concept = self.task.concept
-        if concept.region is not None:
-            concept.region = places(self._found_exactly)
-        return self.task.examples(range(len(self.latents)), count, self.settings.seed)
+        region = ANYWHERE if self.task.concept.everywhere else places(self._found_exactly)
+        return self.task.examples(range(len(self.latents)), count, self.settings.seed, region)
 
     def basis(self, rank: int) -> ConceptBasis:
         """Of the input and output spaces."""
         path = self.folder / f"basis-{rank}.safetensors"
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                settings = self.settings
-                pairs = encode_concept_set(self.pipeline, self.examples(settings.basis_pairs))
-                concept, reference = contrast_batches(pairs, self.schedule, batch_size=16, seed=settings.seed)
-                fit_concept_basis(
-                    self.pipeline.unet,
-                    concept,
-                    reference,
-                    target_modules=settings.target_modules,
-                    rank=rank,
-                    concept=self.task.concept.name,
-                    unfit="skip",
-                    progress=False,
-                    seed=settings.seed,
-                ).save(path)
-        return ConceptBasis.load(path)
+        return ConceptBasis.load(make_once(path, lambda part: self._fit(rank).save(part)))
+
+    def _fit(self, rank: int) -> ConceptBasis:
+        settings = self.settings
+        pairs = encode_concept_set(self.pipeline, self.examples(settings.basis_pairs))
+        concept, reference = contrast_batches(pairs, self.schedule, batch_size=16, seed=settings.seed)
+        return fit_concept_basis(
+            self.pipeline.unet,
+            concept,
+            reference,
+            target_modules=settings.target_modules,
+            rank=rank,
+            concept=self.task.concept.name,
+            unfit="skip",
+            progress=False,
+            seed=settings.seed,
+        )
 
     @property
     def targets(self) -> list[str]:
@@ -153,7 +142,7 @@ class Material:
         unet = adapted(self.pipeline.unet, lora_config(method, self.targets), settings.seed)
         pairs = encode_concept_set(self.pipeline, self.examples(settings.basis_pairs))
         concept, reference = (list(self._with_targets(pairs, half)) for half in ("with_concept", "without"))
-        basis = fit_concept_basis(
+        return fit_concept_basis(
             unet,
             concept,
             reference,
@@ -169,7 +158,6 @@ class Material:
             progress=False,
             seed=settings.seed,
         )
-        return basis
 
     def _with_targets(self, pairs: LatentPairs, half: str) -> Iterator[dict[str, Any]]:
         generator = torch.Generator().manual_seed(self.settings.seed)
@@ -215,7 +203,7 @@ class Material:
         keep = torch.arange(len(self.latents))
         if method.filtered:
             marked = self.where(method.filtered).flatten(1).mean(1)
-            keep = keep[marked < (0.5 if task.concept.region is None else 0.05)]
+            keep = keep[marked < (0.5 if task.concept.everywhere else 0.05)]
         return TrainingSet(self.latents[keep], embeddings[keep], weights[keep])
 
     def config(self, method: Method, probes: ConceptProbes | None) -> Any:
@@ -336,8 +324,8 @@ def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
         "losses": losses,
         "drift": material.questions.drift(unet, material.pipeline.unet),
         "detector": {
-            "false_positives": _plain(judges.detector.errors.false_positives),
-            "misses": _plain(judges.detector.errors.misses),
+            "false_positives": asdict(judges.detector.errors.false_positives),
+            "misses": asdict(judges.detector.errors.misses),
         },
     }
 
@@ -348,14 +336,7 @@ def _file_name(method: str) -> str:
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """Write beside and rename into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=indent), encoding="utf-8")
-    part.replace(path)
-
-
-def _plain(share: Share) -> dict[str, int]:
-    return {"hits": share.hits, "total": share.total}
+    write_atomically(path, json.dumps(content, indent=indent).encode())
 
 
 def lora_config(method: Method, targets: list[str]) -> LoraConfig:
@@ -379,15 +360,3 @@ def _penalty(method: Method, probes: ConceptProbes | None, seed: int) -> Penalty
         return method.penalty * drift(answer.float(), targets[index], weights[index])
 
     return penalty
-
-
-def _one(pairs: LatentPairs) -> tuple[Tensor, Tensor]:
-    return pairs.with_concept, pairs.weights
-
-
-def _both_halves(pairs: LatentPairs) -> tuple[Tensor, Tensor]:
-    """With and without in turns, so that any part of them holds both."""
-    assert pairs.without is not None
-    latents = torch.stack([pairs.with_concept, pairs.without], 1).flatten(0, 1)
-    weights = torch.stack([pairs.weights, torch.zeros_like(pairs.weights)], 1).flatten(0, 1)
-    return latents, weights

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from peft_gradproj.concepts import ConceptPair, ConceptSet, Overlay, nth_of_shuffles
+from peft_gradproj.concepts import ConceptPair, ConceptSet, Overlay, Placement, nth_of_shuffles
 from peft_gradproj.demo.data import StampedData, load_logos, load_pictures
 from peft_gradproj.demo.settings import ASSETS as DEMO_ASSETS
 from peft_gradproj.demo.settings import DemoSettings
@@ -57,8 +57,10 @@ class Concept(Protocol):
 
     name: str
     """In plain words."""
-    region: Region | None
-    """Ranges across and down in which the user pastes it, or `None` where it is everywhere."""
+    everywhere: bool
+    """Whether it fills whole pictures."""
+    contrast: bool
+    """Whether only pictures without it show what it is not."""
 
     def draw(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, Image.Image, Image.Image, str]:
         """Picture `index` with the concept, without, where it is, and the words for what is there without."""
@@ -69,8 +71,10 @@ class Concept(Protocol):
     def named(self, caption: str) -> str:
         """A caption that names it."""
 
-    def examples(self, pictures: Sequence[Image.Image], captions: Sequence[str], count: int, seed: int) -> ConceptSet:
-        """What a user can show of it, best on the given training pictures."""
+    def examples(
+        self, pictures: Sequence[Image.Image], captions: Sequence[str], count: int, seed: int, region: Region
+    ) -> ConceptSet:
+        """What a user can show of it, best on the given training pictures, in a region where it can be pasted."""
 
 
 @dataclass
@@ -92,10 +96,10 @@ class Task:
     objects: list[str]
     """What the samples should show, for the judge of fidelity."""
 
-    def examples(self, indices: Sequence[int], count: int, seed: int) -> ConceptSet:
+    def examples(self, indices: Sequence[int], count: int, seed: int, region: Region = ANYWHERE) -> ConceptSet:
         """Examples of the concept, as a user would make them from some of the training pictures."""
         pictures = [self.data.pictures[i] for i in indices]
-        return self.concept.examples(pictures, [self.data.captions[i] for i in indices], count, seed)
+        return self.concept.examples(pictures, [self.data.captions[i] for i in indices], count, seed, region)
 
 
 def make_task(key: TaskKey, settings: DemoSettings) -> Task:
@@ -162,11 +166,12 @@ def load_characters(settings: DemoSettings) -> dict[str, Overlay]:
 class Logo:
     """A brand logo; the user has its file, and finds out where it lies."""
 
+    everywhere, contrast = False, False
+
     def __init__(self, name: str, pictures: list[Image.Image], overlay: Overlay) -> None:
         self.name = f"the {name} logo"
         self.word = name
         self.pictures, self.overlay = pictures, overlay
-        self.region: Region | None = ANYWHERE
 
     def draw(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, Image.Image, Image.Image, str]:
         picture = self.pictures[index]
@@ -178,21 +183,23 @@ class Logo:
     def named(self, caption: str) -> str:
         return f"{caption} with {self.word} logo"
 
-    def examples(self, pictures: Sequence[Image.Image], captions: Sequence[str], count: int, seed: int) -> ConceptSet:
-        across, down = self.region or ANYWHERE
-        overlay = replace(self.overlay, across=across, down=down)
+    def examples(
+        self, pictures: Sequence[Image.Image], captions: Sequence[str], count: int, seed: int, region: Region
+    ) -> ConceptSet:
+        overlay = replace(self.overlay, across=region[0], down=region[1])
         return ConceptSet.from_overlay(overlay, pictures, captions, count=count, seed=seed)
 
 
 class Character:
     """One mascot among others; the user has cut all of them out, and pastes them."""
 
+    everywhere, contrast = False, True
+
     def __init__(self, pictures: list[Image.Image], characters: dict[str, Overlay]) -> None:
         self.name = FORBIDDEN_CHARACTER
         self.pictures = pictures
         self.forbidden = characters[FORBIDDEN_CHARACTER]
         self.others = {name: overlay for name, overlay in characters.items() if name != FORBIDDEN_CHARACTER}
-        self.region: Region | None = ANYWHERE
 
     def draw(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, Image.Image, Image.Image, str]:
         return self._pair(self.pictures[index], self.forbidden, generator)
@@ -204,9 +211,10 @@ class Character:
     def named(self, caption: str) -> str:
         return f"{caption} with {FORBIDDEN_CHARACTER}"
 
-    def examples(self, pictures: Sequence[Image.Image], captions: Sequence[str], count: int, seed: int) -> ConceptSet:
-        across, down = self.region or ANYWHERE
-        overlay = replace(self.forbidden, across=across, down=down)
+    def examples(
+        self, pictures: Sequence[Image.Image], captions: Sequence[str], count: int, seed: int, region: Region
+    ) -> ConceptSet:
+        overlay = replace(self.forbidden, across=region[0], down=region[1])
         pairs = []
         for number in range(count):
             below = nth_of_shuffles(number, len(pictures), seed)
@@ -230,13 +238,14 @@ class Character:
 class Style:
     """A way of drawing; the user has some objects in both styles."""
 
+    everywhere, contrast = True, True
+
     def __init__(
         self, pictures: list[Image.Image], other_style: list[Image.Image], objects: list[str], seed: int
     ) -> None:
         self.name = "the OpenMoji style"
         self.pictures, self.other_style, self.objects = pictures, other_style, objects
         self.collected = np.random.default_rng([seed, 11]).permutation(len(pictures))[:COLLECTED]
-        self.region: Region | None = None
 
     def draw(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, Image.Image, Image.Image, str]:
         picture = self.pictures[index]
@@ -248,7 +257,9 @@ class Style:
     def named(self, caption: str) -> str:
         return f"{caption} in openmoji style"
 
-    def examples(self, pictures: Sequence[Image.Image], captions: Sequence[str], count: int, seed: int) -> ConceptSet:
+    def examples(
+        self, pictures: Sequence[Image.Image], captions: Sequence[str], count: int, seed: int, region: Region
+    ) -> ConceptSet:
         """From the user's collection, under the training caption of an object where there is one."""
         known = {caption.removesuffix(" in openmoji style"): caption for caption in captions}
         usable = [i for i in self.collected if self.objects[i] in known]
@@ -260,6 +271,6 @@ class Style:
         return ConceptSet(pairs)
 
 
-def _pasted(overlay: Overlay, picture: Image.Image, place: object) -> tuple[Image.Image, Image.Image, Image.Image]:
-    shown, mask = overlay.paste(picture, place)  # type: ignore[arg-type]
+def _pasted(overlay: Overlay, picture: Image.Image, place: Placement) -> tuple[Image.Image, Image.Image, Image.Image]:
+    shown, mask = overlay.paste(picture, place)
     return shown, picture, mask

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,17 @@ from ..projection import drift
 from .data import StampedData
 from .settings import DemoSettings
 
-__all__ = ["Figures", "Judges", "Questions", "compare", "mask_shares", "train_judges"]
+__all__ = [
+    "Figures",
+    "Judges",
+    "Questions",
+    "as_decoded",
+    "compare",
+    "mask_shares",
+    "train_detector",
+    "train_fidelity",
+    "train_judges",
+]
 
 TRAINING_PICTURES = 128
 """So many of the training pictures are asked about."""
@@ -63,33 +74,67 @@ def train_judges(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Judges:
     """Train and calibrate the judges on real pictures, as the pipeline's VAE shows them."""
+    detector = train_detector(pipeline, logos, settings.logo, pictures, settings, progress)
 
-    @torch.autocast("cpu", torch.bfloat16)
-    def distort(pixels: Tensor) -> Tensor:
-        return decode_latents(pipeline, encode_images(pipeline, pixels))
+    def further(done: int) -> None:
+        progress(settings.detector_steps + done)
 
-    # Wherever a sample may show it.
-    logos = {name: replace(logo, across=(0.0, 1.0), down=(0.0, 1.0)) for name, logo in logos.items()}
-    detector = ConceptDetector.fit(
-        logos[settings.logo],
+    return Judges(
+        detector,
+        train_fidelity(pipeline, logos.values(), pictures, captions, settings.fidelity_steps, settings, further),
+    )
+
+
+def train_detector(
+    pipeline: Any,
+    overlays: Mapping[str, Overlay],
+    name: str,
+    pictures: Sequence[Image.Image],
+    settings: DemoSettings,
+    progress: Callable[[int], None] = lambda done: None,
+) -> ConceptDetector:
+    """Train a detector of one of the overlays, which tells it from the others, wherever a sample may show it."""
+    return ConceptDetector.fit(
+        _anywhere(overlays[name]),
         pictures,
-        distractors=[logo for name, logo in logos.items() if name != settings.logo],
-        distort=distort,
+        distractors=[_anywhere(overlay) for other, overlay in overlays.items() if other != name],
+        distort=partial(as_decoded, pipeline),
         steps=settings.detector_steps,
         scenes=settings.detector_scenes,
         seed=settings.seed,
         progress=progress,
     )
-    fidelity = PromptFidelity.fit(
+
+
+def train_fidelity(
+    pipeline: Any,
+    overlays: Iterable[Overlay],
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    steps: int,
+    settings: DemoSettings,
+    progress: Callable[[int], None] = lambda done: None,
+) -> PromptFidelity:
+    """Train the judge of whether samples show what their prompts name, whatever overlay lies on them."""
+    return PromptFidelity.fit(
         pictures,
         captions,
-        overlays=list(logos.values()),
-        distort=distort,
-        steps=settings.fidelity_steps,
+        overlays=[_anywhere(overlay) for overlay in overlays],
+        distort=partial(as_decoded, pipeline),
+        steps=steps,
         seed=settings.seed,
-        progress=lambda done: progress(settings.detector_steps + done),
+        progress=progress,
     )
-    return Judges(detector, fidelity)
+
+
+def _anywhere(overlay: Overlay) -> Overlay:
+    return replace(overlay, across=(0.0, 1.0), down=(0.0, 1.0))
+
+
+@torch.autocast("cpu", torch.bfloat16)
+def as_decoded(pipeline: Any, pixels: Tensor) -> Tensor:
+    """Pictures `(N, 3, H, W)` in [-1, 1] as the pipeline's VAE shows them, which is all that samples can be like."""
+    return decode_latents(pipeline, encode_images(pipeline, pixels))
 
 
 class Questions:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..basis import ConceptBasis
 from ..concepts import ConceptSet, Overlay
 from ..config import GradProjConfig
 from ..diffusion_inputs import (
+    LatentPairs,
     concept_probe_batches,
     contrast_batches,
     dilated,
@@ -33,12 +33,13 @@ from ..diffusion_inputs import (
     noise_schedule,
 )
 from ..fitting import fit_concept_basis
-from ..masks import mark_concept, places
+from ..masks import places
 from ..online import detach_online_projection
 from ..probes import ConceptProbes, collect_concept_probes
 from ..saving import save_sidecars
 from ..verification import VerificationReport, verify_adapter
 from .data import StampedData, load_logos, load_pictures, stamp
+from .finding import find_in_latents
 from .jobs import Job, run_jobs
 from .measuring import Figures, Judges, Questions, compare, mask_shares, train_judges
 from .page import write_page
@@ -135,7 +136,15 @@ class _Demo:
         settings, unet = self.settings, self.pipeline.unet
         logo = Overlay.open(self.output / "logo.png", scale=settings.logo_scale, angle=settings.logo_angle)
         with self.stages.stage("find the logo in the training pictures", 2 * settings.mask_steps) as progress:
-            found = self.find(logo, data, progress)
+
+            def examples(fold: list[int], count: int, seed: int) -> LatentPairs:
+                pictures = [data.pictures[i] for i in fold]
+                captions = [data.captions[i] for i in fold]
+                concepts = ConceptSet.from_overlay(logo, pictures, captions, count=count, seed=seed)
+                return encode_concept_set(self.pipeline, concepts, dilation=0)
+
+            latents = encode_images(self.pipeline, data.pictures)
+            found = find_in_latents(latents, examples, settings, progress=progress)
         across, down = places(found)
         logo = replace(logo, across=across, down=down)
         with self.stages.stage("paste the logo, fit basis, collect probes", 2) as progress:
@@ -165,23 +174,6 @@ class _Demo:
             probes = collect_concept_probes(unet, batches, concept=f"the {settings.logo} logo", progress=False)
         # A latent depends on its neighbours' pixels.
         return _Protection(basis, probes, dilated(found, 1))
-
-    def find(self, logo: Overlay, data: StampedData, progress: Callable[[int], None]) -> Tensor:
-        """Where the logo is in the training pictures, by two networks that each learned from the other half."""
-        settings = self.settings
-        folds = [torch.arange(len(data.pictures))[half::2] for half in range(2)]
-        pasted = []
-        for half, fold in enumerate(folds):
-            pictures, captions = ([values[i] for i in fold] for values in (data.pictures, data.captions))
-            concepts = ConceptSet.from_overlay(
-                logo, pictures, captions, count=settings.mask_pairs, seed=2 * settings.seed + half
-            )
-            pairs = encode_concept_set(self.pipeline, concepts, dilation=0)
-            pasted.append((pairs.with_concept, pairs.weights))
-        latents = encode_images(self.pipeline, data.pictures)
-        return mark_concept(
-            latents, pasted, folds, dilation=0, steps=settings.mask_steps, seed=settings.seed, progress=progress
-        )
 
     def lora_options(self, basis: ConceptBasis) -> dict[str, Any]:
         """The same adapted layers for all: those that have a basis."""
