@@ -26,7 +26,42 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Options that several commands have.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+ProbesOption = Annotated[str | None, typer.Option(help="File of concept probes.")]
+ReferenceOption = Annotated[str | None, typer.Option(help="File of probes that are free of the concept.")]
+PipelineOption = Annotated[
+    str, typer.Option(help="Folder or Hub id of a pipeline of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5.")
+]
+OverlayOption = Annotated[Path | None, typer.Option(help="The concept as a picture with an alpha channel.")]
+PairsOption = Annotated[
+    str | None, typer.Option(help="Or as pictures with it (column image) and without it (column without).")
+]
+MasksOption = Annotated[
+    str | None, typer.Option(help="Or as pictures (column image) and masks of where it is (column mask).")
+]
+ScaleOption = Annotated[
+    tuple[float, float] | None, typer.Option(help="Overlay: its longer side, as a share of the picture's side.")
+]
+AngleOption = Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its angle in degrees.")]
+OpacityOption = Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its opacity.")]
+AcrossOption = Annotated[
+    tuple[float, float] | None, typer.Option(help="Overlay: where it lies across, 0 at the left edge.")
+]
+DownOption = Annotated[
+    tuple[float, float] | None, typer.Option(help="Overlay: where it lies down, 0 at the upper edge.")
+]
+DatasetOption = Annotated[str | None, typer.Option(help="Or the id of a data set.")]
+DatasetConfigOption = Annotated[str | None, typer.Option(help="Configuration of the data set.")]
+SplitOption = Annotated[str, typer.Option(help="Which part of it.")]
+ImageColumnOption = Annotated[str, typer.Option(help="Column of the pictures.")]
+CaptionColumnOption = Annotated[str, typer.Option(help="Column of the captions.")]
+CacheOption = Annotated[str | None, typer.Option(help="Where data sets are prepared.")]
+PipelineRevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the pipeline on the Hub.")]
+VariantOption = Annotated[str | None, typer.Option(help="Variant of the pipeline's weights, such as fp16.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Where to run; a GPU of CUDA if there is one.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,8 +99,8 @@ def verify(
     base_model: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the diffusers pipeline or transformers model.")
     ] = None,
-    probes: Annotated[str | None, typer.Option(help="File of concept probes.")] = None,
-    reference: Annotated[str | None, typer.Option(help="File of probes that are free of the concept.")] = None,
+    probes: ProbesOption = None,
+    reference: ReferenceOption = None,
     drift_tolerance: Annotated[
         float, typer.Option(help="Largest drift on the probes, as a share of that on the reference set.")
     ] = 0.5,
@@ -164,7 +199,7 @@ def publish(
         str | None, typer.Option(help="Folder or Hub id of the base model, to measure behaviour for the model card.")
     ] = None,
     probes: Annotated[str | None, typer.Option(help="File of concept probes, for that.")] = None,
-    reference: Annotated[str | None, typer.Option(help="File of probes that are free of the concept.")] = None,
+    reference: ReferenceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Verify an adapter, write its model card, and publish both on the Hub in one commit."""
@@ -226,41 +261,29 @@ def launch(
 
 @app.command()
 def fit(
-    pretrained_model_name_or_path: Annotated[
-        str, typer.Option(help="Folder or Hub id of a pipeline of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5.")
-    ],
+    pretrained_model_name_or_path: PipelineOption,
     output_dir: Annotated[Path, typer.Option(help="Folder to write the two files to.")],
-    overlay: Annotated[Path | None, typer.Option(help="The concept as a picture with an alpha channel.")] = None,
-    pairs: Annotated[
-        str | None, typer.Option(help="Or as pictures with it (column image) and without it (column without).")
-    ] = None,
-    masks: Annotated[
-        str | None, typer.Option(help="Or as pictures (column image) and masks of where it is (column mask).")
-    ] = None,
+    overlay: OverlayOption = None,
+    pairs: PairsOption = None,
+    masks: MasksOption = None,
     prompts: Annotated[
         list[str] | None, typer.Option(help="Or as a phrase that names it, or a file of phrases; may be repeated.")
     ] = None,
     concept: Annotated[str, typer.Option(help="What the concept is called.")] = "",
-    scale: Annotated[
-        tuple[float, float] | None, typer.Option(help="Overlay: its longer side, as a share of the picture's side.")
-    ] = None,
-    angle: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its angle in degrees.")] = None,
-    opacity: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its opacity.")] = None,
-    across: Annotated[
-        tuple[float, float] | None, typer.Option(help="Overlay: where it lies across, 0 at the left edge.")
-    ] = None,
-    down: Annotated[
-        tuple[float, float] | None, typer.Option(help="Overlay: where it lies down, 0 at the upper edge.")
-    ] = None,
+    scale: ScaleOption = None,
+    angle: AngleOption = None,
+    opacity: OpacityOption = None,
+    across: AcrossOption = None,
+    down: DownOption = None,
     train_data_dir: Annotated[
         str | None, typer.Option(help="What will be trained on: a folder of pictures with a metadata.jsonl.")
     ] = None,
-    dataset_name: Annotated[str | None, typer.Option(help="Or the id of a data set.")] = None,
-    dataset_config_name: Annotated[str | None, typer.Option(help="Configuration of the data set.")] = None,
-    split: Annotated[str, typer.Option(help="Which part of it.")] = "train",
-    image_column: Annotated[str, typer.Option(help="Column of the pictures.")] = "image",
-    caption_column: Annotated[str, typer.Option(help="Column of the captions.")] = "text",
-    cache_dir: Annotated[str | None, typer.Option(help="Where data sets are prepared.")] = None,
+    dataset_name: DatasetOption = None,
+    dataset_config_name: DatasetConfigOption = None,
+    split: SplitOption = "train",
+    image_column: ImageColumnOption = "image",
+    caption_column: CaptionColumnOption = "text",
+    cache_dir: CacheOption = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the training pictures, in pixels.")] = None,
     center_crop: Annotated[bool, typer.Option("--center-crop", help="Crop in the middle, not at random.")] = False,
     num_pairs: Annotated[int, typer.Option(help="Examples that the basis is fitted on.")] = 64,
@@ -277,14 +300,14 @@ def fit(
     base_model: Annotated[
         str | None, typer.Option(help="What the files call the base model; its id or folder by default.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the pipeline on the Hub.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the pipeline's weights, such as fp16.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="Where to run; a GPU of CUDA if there is one.")] = None,
+    revision: PipelineRevisionOption = None,
+    variant: VariantOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
     save_contrast: Annotated[
         bool, typer.Option("--save-contrast", help="Write what the basis is fitted from, for `verify --refit`.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Make a concept basis and concept probes for a diffusion pipeline from a concept and your training data."""
@@ -338,37 +361,25 @@ def fit(
 
 @app.command()
 def mask(
-    pretrained_model_name_or_path: Annotated[
-        str, typer.Option(help="Folder or Hub id of a pipeline of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5.")
-    ],
+    pretrained_model_name_or_path: PipelineOption,
     output_dir: Annotated[Path, typer.Option(help="New folder for a copy of the pictures, with the masks.")],
-    overlay: Annotated[Path | None, typer.Option(help="The concept as a picture with an alpha channel.")] = None,
-    pairs: Annotated[
-        str | None, typer.Option(help="Or as pictures with it (column image) and without it (column without).")
-    ] = None,
-    masks: Annotated[
-        str | None, typer.Option(help="Or as pictures (column image) and masks of where it is (column mask).")
-    ] = None,
-    scale: Annotated[
-        tuple[float, float] | None, typer.Option(help="Overlay: its longer side, as a share of the picture's side.")
-    ] = None,
-    angle: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its angle in degrees.")] = None,
-    opacity: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its opacity.")] = None,
-    across: Annotated[
-        tuple[float, float] | None, typer.Option(help="Overlay: where it lies across, 0 at the left edge.")
-    ] = None,
-    down: Annotated[
-        tuple[float, float] | None, typer.Option(help="Overlay: where it lies down, 0 at the upper edge.")
-    ] = None,
+    overlay: OverlayOption = None,
+    pairs: PairsOption = None,
+    masks: MasksOption = None,
+    scale: ScaleOption = None,
+    angle: AngleOption = None,
+    opacity: OpacityOption = None,
+    across: AcrossOption = None,
+    down: DownOption = None,
     train_data_dir: Annotated[
         str | None, typer.Option(help="What will be trained on: a folder of pictures, with or without metadata.")
     ] = None,
-    dataset_name: Annotated[str | None, typer.Option(help="Or the id of a data set.")] = None,
-    dataset_config_name: Annotated[str | None, typer.Option(help="Configuration of the data set.")] = None,
-    split: Annotated[str, typer.Option(help="Which part of it.")] = "train",
-    image_column: Annotated[str, typer.Option(help="Column of the pictures.")] = "image",
+    dataset_name: DatasetOption = None,
+    dataset_config_name: DatasetConfigOption = None,
+    split: SplitOption = "train",
+    image_column: ImageColumnOption = "image",
     mask_column: Annotated[str, typer.Option(help="Column of the masks, a new one.")] = "mask",
-    cache_dir: Annotated[str | None, typer.Option(help="Where data sets are prepared.")] = None,
+    cache_dir: CacheOption = None,
     resolution: Annotated[
         int | None, typer.Option(help="Shorter side of the pictures in which it is looked for, in pixels.")
     ] = None,
@@ -376,10 +387,10 @@ def mask(
     steps: Annotated[int, typer.Option(help="Training steps of each network.")] = 300,
     dilation: Annotated[int, typer.Option(help="By how many latents to widen what was found.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Pictures that the VAE encodes at once.")] = 4,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the pipeline on the Hub.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the pipeline's weights, such as fp16.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run; a GPU of CUDA if there is one.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    revision: PipelineRevisionOption = None,
+    variant: VariantOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Find a concept in your training pictures, and write a copy of them with masks, where the loss need not count."""
@@ -436,28 +447,22 @@ def evaluate(
     ),
     plain: Annotated[str | None, typer.Option(help="An adapter without protection, to compare with.")] = None,
     concept_name: Annotated[str, typer.Option(help="What the concept is called.")] = "",
-    scale: Annotated[
-        tuple[float, float] | None, typer.Option(help="Overlay: its longer side, as a share of the picture's side.")
-    ] = None,
-    angle: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its angle in degrees.")] = None,
-    opacity: Annotated[tuple[float, float] | None, typer.Option(help="Overlay: its opacity.")] = None,
-    across: Annotated[
-        tuple[float, float] | None, typer.Option(help="Overlay: where it lies across, 0 at the left edge.")
-    ] = None,
-    down: Annotated[
-        tuple[float, float] | None, typer.Option(help="Overlay: where it lies down, 0 at the upper edge.")
-    ] = None,
+    scale: ScaleOption = None,
+    angle: AngleOption = None,
+    opacity: OpacityOption = None,
+    across: AcrossOption = None,
+    down: DownOption = None,
     train_data_dir: Annotated[
         str | None, typer.Option(help="Pictures that an overlay is pasted onto; those of the reference by default.")
     ] = None,
     reference_data_dir: Annotated[
         str | None, typer.Option(help="Pictures without the concept that show what was to be learned.")
     ] = None,
-    image_column: Annotated[str, typer.Option(help="Column of the pictures.")] = "image",
-    caption_column: Annotated[str, typer.Option(help="Column of the captions.")] = "text",
-    cache_dir: Annotated[str | None, typer.Option(help="Where data sets are prepared.")] = None,
-    probes: Annotated[str | None, typer.Option(help="File of concept probes.")] = None,
-    reference: Annotated[str | None, typer.Option(help="File of probes that are free of the concept.")] = None,
+    image_column: ImageColumnOption = "image",
+    caption_column: CaptionColumnOption = "text",
+    cache_dir: CacheOption = None,
+    probes: ProbesOption = None,
+    reference: ReferenceOption = None,
     sscd: Annotated[Path | None, typer.Option(help="Copy-detection model, TorchScript or .onnx.")] = None,
     sscd_threshold: Annotated[
         float | None, typer.Option(help="Similarity above which it counts as found; between those of real pictures.")
@@ -480,9 +485,9 @@ def evaluate(
     ] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the adapter on the Hub.")] = None,
     base_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the pipeline on the Hub.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the pipeline's weights, such as fp16.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="Where to run; a GPU of CUDA if there is one.")] = None,
+    variant: VariantOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare an adapter with its base model: is the concept in its samples, and what else has it learned?"""
@@ -537,7 +542,7 @@ def evaluate(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the page, the pictures and the adapters.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    seed: SeedOption = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps of each run.")] = None,
     logo: Annotated[str | None, typer.Option(help="Name of the brand logo that must not be learned.")] = None,
     quick: Annotated[bool, typer.Option(help="A few steps, to see that everything runs.")] = False,
