@@ -32,7 +32,7 @@ from .basis import BASIS_FILE_NAME as BASIS_NAME
 from .basis import FORMAT_VERSION as BASIS_FORMAT_VERSION
 from .basis import SPACES
 from .errors import AdapterFolderError
-from .files import sync
+from .files import is_repository, sync
 from .projection import leakage
 from .untrusted import (
     MAX_FILE_BYTES,
@@ -630,7 +630,7 @@ def locate_adapter_folder(
         AdapterFolderError: If it cannot be fetched, or a revision is asked for of a local folder.
     """
     path = Path(path_or_repo)
-    if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)):
+    if is_repository(path_or_repo):
         return download_adapter_folder(str(path_or_repo), revision=revision)
     if revision is not None:
         raise AdapterFolderError(f"a revision was given, but {path} is a path; only the Hub has revisions.")

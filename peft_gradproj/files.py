@@ -12,7 +12,7 @@ from typing import Any
 from .errors import AdapterFolderError, GradProjError
 from .untrusted import MAX_FILE_BYTES, MAX_JSON_BYTES, TensorFile, parse_json, parse_safetensors, read_file
 
-__all__ = ["locate_file", "read_json_object", "read_tensor_file", "sync", "write_atomically"]
+__all__ = ["is_repository", "locate_file", "read_json_object", "read_tensor_file", "sync", "write_atomically"]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -37,6 +37,12 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def is_repository(path_or_repo: str | os.PathLike[str]) -> bool:
+    """Whether it is no path that exists, but may be the id of a repository of the Hub."""
+    # Not by methods of a path, which raise where a name is too long or a folder may not be entered.
+    return not os.path.exists(path_or_repo) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)))
 
 
 def locate_file(

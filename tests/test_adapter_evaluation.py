@@ -436,7 +436,7 @@ def test_adapters_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
         adapter_on(family, locate_adapter(tmp_path / "broken.safetensors")),
     ):
         pass
-    for wrong in (tmp_path / "absent", tmp_path):
+    for wrong in (tmp_path / "absent", tmp_path, tmp_path / ("long" * 1000)):
         with pytest.raises(AdapterFolderError, match="there is no adapter"):
             locate_adapter(wrong)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from torch import nn
 from ..adapter_folder import ADAPTER_CONFIG_NAME, WEIGHT_NAMES
 from ..behaviour import remove_adapters
 from ..errors import AdapterFolderError, BehaviourError
+from ..files import is_repository
 from ..pipelines import PipelineFamily
 from ..training_data import first_line
 from ..untrusted import printable
@@ -54,15 +55,15 @@ def locate_adapter(path_or_id: str | Path, *, revision: str | None = None) -> Ad
     """
     source, path = str(path_or_id), Path(path_or_id)
     commit = None
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+    if is_repository(source):
         path = _downloaded(source, revision)
         commit = path.name
     elif revision is not None:
         raise AdapterFolderError(f"a revision was given, but {source} is a path; only the Hub has revisions.")
-    if path.is_file() and path.suffix == ".safetensors":
+    if os.path.isfile(path) and path.suffix == ".safetensors":
         return AdapterFile(source, path)
     for name in WEIGHT_NAMES:
-        if (path / name).is_file():
+        if os.path.isfile(path / name):
             return AdapterFile(source, path / name, commit)
     raise AdapterFolderError(
         f"there is no adapter at {source}: expected a .safetensors file, or a folder or Hub id with "
