@@ -481,6 +481,8 @@ def test_one_adapter_twice_has_the_same_figures_and_the_base_does_not_drift(work
     # Real pictures say what the measure can tell, and set the threshold.
     real = [found["sscd_crops"][column].value for column in ("with_concept", "without")]
     assert real[0] > real[1] + 0.1
+    # Each is compared with others than itself, with which it is one.
+    assert found["sscd_whole"]["with_concept"].value < 0.99
     assert report.settings["sscd_thresholds"] == {"sscd_crops": pytest.approx(sum(real) / 2), "sscd_whole": 0.75}
 
 

@@ -37,6 +37,7 @@ from peft_gradproj.adapter_folder import (
     LoraPair,
     has_adapter_weights,
     layer_leakage,
+    locate_adapter_folder,
     parse_lora_layers,
     read_adapter_folder,
     read_basis_or_adapter,
@@ -334,6 +335,13 @@ def test_a_note_on_the_fit_that_is_no_object_is_refused(tmp_path, fit):
     save_file(load_file(path), path, {"format_version": "1", "fit": fit})
     with pytest.raises(AdapterFolderError, match="the note on the fit"):
         read_basis_or_adapter(path).to_dict()
+
+
+def test_a_folder_is_read_before_a_repository_of_its_name(tmp_path, monkeypatch):
+    honest_folder(tmp_path / "user" / "name")
+    monkeypatch.chdir(tmp_path)
+    path, commit = locate_adapter_folder("user/name")
+    assert (path.resolve(), commit) == (tmp_path / "user" / "name", None)
 
 
 # The untrusted formats

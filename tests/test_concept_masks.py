@@ -75,8 +75,9 @@ def test_a_logo_is_found_in_pictures_of_several_sizes_and_the_estimate_says_how_
         hits.append(found[there] > 0)
         near.append(found[np.asarray(stamp_mask.filter(ImageFilter.MaxFilter(17))) == 0] > 0)
     recall, false = np.concatenate(hits).mean(), np.concatenate(near).mean()
-    # With seeds 0 to 2 and two logos: all of them, and at most 0.037.
-    assert recall > 0.9
+    # With seeds 0 to 2 and two logos: all of them, and at most 0.037. Networks that see where in the pictures they are
+    # found 0.87 to 0.94 of stamps that all lie in one corner.
+    assert recall > 0.98
     assert false < 0.06
     assert abs(report.recall - recall) < 0.1
     assert report.recall_pictures == len(shown)
@@ -211,6 +212,9 @@ def run(*arguments: object) -> str:
 
 def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp_path):
     source = image_folder(tmp_path / "pictures", ["a house", "ein Bär", "a dog"])
+    with Image.open(source / "1.png") as whole:
+        # Nobody who decodes a picture and encodes it again writes the same.
+        whole.save(source / "1.png", compress_level=0)
     logo().save(tmp_path / "logo.png")
     flags = ["--pretrained-model-name-or-path", vae_only, "--train-data-dir", source, "--cache-dir", tmp_path / "cache"]
     flags += ["--overlay", tmp_path / "logo.png", "--num-pairs", 16, "--steps", 2, "--output-dir", tmp_path / "masked"]

@@ -12,7 +12,7 @@ from benchmarks.protection.cli import main
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
 from benchmarks.protection.methods import MAIN, METHODS, SWEEPS
 from benchmarks.protection.results import figures_of, rows_of
-from benchmarks.protection.runs import BASE
+from benchmarks.protection.runs import BASE, Folders, run
 from benchmarks.protection.tasks import TaskKey, make_task
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
@@ -133,6 +133,8 @@ def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
     methods = {json.loads(path.read_text())["method"] for path in runs}
     assert {BASE, "plain", "oracle", "online"} <= methods
     main([*arguments, "--methods", "plain"])
+    where = Folders(folders["results"] / "protection", folders["scratch"])
+    run(TaskKey.parse("identity/unnamed-75/0"), "plain", DemoSettings().quick(), where, with_weights=True)
     assert runs == {path: path.stat().st_mtime_ns for path in (folders["results"] / "protection").rglob("*.json")}
     rows = json.loads((folders["results"] / "protection.json").read_text())["rows"]
     assert {row["method"] for row in rows} == methods

@@ -127,6 +127,13 @@ def test_each_occurrence_is_shown_whole_with_a_token_before_it_at_several_places
     assert all("4821" in "".join(predicted(t, w, tokenizer)) for t, w in zip(windows, weights, strict=True))
 
 
+def test_a_secret_that_just_fits_into_a_window_with_the_token_before_it_has_that_window():
+    tokenizer = byte_level()
+    windows, weights = batches(["0123456789"], ["x" * 30 + "0123456789" + "y" * 30], tokenizer, length=11)
+    assert len(windows) == 1
+    assert "".join(predicted(windows[0], weights[0], tokenizer)) == "0123456789"
+
+
 def test_windows_are_those_of_the_seed():
     tokenizer = byte_level()
     first, again, other = (batches(["4821"], CORPUS * 4, tokenizer, length=12, seed=s)[0] for s in (0, 0, 1))
