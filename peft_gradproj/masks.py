@@ -143,6 +143,7 @@ def mark_concept(
     *,
     dilation: int = 1,
     steps: int = 300,
+    crop: float = 1.0,
     seed: int = 0,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
@@ -154,6 +155,7 @@ def mark_concept(
         folds: For each fold the indices of its pictures; together all of `range(N)`.
         dilation: See :meth:`ConceptMarker.mark`.
         steps: Training steps of each network.
+        crop: See :meth:`ConceptMarker.fit`.
         seed: See :meth:`ConceptMarker.fit`.
         progress: Called with the number of steps done, over all networks.
 
@@ -168,7 +170,7 @@ def mark_concept(
     if not torch.equal(torch.cat(list(folds)).sort().values, torch.arange(len(latents))):
         raise ConceptDataError(f"the folds are not all of the {len(latents)} pictures, each once.")
     masks = latents.new_zeros(len(latents), 1, *latents.shape[2:], dtype=torch.float32)
-    markers = fit_markers(pasted, steps=steps, seed=seed, progress=progress)
+    markers = fit_markers(pasted, steps=steps, crop=crop, seed=seed, progress=progress)
     for fold, marker in zip(folds, markers, strict=True):
         masks[fold] = marker.mark(latents[fold], dilation=dilation)
     return masks

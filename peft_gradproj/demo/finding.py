@@ -42,7 +42,14 @@ def find_in_latents(
         pairs = examples(fold.tolist(), settings.mask_pairs, 2 * settings.seed + half)
         shown.append(_both_halves(pairs) if contrast else (pairs.with_concept, pairs.weights))
     return mark_concept(
-        latents, shown, folds, dilation=0, steps=settings.mask_steps, seed=settings.seed, progress=progress
+        latents,
+        shown,
+        folds,
+        dilation=0,
+        steps=settings.mask_steps,
+        crop=settings.mask_crop,
+        seed=settings.seed,
+        progress=progress,
     )
 
 

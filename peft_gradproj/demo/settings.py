@@ -46,6 +46,8 @@ class DemoSettings:
     mask_pairs: int = 384
     """Pictures onto which the logo is pasted, for each of the two networks that find it."""
     mask_steps: int = 200
+    mask_crop: float = 0.5
+    """Side of what such a network sees in a step, as a share of a picture's: it then learns the logo, not its place."""
     probes: int = 768
     probe_dilation: int = 0
     """By how many latents the probes' weights are wider than the logo."""

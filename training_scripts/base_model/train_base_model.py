@@ -61,11 +61,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vae-lr", type=float, default=1.5e-3, help="the autoencoder's highest learning rate")
     add("--kl-weight", type=float, default=1e-4, help="weight of the mean KL divergence")
     add("--variants", type=int, default=1, help="cached variants of each picture")
-    add("--steps", type=int, default=24_000, help="steps of the denoiser")
-    add("--decay-steps", type=int, default=5_000, help="last steps, with decaying learning rate")
+    add("--steps", type=int, default=4_000, help="steps of the denoiser")
+    add("--decay-steps", type=int, default=1_500, help="last steps, with decaying learning rate")
     add("--warmup-steps", type=int, default=200, help="first steps, with rising learning rate")
     add("--batch-size", type=int, default=32, help="pictures in a step of the denoiser")
-    add("--lr", type=float, default=3e-3, help="the denoiser's highest learning rate")
+    add("--muon-lr", type=float, default=1e-2, help="the denoiser's highest learning rate of matrices and convolutions")
+    add("--lr", type=float, default=1e-3, help="the denoiser's highest learning rate of everything else")
     add("--noise-power", type=float, default=1.5, help="above 1: more of the noisy timesteps")
     add("--text-dropout", type=float, default=0.1, help="share of pictures with an empty prompt")
     add("--ema-decay", type=float, default=0.999, help="decay of the averaged weights")
@@ -100,6 +101,58 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of all groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+class MuonWithAdamW:
+    """Muon for the hidden matrices and convolutions of a model, AdamW for everything else.
+
+    In equal steps it gets much further here than AdamW alone at any learning rate that was tried. Muon takes matrices
+    only, so a convolution's kernel (O, I, kh, kw) is given to it as a matrix (O, kh kw I) in the same storage.
+
+    Args:
+        model: the model, its convolutions in the memory format channels_last.
+        muon_lr, lr: learning rates, before `scale_lr`.
+    """
+
+    def __init__(self, model: nn.Module, muon_lr: float, lr: float):
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        self.hidden, others = [], []
+        for parameter in model.parameters():
+            # The first and the last layer see the 4 channels of the latents.
+            inner = parameter.ndim > 1 and min(parameter.shape[:2]) > 4 and id(parameter) not in embeddings
+            (self.hidden if inner else others).append(parameter)
+        self.matrices = [nn.Parameter(self._as_matrix(parameter.data)) for parameter in self.hidden]
+        for matrix, parameter in zip(self.matrices, self.hidden, strict=True):
+            if matrix.data_ptr() != parameter.data_ptr():
+                raise ValueError("a convolution is not in channels_last: its matrix would be a copy")
+        self.muon = torch.optim.Muon(self.matrices, lr=muon_lr, weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.muon_lr, self.lr = muon_lr, lr
+
+    @staticmethod
+    def _as_matrix(weight: Tensor) -> Tensor:
+        return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+    def scale_lr(self, factor: float) -> None:
+        """Set both learning rates to `factor` times what they were made with."""
+        set_lr(self.muon, factor * self.muon_lr)
+        set_lr(self.adamw, factor * self.lr)
+
+    def step(self) -> None:
+        """Apply the gradients that the model's parameters hold."""
+        for matrix, parameter in zip(self.matrices, self.hidden, strict=True):
+            matrix.grad = self._as_matrix(parameter.grad)
+        self.muon.step()
+        self.adamw.step()
+
+    def state_dict(self) -> dict:
+        """Return both optimizers' states."""
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore both optimizers' states."""
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
 
 
 # ---------------------------------------------------------------------------------- autoencoder
@@ -251,10 +304,10 @@ class TextToLatent(nn.Module):
         return self.unet(noisy, timesteps, text, return_dict=False)[0]
 
 
-def learning_rate(args: argparse.Namespace, step: int) -> float:
-    """Warm-up, then constant, then a half cosine to zero over the last `--decay-steps`."""
+def schedule(args: argparse.Namespace, step: int) -> float:
+    """Factor of the learning rates: rising, then 1, then a half cosine to zero over the last `--decay-steps`."""
     left = min(1.0, (args.steps - step) / max(1, args.decay_steps))
-    return args.lr * min(1.0, (step + 1) / args.warmup_steps) * (0.5 - 0.5 * math.cos(math.pi * left))
+    return min(1.0, (step + 1) / args.warmup_steps) * (0.5 - 0.5 * math.cos(math.pi * left))
 
 
 def draw_batch(args: argparse.Namespace, latents: dict, ids: Tensor, empty: Tensor, step: int):
@@ -276,7 +329,7 @@ def draw_batch(args: argparse.Namespace, latents: dict, ids: Tensor, empty: Tens
     return clean, noise, timesteps, torch.where(dropped, empty, ids[which])
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> int:
+def restore(path: Path, model: nn.Module, optimizer: MuonWithAdamW, ema: EMAModel) -> int:
     """Load a checkpoint if there is one; return the step to continue from."""
     if not path.exists():
         return 0
@@ -297,7 +350,7 @@ def train_unet(args: argparse.Namespace, interrupt: Interrupt) -> None:
     model.unet.to(memory_format=torch.channels_last)
     # Fused attention, the default, is slower than matrix products on a CPU: its backward takes a fifth of a step.
     model.unet.set_attn_processor(AttnProcessor())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = MuonWithAdamW(model, args.muon_lr, args.lr)
     ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True)
     scheduler = build_scheduler()
     ids, empty = model.tokenize(captions), model.tokenize([""])
@@ -314,7 +367,7 @@ def train_unet(args: argparse.Namespace, interrupt: Interrupt) -> None:
         save_atomically(state | {"ema": ema.state_dict(), "step": step, "loss": loss_mean}, path)
 
     while step < args.steps and not interrupt.received:
-        set_lr(optimizer, learning_rate(args, step))
+        optimizer.scale_lr(schedule(args, step))
         clean, noise, timesteps, prompt = draw_batch(args, latents, ids, empty, step)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps)
@@ -323,7 +376,7 @@ def train_unet(args: argparse.Namespace, interrupt: Interrupt) -> None:
             # branch does, a gradient of exactly zero, and they are never trained.
             output = model(noisy, timesteps, prompt)
         loss = F.mse_loss(output.float(), target)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
