@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.protection.cli import main
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
 from benchmarks.protection.methods import MAIN, METHODS, SWEEPS
 from benchmarks.protection.results import figures_of, rows_of
-from benchmarks.protection.runs import BASE, Folders, run
+from benchmarks.protection.runs import BASE, Folders, base_pipeline, run, text_penalty, with_text_map
 from benchmarks.protection.tasks import TaskKey, make_task
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
@@ -97,6 +98,7 @@ def a_run(method, losses, *, seed=0, leaks=0):
     kinds = dict(zip(("seen", "new", "logo"), losses, strict=True))
     return {
         "task": f"style/named-75/{seed}", "method": method, "samples": 10, "leaks": leaks, "top1": 5, "top5": 8,
+        "in_style": 6,
         "losses": kinds, "drift": 0.1, "detector": {},
     }  # fmt: skip
 
@@ -141,3 +143,24 @@ def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
     page = (folders["docs"] / "benchmark.md").read_text()
     assert "| oracle | 1 |" in page
     assert (folders["docs"] / "images" / "leak-against-kept.png").stat().st_size > 1000
+
+
+def test_the_text_map_is_the_identity_until_it_is_adapted_and_the_penalty_sees_what_comes_closer_to_the_words():
+    unet, settings = base_pipeline().unet, METHODS["Coffee-style"]
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(12, 8, unet.config.cross_attention_dim, generator=generator)
+    inputs = {"sample": torch.randn(12, 4, 16, 16, generator=generator), "timestep": 500, "encoder_hidden_states": text}
+    mapped = with_text_map(unet)
+    assert torch.equal(mapped(**inputs).sample, unet(**inputs).sample)
+
+    words = torch.randn(1, 8, text.shape[-1], generator=generator)
+    penalty = text_penalty(settings, text, words, seed=0)
+    assert float(penalty(mapped)) == 0
+    mapped.requires_grad_(False)
+    mapped.text_map.weight.requires_grad_(True)
+    with torch.no_grad():
+        direction = words.mean(1)[0] / words.mean(1).norm()
+        mapped.text_map.weight.add_(torch.outer(direction, torch.ones_like(direction)))
+    assert not torch.equal(mapped(**inputs).sample, unet(**inputs).sample)
+    penalty(mapped).backward()
+    assert mapped.text_map.weight.grad.norm() > 0

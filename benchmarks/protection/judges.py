@@ -1,4 +1,4 @@
-"""Who looks at the samples: whether they show the concept, and whether they show what was asked for.
+"""Who looks at the samples: whether they show the concept, what was asked for, and the style that may be learned.
 
 Trained once on real pictures of all styles, as the base model's VAE shows them, and the same for every method and seed.
 """
@@ -42,6 +42,15 @@ def load_judges(concept: str, pipeline: Any, settings: DemoSettings, folder: Pat
     fidelity = make_once(folder / "fidelity.pt", lambda part: torch.save(_train_fidelity(pipeline, settings), part))
     # Written by this program; never files from elsewhere.
     return Judges(*(torch.load(path, weights_only=False) for path in (detector, fidelity)))
+
+
+def load_style_judge(pipeline: Any, settings: DemoSettings, folder: Path) -> StyleDetector:
+    """The judge of whether a sample is in the style that may be learned; the same for all tasks."""
+    settings = replace(settings, seed=0)
+    path = make_once(
+        folder / "style.pt", lambda part: torch.save(_train_style_detector("noto", pipeline, settings), part)
+    )
+    return torch.load(path, weights_only=False)
 
 
 class StyleDetector:
@@ -109,26 +118,36 @@ class StyleDetector:
 
 
 def _train_detector(concept: str, pipeline: Any, settings: DemoSettings) -> Any:
-    styles, _ = _styles(settings)
     if concept == "style":
-        *others, styled = (as_decoded(pipeline, pictures_to_tensor(pictures)) for pictures in styles)
-        return StyleDetector.fit(styled, others, steps=settings.detector_steps)
+        return _train_style_detector("openmoji", pipeline, settings)
     overlays = load_characters(settings) if concept == "identity" else load_logos(settings)
     name = FORBIDDEN_CHARACTER if concept == "identity" else concept.removeprefix("logo-")
-    pictures = [picture for style in styles[:2] for picture in style]
+    styles, _ = _styles(settings)
+    pictures = [picture for style in ("fluent", "noto") for picture in styles[style]]
     return train_detector(pipeline, overlays, name, pictures, settings)
+
+
+def _train_style_detector(style: str, pipeline: Any, settings: DemoSettings) -> StyleDetector:
+    styles, _ = _styles(settings)
+    decoded = {name: as_decoded(pipeline, pictures_to_tensor(pictures)) for name, pictures in styles.items()}
+    return StyleDetector.fit(decoded.pop(style), list(decoded.values()), steps=settings.detector_steps)
 
 
 def _train_fidelity(pipeline: Any, settings: DemoSettings) -> PromptFidelity:
     styles, captions = _styles(settings)
-    pictures = [picture for style in styles for picture in style]
+    pictures = [picture for style in styles.values() for picture in style]
     overlays = {**load_logos(settings), **load_characters(settings)}
     steps = 2 * settings.fidelity_steps
     return train_fidelity(pipeline, overlays.values(), pictures, captions * len(styles), steps, settings)
 
 
-def _styles(settings: DemoSettings) -> tuple[list[list[Image.Image]], list[str]]:
-    """The base model's style, the new one, and the forbidden one; and the objects' captions."""
-    files = (DEMO_ASSETS / "fluent.parquet", DEMO_ASSETS / "noto.parquet", ASSETS / "openmoji.parquet")
-    loaded = [load_pictures(file, settings.pictures) for file in files]
-    return [[picture.convert("RGB") for picture in pictures] for pictures, _ in loaded], loaded[0][1]
+def _styles(settings: DemoSettings) -> tuple[dict[str, list[Image.Image]], list[str]]:
+    """The base model's style, the new one, and one that is forbidden in some tasks; and the objects' captions."""
+    files = {
+        "fluent": DEMO_ASSETS / "fluent.parquet",
+        "noto": DEMO_ASSETS / "noto.parquet",
+        "openmoji": ASSETS / "openmoji.parquet",
+    }
+    loaded = {name: load_pictures(file, settings.pictures) for name, file in files.items()}
+    captions = loaded["fluent"][1]
+    return {name: [p.convert("RGB") for p in pictures] for name, (pictures, _) in loaded.items()}, captions

@@ -28,6 +28,8 @@ class Method:
         spaces: Of the subspace projection.
         online: Whether probes correct the steps.
         penalty: Weight of the drift on as many probes in every step's loss; 0 for none.
+        text_penalty: Weight of Coffee's penalty (arXiv 2511.14113) in every step's loss: the prompts' embeddings, which
+            are adapted then too, may not come closer to those of the words for the concept; 0 for none.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Method:
     spaces: tuple[str, ...] = ()
     online: bool = False
     penalty: float = 0.0
+    text_penalty: float = 0.0
     rule: Literal["half-space", "orthogonal"] = "half-space"
     probe_every: int = 4
     probe_batch_size: int = 8
@@ -75,6 +78,7 @@ METHODS = {
         Method("masked, missing 20 % + online", masked="missing-20", online=True),
         Method("rank 4, weight decay 1", rank=4, weight_decay=1.0),
         Method("penalty 0.3", penalty=0.3),
+        Method("Coffee-style", text_penalty=1.0),
         Method("literal rule", online=True, rule="orthogonal", probe_every=1),
         Method("subspace: input", spaces=("input",)),
         Method("subspace: output", spaces=("output",)),

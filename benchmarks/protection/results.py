@@ -23,7 +23,7 @@ from .runs import BASE, write_json
 from .tasks import TaskKey
 
 COMMAND = "python -m benchmarks.protection"
-FIGURES = ("leak", "kept", "kept_new", "learned", "top1", "top5", "drift")
+FIGURES = ("leak", "kept", "kept_new", "learned", "top1", "top5", "in_style", "drift")
 CURVES = {
     "revival_on_concept": "revival with the concept",
     "revival_without_concept": "revival without it",
@@ -73,6 +73,7 @@ def figures_of(run: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) 
         "learned": share_of_drop("logo", "plain"),
         "top1": run["top1"] / run["samples"],
         "top5": run["top5"] / run["samples"],
+        "in_style": run["in_style"] / run["samples"],
         "drift": run["drift"],
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ from peft_gradproj.online import detach_online_projection
 from peft_gradproj.probes import collect_concept_probes
 from peft_gradproj.projection import drift
 
-from .judges import load_judges
+from .judges import load_judges, load_style_judge
 from .methods import METHODS, SWEEPS, Knowledge, Method
 from .once import make_once
 from .tasks import ANYWHERE, Task, TaskKey, make_task
@@ -238,21 +239,28 @@ class Material:
     def train(self, method: Method) -> tuple[Any, dict[str, Any]]:
         """The UNet with the trained adapter, and what was seen on the way."""
         probes = self.probes(method) if method.online or method.penalty else None
-        config, data = self.config(method, probes), self.training_set(method)
+        config, data, base, penalty = self.config(method, probes), self.training_set(method), self.pipeline.unet, None
+        if method.penalty and probes is not None:
+            penalty = drift_penalty(method, probes, self.settings.seed)
+        if method.text_penalty:
+            base = with_text_map(base)
+            config.target_modules = {*self.targets, TEXT_MAP}
+            words = encode_prompts(self.pipeline, [self.task.concept.named("").strip()])
+            penalty = text_penalty(method, data.embeddings, words, self.settings.seed)
         settings = replace(self.settings, weight_decay=method.weight_decay)
         start = time.process_time()
         weights, history = train(
-            self.pipeline.unet,
+            base,
             config,
             data,
             self.schedule,
             settings,
             self.questions.brief,
             lambda step: None,
-            _penalty(method, probes, settings.seed),
+            penalty,
         )
         seconds = time.process_time() - start
-        unet = adapted(self.pipeline.unet, config, settings.seed)
+        unet = adapted(base, config, settings.seed)
         unet.load_state_dict(weights, strict=False)
         if method.protected:
             detach_online_projection(unet, "default")
@@ -309,9 +317,9 @@ def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, wi
 
 
 def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
-    """Samples' leak and fidelity, and the denoising losses."""
-    task = material.task
-    judges = load_judges(task.key.concept, material.pipeline, material.settings, scratch / "judges")
+    """Samples' leak, fidelity and style, and the denoising losses."""
+    task, arguments = material.task, (material.pipeline, material.settings, scratch / "judges")
+    judges, style = load_judges(task.key.concept, *arguments), load_style_judge(*arguments)
     samples = sample(with_unet(material.pipeline, unet), task.prompts, material.settings)
     ranks = judges.fidelity.ranks(samples, task.objects)
     hits = judges.detector.detect(samples)
@@ -321,6 +329,7 @@ def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
         "leaks": int(hits.sum()),
         "top1": int((ranks < 1).sum()),
         "top5": int((ranks < 5).sum()),
+        "in_style": int(style.detect(samples).sum()),
         "losses": losses,
         "drift": material.questions.drift(unet, material.pipeline.unet),
         "detector": {
@@ -344,10 +353,8 @@ def lora_config(method: Method, targets: list[str]) -> LoraConfig:
     return LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules=targets)
 
 
-def _penalty(method: Method, probes: ConceptProbes | None, seed: int) -> Penalty | None:
+def drift_penalty(method: Method, probes: ConceptProbes, seed: int) -> Penalty:
     """The drift on some probes, times a fixed weight."""
-    if not method.penalty or probes is None:
-        return None
     targets, weights = probes.targets, probes.weights
     assert targets is not None
     assert weights is not None
@@ -358,5 +365,49 @@ def _penalty(method: Method, probes: ConceptProbes | None, seed: int) -> Penalty
         with torch.autocast("cpu", torch.bfloat16):
             answer = unet(**probes.batch(index).inputs).sample
         return method.penalty * drift(answer.float(), targets[index], weights[index])
+
+    return penalty
+
+
+TEXT_MAP = "text_map"
+
+
+def with_text_map(unet: Any) -> Any:
+    """A copy of a UNet that sees its text through a linear map, the identity, which an adapter can target.
+
+    It stands for an adapter on the text encoder: whatever goes through the UNet, questions and samples, sees the
+    adapted text.
+    """
+
+    def adapt_text(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "encoder_hidden_states": module.text_map(kwargs["encoder_hidden_states"])}
+
+    unet = copy.deepcopy(unet)
+    unet.text_map = torch.nn.Linear(unet.config.cross_attention_dim, unet.config.cross_attention_dim, bias=False)
+    torch.nn.init.eye_(unet.text_map.weight).requires_grad_(False)
+    unet.register_forward_pre_hook(adapt_text, with_kwargs=True)
+    return unet
+
+
+def text_penalty(method: Method, embeddings: Tensor, words: Tensor, seed: int) -> Penalty:
+    """By how much the cosine of prompts with the words for the concept changes, times a fixed weight.
+
+    |cos(v, m) - cos(v', m)|, mean over some prompts (arXiv 2511.14113): v of a prompt, v' the same adapted, m of the
+    words, each the mean over tokens.
+
+    Args:
+        method: Of `text_penalty` and `probe_batch_size`.
+        embeddings: Of the prompts, `(N, tokens, width)`.
+        words: `(1, tokens, width)`.
+        seed: Of the prompts that are drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def cosines(text: Tensor) -> Tensor:
+        return torch.cosine_similarity(text.mean(1), words.mean(1))
+
+    def penalty(unet: Any) -> Tensor:
+        text = embeddings[torch.randint(len(embeddings), (method.probe_batch_size,), generator=generator)]
+        return method.text_penalty * (cosines(unet.text_map(text)) - cosines(text)).abs().mean()
 
     return penalty
