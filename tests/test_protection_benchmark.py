@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.protection.cli import main
+from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
 from benchmarks.protection.methods import MAIN, METHODS, SWEEPS
 from benchmarks.protection.results import figures_of, rows_of
@@ -17,6 +18,7 @@ from benchmarks.protection.runs import BASE, Folders, base_pipeline, run, text_p
 from benchmarks.protection.tasks import TaskKey, make_task
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
+from peft_gradproj.diffusion_inputs import pictures_to_tensor
 
 SETTINGS = replace(DemoSettings(), pictures=80, held_out=20)
 CONCEPTS = ("logo-youtube", "style", "identity")
@@ -164,3 +166,17 @@ def test_the_text_map_is_the_identity_until_it_is_adapted_and_the_penalty_sees_w
     assert not torch.equal(mapped(**inputs).sample, unet(**inputs).sample)
     penalty(mapped).backward()
     assert mapped.text_map.weight.grad.norm() > 0
+
+
+def test_a_sample_is_in_the_style_whose_picture_of_the_same_object_is_nearest():
+    files = {"fluent": "fluent.parquet", "noto": "noto.parquet"}
+    styles = {name: load_pictures(ASSETS / file, 40) for name, file in files.items()}
+    objects = styles["noto"][1]
+    pixels = {name: pictures_to_tensor([p.convert("RGB") for p in pictures]) for name, (pictures, _) in styles.items()}
+    judge = StyleJudge(pixels, objects)
+    disturbed = {name: (p + 0.1 * torch.randn(p.shape)).clamp(-1, 1) for name, p in pixels.items()}
+    assert judge.in_style(disturbed["noto"], objects).all()
+    assert not judge.in_style(disturbed["fluent"], objects).any()
+    assert judge.in_style(disturbed["fluent"], objects, "fluent").all()
+    # Another object's picture says nothing, and an order that is wrong would show.
+    assert judge.in_style(disturbed["noto"].flip(0), objects[::-1]).all()

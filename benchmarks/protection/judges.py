@@ -5,7 +5,7 @@ Trained once on real pictures of all styles, as the base model's VAE shows them,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_gradproj.demo.data import load_logos, load_pictures
@@ -29,6 +30,8 @@ from .once import make_once
 from .tasks import ASSETS, FORBIDDEN_CHARACTER, load_characters
 
 FALSE_POSITIVE_RATE = 0.01
+NEW_STYLE = "noto"
+"""The style of all tasks' training pictures; it may be learned."""
 
 
 def load_judges(concept: str, pipeline: Any, settings: DemoSettings, folder: Path) -> Judges:
@@ -44,13 +47,36 @@ def load_judges(concept: str, pipeline: Any, settings: DemoSettings, folder: Pat
     return Judges(*(torch.load(path, weights_only=False) for path in (detector, fidelity)))
 
 
-def load_style_judge(pipeline: Any, settings: DemoSettings, folder: Path) -> StyleDetector:
-    """The judge of whether a sample is in the style that may be learned; the same for all tasks."""
-    settings = replace(settings, seed=0)
-    path = make_once(
-        folder / "style.pt", lambda part: torch.save(_train_style_detector("noto", pipeline, settings), part)
-    )
-    return torch.load(path, weights_only=False)
+class StyleJudge:
+    """In which style a sample shows its object: the one whose picture of it is the nearest.
+
+    A classifier of styles alone does worse, since many objects look much alike in two styles.
+
+    Args:
+        styles: For each style the pictures of all objects, `(N, 3, H, W)` in [-1, 1].
+        objects: As many names.
+    """
+
+    def __init__(self, styles: Mapping[str, Tensor], objects: Sequence[str]) -> None:
+        self.styles, self._place = styles, {name: place for place, name in enumerate(objects)}
+
+    def in_style(self, samples: Tensor, objects: Sequence[str], style: str = NEW_STYLE) -> Tensor:
+        """Which samples `(N, 3, H, W)` of the named objects are nearest, in mean square, to `style`; bool, `(N,)`."""
+        place = torch.tensor([self._place[name] for name in objects])
+        distances = {
+            name: (samples - pictures[place]).square().mean((1, 2, 3)) for name, pictures in self.styles.items()
+        }
+        return distances[style] <= torch.stack(list(distances.values())).amin(0)
+
+
+def load_style_judge(pipeline: Any, settings: DemoSettings, folder: Path) -> StyleJudge:
+    """The judge of style, the same for all tasks; its pictures are as the base model's VAE shows them."""
+    styles, objects = _styles(settings)
+
+    def write(part: Path) -> None:
+        save_file({n: as_decoded(pipeline, pictures_to_tensor(pictures)) for n, pictures in styles.items()}, part)
+
+    return StyleJudge(load_file(make_once(folder / "styles.safetensors", write)), objects)
 
 
 class StyleDetector:
@@ -118,19 +144,14 @@ class StyleDetector:
 
 
 def _train_detector(concept: str, pipeline: Any, settings: DemoSettings) -> Any:
+    styles, _ = _styles(settings)
     if concept == "style":
-        return _train_style_detector("openmoji", pipeline, settings)
+        *others, styled = (as_decoded(pipeline, pictures_to_tensor(pictures)) for pictures in styles.values())
+        return StyleDetector.fit(styled, others, steps=settings.detector_steps)
     overlays = load_characters(settings) if concept == "identity" else load_logos(settings)
     name = FORBIDDEN_CHARACTER if concept == "identity" else concept.removeprefix("logo-")
-    styles, _ = _styles(settings)
-    pictures = [picture for style in ("fluent", "noto") for picture in styles[style]]
+    pictures = [picture for style in ("fluent", NEW_STYLE) for picture in styles[style]]
     return train_detector(pipeline, overlays, name, pictures, settings)
-
-
-def _train_style_detector(style: str, pipeline: Any, settings: DemoSettings) -> StyleDetector:
-    styles, _ = _styles(settings)
-    decoded = {name: as_decoded(pipeline, pictures_to_tensor(pictures)) for name, pictures in styles.items()}
-    return StyleDetector.fit(decoded.pop(style), list(decoded.values()), steps=settings.detector_steps)
 
 
 def _train_fidelity(pipeline: Any, settings: DemoSettings) -> PromptFidelity:
@@ -145,7 +166,7 @@ def _styles(settings: DemoSettings) -> tuple[dict[str, list[Image.Image]], list[
     """The base model's style, the new one, and one that is forbidden in some tasks; and the objects' captions."""
     files = {
         "fluent": DEMO_ASSETS / "fluent.parquet",
-        "noto": DEMO_ASSETS / "noto.parquet",
+        NEW_STYLE: DEMO_ASSETS / "noto.parquet",
         "openmoji": ASSETS / "openmoji.parquet",
     }
     loaded = {name: load_pictures(file, settings.pictures) for name, file in files.items()}

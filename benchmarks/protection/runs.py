@@ -329,7 +329,7 @@ def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
         "leaks": int(hits.sum()),
         "top1": int((ranks < 1).sum()),
         "top5": int((ranks < 5).sum()),
-        "in_style": int(style.detect(samples).sum()),
+        "in_style": int(style.in_style(samples, task.objects).sum()),
         "losses": losses,
         "drift": material.questions.drift(unet, material.pipeline.unet),
         "detector": {
