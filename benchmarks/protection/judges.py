@@ -74,7 +74,8 @@ def load_style_judge(pipeline: Any, settings: DemoSettings, folder: Path) -> Sty
     styles, objects = _styles(settings)
 
     def write(part: Path) -> None:
-        save_file({n: as_decoded(pipeline, pictures_to_tensor(pictures)) for n, pictures in styles.items()}, part)
+        decoded = {name: as_decoded(pipeline, pictures_to_tensor(pictures)) for name, pictures in styles.items()}
+        save_file({name: pictures.contiguous() for name, pictures in decoded.items()}, part)
 
     return StyleJudge(load_file(make_once(folder / "styles.safetensors", write)), objects)
 
