@@ -24,19 +24,16 @@ class Entry:
 
 
 def _entries() -> Iterator[Entry]:
-    # The question that matters most: a logo, under both kinds of captions.
+    # The question that matters most: a logo, and what else one could do about it.
     for seed in SEEDS:
-        for named in (False, True):
-            yield from _row(TaskKey(TUNED_LOGO, named, 75, seed), MAIN)
-        if seed == 0:
-            for concept in ("style", "identity"):
-                yield from _row(TaskKey(concept, False, 75, seed), MAIN)
-    # What else one could do about it.
+        yield from _row(TaskKey(TUNED_LOGO, False, 75, seed), MAIN)
     yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), METHODS)
+    # What was not tuned on, first on one seed, then on all.
     for seed in SEEDS:
-        for named in (False, True):
-            for concept in (OTHER_LOGO, "style", "identity"):
-                yield from _row(TaskKey(concept, named, 75, seed), MAIN)
+        for concept in (OTHER_LOGO, "style", "identity"):
+            yield from _row(TaskKey(concept, False, 75, seed), MAIN)
+        for concept in (TUNED_LOGO, OTHER_LOGO, "style", "identity"):
+            yield from _row(TaskKey(concept, True, 75, seed), MAIN)
         yield from _row(TaskKey(TUNED_LOGO, False, 75, seed), METHODS)
     for seed in SEEDS:
         for concept in (TUNED_LOGO, OTHER_LOGO, "style", "identity"):

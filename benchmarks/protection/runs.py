@@ -28,7 +28,6 @@ from peft_gradproj.diffusion_inputs import (
     LatentPairs,
     concept_probe_batches,
     contrast_batches,
-    dilated,
     encode_concept_set,
     encode_images,
     encode_prompts,
@@ -84,18 +83,13 @@ class Material:
 
     @cached_property
     def true_masks(self) -> Tensor:
-        """Where the concept really is, `(N, 1, h, w)`, as wide as `found`."""
+        """Where the concept really is, `(N, 1, h, w)`: 1 where a latent's own pixels show any of it."""
         pixels = (pictures_to_tensor(self.task.data.masks) + 1) / 2
-        return latent_weights(pixels, (self.latents.shape[-2], self.latents.shape[-1]), dilation=1).round()
+        return (latent_weights(pixels, (self.latents.shape[-2], self.latents.shape[-1]), dilation=0) > 0).float()
 
     @cached_property
     def found(self) -> Tensor:
         """Where a network finds the concept, `(N, 1, h, w)`."""
-        # A latent depends on its neighbours' pixels.
-        return dilated(self._found_exactly, 1)
-
-    @cached_property
-    def _found_exactly(self) -> Tensor:
         path = make_once(self.folder / "found.safetensors", lambda part: save_file({"found": self._find()}, part))
         return load_file(path)["found"]
 
@@ -107,7 +101,7 @@ class Material:
 
     def examples(self, count: int) -> ConceptSet:
         """The user's examples on all training pictures, where the concept was found."""
-        region = ANYWHERE if self.task.concept.everywhere else places(self._found_exactly)
+        region = ANYWHERE if self.task.concept.everywhere else places(self.found)
         return self.task.examples(range(len(self.latents)), count, self.settings.seed, region)
 
     def basis(self, rank: int) -> ConceptBasis:
