@@ -66,7 +66,7 @@ def test_an_unmodified_script_learns_nothing_where_the_concept_is_found(base, tm
     share = check_gradients(tmp_path, base)
     assert 0.05 < share < 0.95
     assert "the loss does not count where the logo is found" in run.stderr
-    assert "masks applied in 4 training passes" in run.stderr or "masks applied in 3 training passes" in run.stderr
+    assert f"masks applied in {len(torch.load(tmp_path / 'seen.pt'))} training passes" in run.stderr
     assert f"mean masked share {share:.1%}" in run.stderr
     assert not (tmp_path / "gradproj.json").exists()
 
