@@ -14,6 +14,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .basis import ConceptBasis, LayerBasis
     from .concept_fit import FitReport, fit_concept
+    from .concept_markers import ConceptMarkers
     from .concept_masks import MaskReport, find_concept
     from .concepts import ConceptSet
     from .config import GradProjConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "ConceptBasis": "basis",
+    "ConceptMarkers": "concept_markers",
     "ConceptProbes": "probes",
     "ConceptSet": "concepts",
     "ContrastBatches": "contrast",
@@ -56,6 +58,7 @@ _MODULES = {
 
 __all__ = [
     "ConceptBasis",
+    "ConceptMarkers",
     "ConceptProbes",
     "ConceptSet",
     "ContrastBatches",

@@ -230,6 +230,9 @@ def launch(
     arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")] = None,
     concept_basis: Annotated[str | None, typer.Option(help="File, folder or Hub id of a concept basis.")] = None,
     concept_probes: Annotated[str | None, typer.Option(help="File, folder or Hub id of concept probes.")] = None,
+    concept_markers: Annotated[
+        str | None, typer.Option(help="What `gradproj mask` wrote: the loss does not count where it finds the concept.")
+    ] = None,
     strength: Annotated[float | None, typer.Option(help="Share of the concept component that is removed.")] = None,
     rule: Annotated[str | None, typer.Option(help="'half-space', or 'orthogonal' for the literal rule.")] = None,
     probe_every: Annotated[int | None, typer.Option(help="A step is corrected every so many.")] = None,
@@ -240,12 +243,16 @@ def launch(
     uncovered: Annotated[str | None, typer.Option(help="'error', 'warn' or 'ignore' what is not covered.")] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is the name of a module.")] = False,
 ) -> None:
-    """Run an unmodified training script with every LoRA that it trains projected; options come before SCRIPT."""
+    """Run an unmodified training script with every LoRA that it trains projected, or its loss masked, or both.
+
+    Options come before SCRIPT.
+    """
     from .launch import launch
 
     given = {
         "concept_basis": concept_basis,
         "concept_probes": concept_probes,
+        "concept_markers": concept_markers,
         "strength": strength,
         "rule": rule,
         "probe_every": probe_every,
@@ -366,6 +373,7 @@ def mask(
     overlay: OverlayOption = None,
     pairs: PairsOption = None,
     masks: MasksOption = None,
+    concept: Annotated[str, typer.Option(help="What the concept is called.")] = "",
     scale: ScaleOption = None,
     angle: AngleOption = None,
     opacity: OpacityOption = None,
@@ -418,6 +426,7 @@ def mask(
         output_dir,
         image_column=image_column,
         mask_column=mask_column,
+        name=concept,
         resolution=resolution,
         num_pairs=num_pairs,
         steps=steps,

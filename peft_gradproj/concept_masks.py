@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from .clock import Clock
 from .concept_fit import Concept, iter_concept_examples
+from .concept_markers import ConceptMarkers
 from .concepts import ConceptSet, Overlay, nth_of_shuffles
 from .diffusion_inputs import dilated, latent_weights, pictures_to_tensor
 from .errors import ConceptDataError
@@ -55,10 +56,16 @@ class ConceptMasks(Sequence[Image.Image]):
     Args:
         cells: For each picture an array of bool, shape `(h, w)`.
         sizes: Widths and heights of the pictures, as many.
+        markers: The networks that found it, where they are kept.
     """
 
-    def __init__(self, cells: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> None:
-        self.cells, self.sizes = tuple(cells), tuple(sizes)
+    def __init__(
+        self,
+        cells: Sequence[np.ndarray],
+        sizes: Sequence[tuple[int, int]],
+        markers: ConceptMarkers | None = None,
+    ) -> None:
+        self.cells, self.sizes, self.markers = tuple(cells), tuple(sizes), markers
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -71,7 +78,7 @@ class ConceptMasks(Sequence[Image.Image]):
 
     def __getitem__(self, index: int | slice) -> Image.Image | ConceptMasks:
         if isinstance(index, slice):
-            return ConceptMasks(self.cells[index], self.sizes[index])
+            return ConceptMasks(self.cells[index], self.sizes[index], self.markers)
         levels = Image.fromarray(self.cells[index].astype(np.uint8) * 255)
         return levels.resize(self.sizes[index], Image.Resampling.NEAREST)
 
@@ -126,6 +133,7 @@ def find_concept(
     concept: Concept,
     data: TrainingData,
     *,
+    name: str = "",
     resolution: int | None = None,
     num_pairs: int = 384,
     steps: int = 300,
@@ -146,6 +154,7 @@ def find_concept(
             the VAE is loaded then, in float32.
         concept: An overlay, pairs, or pictures with masks; the latter two at least two.
         data: The training pictures, at least two. Captions are not read.
+        name: What the concept is called.
         resolution: The shorter side to which pictures are scaled to look for it; what the pipeline makes by default. It
             need not be that of the training, but the concept has to be seen at it.
         num_pairs: Examples that each network learns from, at least 16; every picture is used once before one is used
@@ -160,7 +169,8 @@ def find_concept(
         seed: Of everything that is random: crops, places of the overlay, the networks' start and order.
 
     Returns:
-        The masks of the pictures, in their order, turned upright where they have an EXIF orientation; and the report.
+        The masks of the pictures, in their order, turned upright where they have an EXIF orientation, with the networks
+        as their `markers`; and the report.
 
     Raises:
         ConceptDataError: If the pipeline is of no known family, the concept is words, or it and the data do not give
@@ -215,7 +225,8 @@ def find_concept(
         pairs=num_pairs,
         seconds=clock.seconds,
     )
-    return ConceptMasks(cells, sizes), report
+    kept = ConceptMarkers(markers, resolution=side, dilation=dilation, concept=name)
+    return ConceptMasks(cells, sizes, kept), report
 
 
 def _bar(name: str, total: int, wanted: bool) -> Any:

@@ -36,6 +36,7 @@ __all__ = [
     "noise_schedule",
     "noised_inputs",
     "pictures_to_tensor",
+    "scaled_latents",
     "tensor_to_pictures",
     "training_target",
 ]
@@ -107,7 +108,12 @@ def encode_images(pipeline: Any, pictures: Sequence[Image.Image] | Tensor, *, ba
     pixels = pictures if isinstance(pictures, Tensor) else pictures_to_tensor(pictures)
     vae = pipeline.vae
     modes = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode().float() for part in pixels.split(batch_size)]
-    return (torch.cat(modes) - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    return scaled_latents(vae, torch.cat(modes))
+
+
+def scaled_latents(vae: Any, latents: Tensor) -> Tensor:
+    """What a VAE encodes to, as the denoiser sees it."""
+    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
 @torch.no_grad()

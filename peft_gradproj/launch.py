@@ -7,6 +7,9 @@ loaders call none of these functions, which is why they are wrapped, and not `Lo
 model card are written beside each set of weights that the script saves, checkpoints included, before the script's own
 upload; a card that the script writes itself gets our section when it is uploaded, and checkpoints stay at home.
 
+With concept markers, the loss of diffusion models does not count where they find the concept, whatever the script's
+loss is (`loss_masks`). Given alone, adapters stay plain LoRA.
+
     gradproj launch --concept-basis logo.safetensors train_text_to_image_lora.py --rank=16 ...
     accelerate launch -m peft_gradproj.launch --concept-basis logo.safetensors train_text_to_image_lora.py ...
 
@@ -18,6 +21,7 @@ saves them under.
 from __future__ import annotations
 
 import inspect
+import os
 import runpy
 import sys
 import warnings
@@ -36,8 +40,10 @@ from torch import nn
 from .adapter_folder import write_sidecars
 from .base_models import identify
 from .basis import ConceptBasis
+from .concept_markers import ConceptMarkers
 from .config import GradProjConfig
 from .errors import AdapterFolderError, ConceptDataError, GradProjConfigError
+from .loss_masks import LossMasks
 from .probes import ConceptProbes, adapters_disabled, call_model, evaluation_mode, placement
 from .saving import complete_card
 
@@ -48,25 +54,38 @@ MAX_BASE_DISTANCE = 0.5
 
 
 def launch(script: str, arguments: Sequence[str] = (), *, module: bool = False, **options: Any) -> None:
-    """Run a training script with every LoRA that it trains projected.
+    """Run a training script with every LoRA that it trains projected, its loss masked, or both.
+
+    What is said of masks goes to standard error, from the first process.
 
     Args:
         script: Path of the script, or, with `module`, the name of a module.
         arguments: Its command line.
         module: Whether `script` is the name of a module, as for `python -m`.
-        **options: The fields of :class:`~peft_gradproj.GradProjConfig` that `LoraConfig` does not have.
+        **options: The fields of :class:`~peft_gradproj.GradProjConfig` that `LoraConfig` does not have, and
+            `concept_markers`, as :class:`~peft_gradproj.ConceptMarkers`, a path or a Hub id.
 
     Raises:
-        GradProjConfigError: If neither basis nor probes are given, or the script added no LoRA that could be projected.
+        GradProjConfigError: If neither basis, probes nor markers are given, or the script added no LoRA that could be
+            projected, or trained on what cannot be masked.
         ConceptBasisError: If the basis does not fit the script's model, by names or widths.
-        ConceptDataError: If the script's model cannot be run on the probes, or is not the one that they were made with.
+        ConceptDataError: If the script's model cannot be run on the probes, or is not the one that they were made with;
+            or if its latents are not those of the markers.
     """
     run = LaunchedRun.from_options(options)
     if not module and not Path(script).is_file():
         raise GradProjConfigError(f"there is no script at '{script}'. For a module, give its name with --module.")
     with run.watching():
         _run_script(script, arguments, module=module)
-    run.check_projected(script)
+    run.check(script)
+    if run.masks is not None:
+        _say(str(run.masks))
+
+
+def _say(line: str) -> None:
+    """One line for the user, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"gradproj: {line}", file=sys.stderr, flush=True)
 
 
 def _run_script(script: str, arguments: Sequence[str], *, module: bool) -> None:
@@ -94,6 +113,9 @@ class LaunchedRun:
     options: dict[str, Any]
     """Further options of `GradProjConfig`."""
 
+    masks: LossMasks | None = None
+    """What masks the loss, if markers are given."""
+
     configs: list[GradProjConfig] = field(default_factory=list)
     """Those that were made of the script's."""
 
@@ -108,26 +130,45 @@ class LaunchedRun:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> LaunchedRun:
-        """Load basis and probes, and check the options before the script runs."""
-        # A config that is thrown away, for its checks and what it loads.
-        config: Any = GradProjConfig(**{**options, "target_modules": ["any"]})
-        rest = {key: value for key, value in options.items() if key not in ("concept_basis", "concept_probes")}
-        return cls(config.concept_basis, config.concept_probes, rest)
+        """Load basis, probes and markers, and check the options before the script runs."""
+        rest = dict(options)
+        markers = rest.pop("concept_markers", None)
+        basis, probes = rest.pop("concept_basis", None), rest.pop("concept_probes", None)
+        # A config that is thrown away, for its checks and what it loads. Markers need neither basis nor probes.
+        alone = {"uncovered": "ignore"} if basis is None and probes is None and markers is not None else {}
+        given: Any = {"concept_basis": basis, "concept_probes": probes, "target_modules": ["any"]}
+        config: Any = GradProjConfig(**{**rest, **given, **alone})
+        if markers is not None and not isinstance(markers, ConceptMarkers):
+            markers = ConceptMarkers.load(markers)
+        masks = None if markers is None else LossMasks(markers, _say)
+        return cls(config.concept_basis, config.concept_probes, rest, masks)
 
-    def check_projected(self, script: str) -> None:
-        """Raise an error if nothing was projected."""
-        if not self.configs:
+    @property
+    def projects(self) -> bool:
+        """Whether a basis or probes are given, and not markers alone."""
+        return self.basis is not None or self.probes is not None
+
+    def check(self, script: str) -> None:
+        """Raise an error if nothing was projected, or masked, that should have been."""
+        if self.projects and not self.configs:
             raise GradProjConfigError(
                 f"'{script}' has ended without a LoRA that could be projected: it called none of add_adapter "
                 "(diffusers, transformers), get_peft_model and PeftModel.from_pretrained(is_trainable=True) with a "
                 "LoraConfig for the model of the basis or probes. What it trained, if anything, is unprotected."
+            )
+        if self.masks is not None and not self.masks.passes:
+            raise GradProjConfigError(
+                f"'{script}' has ended without a training pass that was masked: it trained no diffusion model with a "
+                "LoRA, or none at all. What it trained, if anything, is without masks."
             )
 
     # Configs
 
     def converted(self, config: Any, model: nn.Module) -> Any:
         """The `GradProjConfig` in the place of a script's `LoraConfig`; other configs as they are."""
-        if not isinstance(config, LoraConfig) or isinstance(config, GradProjConfig):
+        if self.masks is not None and not isinstance(model, _transformers_model()):
+            self.masks.watch(model)
+        if not self.projects or not isinstance(config, LoraConfig) or isinstance(config, GradProjConfig):
             return config
         names = {name for name, _ in model.named_modules()}
         if self._is_for(model, names):
@@ -139,9 +180,7 @@ class LaunchedRun:
 
     def _is_for(self, model: nn.Module, names: set[str]) -> bool:
         """Whether basis and probes are meant for `model`; if it is not theirs, they are refused where they are used."""
-        from transformers import PreTrainedModel
-
-        if not isinstance(model, PreTrainedModel):
+        if not isinstance(model, _transformers_model()):
             return True
         by_name = self.basis is not None and any(name in names for name in self.basis)
         return by_name or (self.probes is not None and _takes(model, self.probes.inputs))
@@ -211,6 +250,8 @@ class LaunchedRun:
     def watching(self) -> Iterator[None]:
         """Wrap the functions by which scripts add adapters for training and save them."""
         with ExitStack() as stack:
+            if self.masks is not None:
+                stack.callback(self.masks.stop)
             for owner, name, wrap in self._wraps():
                 original = inspect.getattr_static(owner, name)
                 stack.callback(setattr, owner, name, original)
@@ -228,9 +269,12 @@ class LaunchedRun:
         yield hf_api, "upload_folder", self._uploading
         yield HfApi, "upload_folder", self._uploading
         if find_spec("diffusers") is not None:
+            from diffusers import AutoencoderKL
             from diffusers.loaders.lora_base import LoraBaseMixin
             from diffusers.loaders.peft import PeftAdapterMixin
 
+            if self.masks is not None:
+                yield AutoencoderKL, "encode", self.masks.marking
             yield PeftAdapterMixin, "add_adapter", self._adding
             yield PeftAdapterMixin, "save_lora_adapter", self._saving
             yield LoraBaseMixin, "write_lora_layers", lambda original: staticmethod(self._saving(original))
@@ -287,6 +331,13 @@ class LaunchedRun:
             return original(*bound.args, **bound.kwargs)
 
         return upload
+
+
+def _transformers_model() -> type:
+    """What text encoders and language models are, and denoisers are not."""
+    from transformers import PreTrainedModel
+
+    return PreTrainedModel
 
 
 def _takes(model: nn.Module, inputs: Any) -> bool:

@@ -1,8 +1,8 @@
 """A copy of training data with a column of masks, as the training scripts read it.
 
 It is an imagefolder: pictures, bit for bit as they were, masks as PNG, and a `metadata.jsonl` in which each line holds
-what the other columns held. Pictures are copied, not linked: the folder is whole, may be moved, and nobody who edits a
-picture in one place finds it changed in the other.
+what the other columns held. Beside them lie the networks that found the concept. Pictures are copied, not linked: the
+folder is whole, may be moved, and nobody who edits a picture in one place finds it changed in the other.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from .concept_fit import Concept
+from .concept_markers import ConceptMarkers
 from .concept_masks import MaskReport, find_concept
 from .errors import ConceptDataError
 from .folder_swap import replaced_folder
@@ -55,7 +56,8 @@ def mask_table(
     output = _new_folder(output_dir)
     _picture_columns(table, image_column, mask_column)
     masks, report = find_concept(pipeline_or_id, concept, TrainingData.uncaptioned(table, image_column), **options)
-    write_masked(table, masks, output, image_column=image_column, mask_column=mask_column)
+    columns = {"image_column": image_column, "mask_column": mask_column}
+    write_masked(table, masks, output, markers=masks.markers, **columns)
     return replace(report, folder=str(output))
 
 
@@ -64,10 +66,14 @@ def write_masked(
     masks: Sequence[Image.Image],
     output_dir: str | Path,
     *,
+    markers: ConceptMarkers | None = None,
     image_column: str = "image",
     mask_column: str = "mask",
 ) -> None:
-    """Write a copy of a table with a column of masks, one for each row in its order; arguments and errors as above."""
+    """Write a copy of a table with a column of masks, one for each row in its order; arguments and errors as above.
+
+    The networks that drew the masks are written beside them, as `concept_markers.safetensors`, where they are given.
+    """
     import datasets
 
     output = _new_folder(output_dir)
@@ -90,6 +96,8 @@ def write_masked(
                 masks[number].save(stage / "masks" / f"{name}.png")
                 line[f"{mask_column}_file_name"] = f"masks/{name}.png"
                 metadata.write(_line({**line, **row}, number) + "\n")
+        if markers is not None:
+            markers.save(stage)
         # Somebody else may have written there meanwhile.
         _new_folder(output)
 

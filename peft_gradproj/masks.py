@@ -22,19 +22,24 @@ from .diffusion_inputs import dilated
 from .errors import ConceptDataError
 from .small_networks import fit_network
 
-__all__ = ["ConceptMarker", "fit_markers", "mark_concept", "places"]
+__all__ = ["ConceptMarker", "fit_markers", "mark_concept", "marker_network", "places"]
 
 
 class ConceptMarker:
     """Finds the concept in latents.
 
     Args:
-        network: From latents `(N, C, h, w)` to logits `(N, 1, h, w)`.
+        network: From latents `(N, C, h, w)` to logits `(N, 1, h, w)`, a :func:`marker_network`.
         labelled_share: The share :math:`c` of the concept's places that were pasted, in (0, 1].
     """
 
     def __init__(self, network: nn.Module, labelled_share: float) -> None:
         self.network, self.labelled_share = network, labelled_share
+
+    @property
+    def channels(self) -> int:
+        """How many channels the latents have."""
+        return int(self.network.get_buffer("0.mean").shape[1])
 
     @classmethod
     def fit(
@@ -71,7 +76,7 @@ class ConceptMarker:
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = _network(seen).to(latents.device)
+            network = marker_network(seen).to(latents.device)
 
         def loss() -> Tensor:
             index = torch.randint(len(seen), (batch_size,), generator=generator)
@@ -224,7 +229,8 @@ class _Standardise(nn.Module):
         return (latents - self.mean) / self.deviation
 
 
-def _network(latents: Tensor) -> nn.Module:
+def marker_network(latents: Tensor) -> nn.Module:
+    """An untrained network for latents that are distributed as these, shape `(N, C, h, w)`."""
     layers: list[nn.Module] = [_Standardise(latents)]
     for inputs, outputs in ((latents.shape[1], 32), (32, 48), (48, 48), (48, 48)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()]

@@ -35,6 +35,7 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
+    "check_vae",
     "checked_resolution",
     "load_encoder",
     "load_pipeline",
@@ -67,7 +68,7 @@ class PipelineFamily(ABC):
         if missing:
             raise ConceptDataError(f"the pipeline has no {', '.join(missing)}; load it with all its components.")
         vae = pipeline.vae.config
-        _check_vae(vae)
+        check_vae(vae)
         channels = self.denoiser.config["in_channels"]
         if channels != vae.latent_channels:
             raise ConceptDataError(
@@ -394,7 +395,7 @@ def load_encoder(
         vae = AutoencoderKL.from_pretrained(path_or_id, subfolder="vae", **options)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ConceptDataError(f"the VAE of {path_or_id} cannot be loaded: {first_line(error)}") from error
-    _check_vae(vae.config)
+    check_vae(vae.config)
     factor, size = 2 ** (len(vae.config.block_out_channels) - 1), denoiser["sample_size"]
     return PictureEncoder(
         vae.to(device or _default_device()),
@@ -420,7 +421,12 @@ def _read_index(path_or_id: str, revision: str | None) -> tuple[dict[str, Any], 
     raise ConceptDataError(f"{path_or_id} is a {index.get('_class_name')}; known are {_known()}.")
 
 
-def _check_vae(config: Any) -> None:
+def check_vae(config: Any) -> None:
+    """Refuse a VAE whose latents are not brought to the denoiser's scale by a factor and a shift.
+
+    Raises:
+        ConceptDataError: If its configuration says so.
+    """
     if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
         raise ConceptDataError("the VAE's latents have a mean and deviation of their own, which is not supported.")
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from tiny_pipelines import PIPELINES, SIDE, image_folder, logo, picture
 from typer.testing import CliRunner
 
-from peft_gradproj import ConceptSet, TrainingData
+from peft_gradproj import ConceptMarkers, ConceptSet, TrainingData
 from peft_gradproj.cli import app
 from peft_gradproj.concept_masks import ConceptMasks, _starts, find_concept
 from peft_gradproj.concepts import Overlay
@@ -218,6 +218,7 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
     logo().save(tmp_path / "logo.png")
     flags = ["--pretrained-model-name-or-path", vae_only, "--train-data-dir", source, "--cache-dir", tmp_path / "cache"]
     flags += ["--overlay", tmp_path / "logo.png", "--num-pairs", 16, "--steps", 2, "--output-dir", tmp_path / "masked"]
+    flags += ["--concept", "the logo"]
     report = json.loads(run(*flags, "--json"))
     assert report["pictures"] == 3
     assert report["folder"] == str(tmp_path / "masked")
@@ -236,6 +237,8 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
         assert row["mask"].mode == "L"
         assert row["mask"].size == row["image"].size
     assert [(tmp_path / "moved" / f"0000{index}.png").read_bytes() for index in range(3)] == kept
+    markers = ConceptMarkers.load(tmp_path / "moved")
+    assert (markers.concept, markers.resolution, len(markers.markers)) == ("the logo", SIDE, 2)
     again = TrainingData.load(tmp_path / "moved", cache_dir=str(tmp_path / "other-cache"))
     assert [caption for _, caption in again] == ["a house", "ein Bär", "a dog"]
 

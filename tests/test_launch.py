@@ -247,7 +247,7 @@ def test_a_run_in_which_only_uncovered_loras_were_trained_ends_with_an_error():
     run = run_for(concept_basis=basis_for(tiny_unet(), UNET_TARGETS), uncovered="ignore")
     run.converted(LoraConfig(target_modules=["q_proj"]), text_encoder())
     with pytest.raises(GradProjConfigError, match="without a LoRA"):
-        run.check_projected("train.py")
+        run.check("train.py")
 
 
 def test_an_option_of_the_script_that_escapes_the_projection_is_refused_by_name():
