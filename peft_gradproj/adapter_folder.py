@@ -39,6 +39,7 @@ from .untrusted import (
     MAX_JSON_BYTES,
     FileBytes,
     TensorFile,
+    check_format_version,
     parse_json,
     parse_safetensors,
     printable,
@@ -748,12 +749,7 @@ def _object(source: FileBytes, where: Path) -> dict[str, Any]:
 
 def _parse_basis(source: FileBytes, where: Path) -> BasisFile:
     tensors = parse_safetensors(source, str(where))
-    found = tensors.metadata.get("format_version")
-    if found != BASIS_FORMAT_VERSION:
-        raise AdapterFolderError(
-            f"{where} has format version {shown(found)}; this release reads {BASIS_FORMAT_VERSION!r}. Update "
-            "peft-gradproj."
-        )
+    check_format_version(tensors.metadata.get("format_version"), BASIS_FORMAT_VERSION, str(where))
     layers: dict[str, dict[str, Tensor]] = {}
     for key in tensors:
         module, _, space = key.rpartition(".")
@@ -782,11 +778,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], FileBytes]:
         raise AdapterFolderError(f"{folder} holds no {MANIFEST_NAME}; it was not published with peft-gradproj.")
     source = read_file(folder, MANIFEST_NAME, limit=MAX_JSON_BYTES)
     manifest = _object(source, where)
-    found = manifest.get("format_version")
-    if type(found) is not int or found != FORMAT_VERSION:
-        raise AdapterFolderError(
-            f"{where} has format version {shown(found)}; this release reads {FORMAT_VERSION}. Update peft-gradproj."
-        )
+    check_format_version(manifest.get("format_version"), FORMAT_VERSION, str(where))
     for key, (valid, expected) in _MANIFEST_FIELDS.items():
         if key not in manifest or not valid(manifest[key]):
             raise AdapterFolderError(f"{where}: {key!r} is missing or malformed; expected {expected}.")

@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import AdapterFolderError, ConceptBasisError
-from .files import locate_file, read_tensor_file, write_atomically
+from .errors import ConceptBasisError
+from .files import locate_file, read_header_json, read_tensor_file, write_tensor_file
 from .projection import orthonormal_basis, orthonormality_error, principal_cosines
-from .untrusted import parse_json, shown
 
 __all__ = [
     "BASIS_FILE_NAME",
@@ -335,18 +334,14 @@ class ConceptBasis(Mapping[str, LayerBasis]):
         Returns:
             The file that was written.
         """
-        from safetensors.torch import save
-
-        path = Path(path)
-        if path.is_dir():
-            path = path / BASIS_FILE_NAME
-        metadata = {"format_version": FORMAT_VERSION, "concept": self._concept}
-        optional = {"base_model": self._base_model, "revision": self._revision}
-        metadata.update({key: value for key, value in optional.items() if value is not None})
-        if self._fit is not None:
-            metadata["fit"] = json.dumps(self._fit, sort_keys=True)
-        write_atomically(path, save(self._tensors(), metadata=metadata))
-        return path
+        header = {
+            "format_version": FORMAT_VERSION,
+            "concept": self._concept,
+            "base_model": self._base_model,
+            "revision": self._revision,
+            "fit": None if self._fit is None else json.dumps(self._fit, sort_keys=True),
+        }
+        return write_tensor_file(path, BASIS_FILE_NAME, self._tensors(), header)
 
     @classmethod
     def load(cls, path_or_repo_id: str | os.PathLike[str], *, revision: str | None = None) -> ConceptBasis:
@@ -360,18 +355,9 @@ class ConceptBasis(Mapping[str, LayerBasis]):
             ConceptBasisError: If there is no such basis, or the file is not one.
         """
         path = locate_file(path_or_repo_id, BASIS_FILE_NAME, revision=revision, error=ConceptBasisError)
-        tensors = read_tensor_file(path, ConceptBasisError)
+        tensors = read_tensor_file(path, ConceptBasisError, version=FORMAT_VERSION, writer="ConceptBasis.save")
         metadata = tensors.metadata
-        version = metadata.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ConceptBasisError(
-                f"{path} has format version {shown(version)}; this release reads version {FORMAT_VERSION!r}. "
-                + ("It was not written by ConceptBasis.save." if version is None else "Update peft-gradproj.")
-            )
-        try:
-            fit = parse_json(metadata.get("fit", "null"), f"the note on the fit in the header of {path}")
-        except AdapterFolderError as error:
-            raise ConceptBasisError(str(error)) from error
+        fit = read_header_json(metadata, "fit", f"the note on the fit in the header of {path}", ConceptBasisError)
         if fit is not None and not isinstance(fit, dict):
             raise ConceptBasisError(f"{path}: the header's note on the fit is a {type(fit).__name__}, not an object.")
         layers = _layers_of(path, tensors)

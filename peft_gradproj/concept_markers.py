@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .diffusion_inputs import dilated
-from .errors import AdapterFolderError, ConceptDataError
-from .files import locate_file, read_tensor_file, write_atomically
+from .errors import ConceptDataError
+from .files import locate_file, read_header_json, read_tensor_file, write_tensor_file
 from .masks import ConceptMarker, marker_network
-from .untrusted import parse_json, shown
+from .untrusted import shown
 
 __all__ = ["FORMAT_VERSION", "MARKERS_FILE_NAME", "ConceptMarkers"]
 
@@ -98,11 +98,6 @@ class ConceptMarkers:
         Returns:
             The file that was written.
         """
-        from safetensors.torch import save
-
-        path = Path(path)
-        if path.is_dir():
-            path = path / MARKERS_FILE_NAME
         header = {
             "format_version": FORMAT_VERSION,
             "concept": self.concept,
@@ -116,8 +111,7 @@ class ConceptMarkers:
             for number, marker in enumerate(self.markers)
             for name, tensor in marker.network.state_dict().items()
         }
-        write_atomically(path, save(tensors, metadata=header))
-        return path
+        return write_tensor_file(path, MARKERS_FILE_NAME, tensors, header)
 
     @classmethod
     def load(cls, path_or_repo_id: str | os.PathLike[str], *, revision: str | None = None) -> ConceptMarkers:
@@ -131,13 +125,8 @@ class ConceptMarkers:
             ConceptDataError: If there is no such file, or it is malformed.
         """
         path = locate_file(path_or_repo_id, MARKERS_FILE_NAME, revision=revision, error=ConceptDataError)
-        file = read_tensor_file(path, ConceptDataError)
+        file = read_tensor_file(path, ConceptDataError, version=FORMAT_VERSION, writer="`gradproj mask`")
         header = file.metadata
-        if header.get("format_version") != FORMAT_VERSION:
-            raise ConceptDataError(
-                f"{path} has format version {shown(header.get('format_version'))}; this release reads "
-                f"{FORMAT_VERSION!r}. Was it written by `gradproj mask`, or by a newer release?"
-            )
         channels = _whole(header, "latent_channels", path, 1, 2**10)
         tensors, markers = dict(file), []
         for number, share in enumerate(_shares(header, path)):
@@ -191,7 +180,4 @@ def _whole(header: Mapping[str, str], key: str, path: Path, least: int, most: in
 
 
 def _value(header: Mapping[str, str], key: str, path: Path) -> Any:
-    try:
-        return parse_json(header.get(key, "null"), f"{key} in the header of {path}")
-    except AdapterFolderError as error:
-        raise ConceptDataError(str(error)) from error
+    return read_header_json(header, key, f"{key} in the header of {path}", ConceptDataError)

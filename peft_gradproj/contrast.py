@@ -91,13 +91,7 @@ class ContrastBatches:
         path = Path(path)
         if not path.is_file():
             raise ConceptDataError(f"{path} does not exist; expected a file of contrast batches.")
-        file = read_tensor_file(path, ConceptDataError)
-        version = file.metadata.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ConceptDataError(
-                f"{path} has format version {version!r}; this release reads {FORMAT_VERSION!r}. Was it written by "
-                "ContrastBatches.save, or by a newer release?"
-            )
+        file = read_tensor_file(path, ConceptDataError, version=FORMAT_VERSION, writer="ContrastBatches.save")
         found: dict[str, dict[int, dict[str, Tensor]]] = {half: {} for half in _HALVES}
         for key in file:
             match = _KEY.fullmatch(key)

@@ -5,14 +5,35 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import AdapterFolderError, GradProjError
-from .untrusted import MAX_FILE_BYTES, MAX_JSON_BYTES, TensorFile, parse_json, parse_safetensors, read_file
+from .untrusted import (
+    MAX_FILE_BYTES,
+    MAX_JSON_BYTES,
+    TensorFile,
+    check_format_version,
+    parse_json,
+    parse_safetensors,
+    read_file,
+)
 
-__all__ = ["is_repository", "locate_file", "read_json_object", "read_tensor_file", "sync", "write_atomically"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "is_repository",
+    "locate_file",
+    "read_header_json",
+    "read_json_object",
+    "read_tensor_file",
+    "sync",
+    "write_atomically",
+    "write_tensor_file",
+]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -94,11 +115,56 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensor_file(path: Path, error: type[GradProjError]) -> TensorFile:
-    """The tensors of a safetensors file, as `untrusted` reads them; what it refuses is raised as `error`."""
+def write_tensor_file(
+    path: str | os.PathLike[str], name: str, tensors: Mapping[str, Tensor], header: Mapping[str, str | None]
+) -> Path:
+    """Write a safetensors file, which appears under its name when it is complete.
+
+    Args:
+        path: The file, or an existing folder.
+        name: Name of the file in a folder.
+        tensors: What it holds.
+        header: Its metadata; what is `None` is left out.
+
+    Returns:
+        The file that was written.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    if path.is_dir():
+        path = path / name
+    metadata = {key: value for key, value in header.items() if value is not None}
+    write_atomically(path, save(dict(tensors), metadata=metadata))
+    return path
+
+
+def read_tensor_file(path: Path, error: type[GradProjError], *, version: str, writer: str) -> TensorFile:
+    """The tensors of a safetensors file, as `untrusted` reads them; what it refuses is raised as `error`.
+
+    Args:
+        path: The file.
+        error: What is raised if it is malformed, or of another format.
+        version: The `format_version` that its header must have.
+        writer: What writes such files, for the message.
+    """
     # A link of the user's own, or into the Hub's cache, is followed: he named the file himself.
     real = path.resolve()
+    with _raised_as(error):
+        file = parse_safetensors(read_file(real.parent, real.name, limit=MAX_FILE_BYTES), str(path))
+        check_format_version(file.metadata.get("format_version"), version, str(path), writer=writer)
+    return file
+
+
+def read_header_json(header: Mapping[str, str], key: str, where: str, error: type[GradProjError]) -> Any:
+    """The JSON value under a key of a safetensors header, `None` without it; what is no JSON raises `error`."""
+    with _raised_as(error):
+        return parse_json(header.get(key, "null"), where)
+
+
+@contextmanager
+def _raised_as(error: type[GradProjError]) -> Iterator[None]:
     try:
-        return parse_safetensors(read_file(real.parent, real.name, limit=MAX_FILE_BYTES), str(path))
+        yield
     except AdapterFolderError as cause:
         raise error(str(cause)) from cause

@@ -117,7 +117,7 @@ class LossMasks:
         self._encoded.clear()
 
     def _pass(self, model: nn.Module, prediction: Tensor) -> None:
-        if any(projection._probing for projection in online_projections(model).values()):
+        if any(projection.probing for projection in online_projections(model).values()):
             # The concept has to count in the drift.
             return
         if not prediction.requires_grad:

@@ -183,6 +183,8 @@ class OnlineProjection:
 
     last: OnlineReport | None
     """The report of the last correction."""
+    probing: bool
+    """Whether the model is being run on probes just now, and not trained."""
 
     def __init__(
         self,
@@ -220,7 +222,7 @@ class OnlineProjection:
         self._drawable = probes.weighted_indices()
         self._attached = False
         self._hook: Any = None
-        self._probing = False
+        self.probing = False
         self._autocast = _Autocast()
         self._floor = _Floor()
         self._estimate = RunningSecondMoment()
@@ -459,7 +461,7 @@ class OnlineProjection:
         if enabled is None:
             enabled, dtype = _autocast_state(device.type)
         forked = device.type if device.type in _FORKED_DEVICES else "cuda"
-        self._probing = True
+        self.probing = True
         try:
             with (
                 torch.random.fork_rng([device] if device.type == forked else [], device_type=forked),
@@ -471,7 +473,7 @@ class OnlineProjection:
                 self._expire_floor((enabled, dtype, placement(model)))
                 yield
         finally:
-            self._probing = False
+            self.probing = False
 
     def _expire_floor(self, key: Any) -> None:
         if self._floor.key != key:
@@ -612,7 +614,7 @@ class _RememberAutocast:
         if self.projection is None or torch.compiler.is_compiling():
             return
         projection = self.projection()
-        if projection is None or projection._probing or not (model.training or torch.is_grad_enabled()):
+        if projection is None or projection.probing or not (model.training or torch.is_grad_enabled()):
             return
         kind = next((p.device.type for p in model.parameters()), "cpu")
         projection._autocast = _Autocast(*_autocast_state(kind))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .base_models import identify, layer_widths
 from .errors import ConceptDataError
-from .files import locate_file, read_tensor_file, write_atomically
+from .files import locate_file, read_tensor_file, write_tensor_file
 from .model_arguments import flatten_arguments, nest_arguments, place_arguments
 
 __all__ = [
@@ -266,21 +266,17 @@ class ConceptProbes:
         Returns:
             The file that was written.
         """
-        from safetensors.torch import save
-
         if dtype not in ("float32", "float16"):
             raise ValueError(f"dtype is {dtype!r}; expected 'float32' or 'float16'.")
-        path = Path(path)
-        if path.is_dir():
-            path = path / PROBES_FILE_NAME
-        header = {"format_version": FORMAT_VERSION, "concept": self.concept}
-        optional = {"base_model": self.base_model, "revision": self.revision}
-        header.update({key: value for key, value in optional.items() if value is not None})
-        if self.widths is not None:
-            header["widths"] = json.dumps(self.widths, separators=(",", ":"))
+        header = {
+            "format_version": FORMAT_VERSION,
+            "concept": self.concept,
+            "base_model": self.base_model,
+            "revision": self.revision,
+            "widths": None if self.widths is None else json.dumps(self.widths, separators=(",", ":")),
+        }
         tensors = {name: _narrowed(name, x, getattr(torch, dtype)) for name, x in self._tensors().items()}
-        write_atomically(path, save(tensors, metadata=header))
-        return path
+        return write_tensor_file(path, PROBES_FILE_NAME, tensors, header)
 
     @classmethod
     def load(
@@ -301,13 +297,8 @@ class ConceptProbes:
             ConceptDataError: If there are no such probes, or the file is malformed.
         """
         path = locate_file(path_or_repo_id, PROBES_FILE_NAME, revision=revision, error=ConceptDataError)
-        file = read_tensor_file(path, ConceptDataError)
+        file = read_tensor_file(path, ConceptDataError, version=FORMAT_VERSION, writer="ConceptProbes.save")
         tensors, header = dict(file), file.metadata
-        if header.get("format_version") != FORMAT_VERSION:
-            raise ConceptDataError(
-                f"{path} has format version {header.get('format_version')!r}; this release reads {FORMAT_VERSION!r}. "
-                "Was it written by ConceptProbes.save, or by a newer release?"
-            )
         targets, weights, losses = (tensors.pop(name, None) for name in ("targets", "weights", "loss_targets"))
         unknown = sorted(name for name in tensors if not name.startswith(_INPUT_PREFIX))
         if unknown:

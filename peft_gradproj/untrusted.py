@@ -34,6 +34,7 @@ __all__ = [
     "FileBytes",
     "TensorFile",
     "TensorInfo",
+    "check_format_version",
     "parse_json",
     "parse_safetensors",
     "printable",
@@ -77,6 +78,25 @@ def shown(value: object, limit: int = 60) -> str:
     """What a stranger put in a place, for a message: `printable`, and at most `limit` characters of it."""
     text = repr(value)
     return printable(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+def check_format_version(found: object, expected: str | int, where: str, *, writer: str = "peft-gradproj") -> None:
+    """Refuse a file of another format, or of none.
+
+    Args:
+        found: What the file says.
+        expected: What is read; of the same type, since JSON has a truth that is equal to 1.
+        where: The file.
+        writer: What writes such files.
+
+    Raises:
+        AdapterFolderError: If they differ.
+    """
+    if type(found) is not type(expected) or found != expected:
+        advice = f"It was not written by {writer}." if found is None else "Update peft-gradproj."
+        raise AdapterFolderError(
+            f"{where} has format version {shown(found)}; this release reads {expected!r}. {advice}"
+        )
 
 
 # Bytes

@@ -918,7 +918,7 @@ def test_a_drift_that_is_not_finite_stops_the_training() -> None:
     task.net[3].lora_B["default"].weight.data.fill_(1e30)
     with pytest.raises(OnlineProjectionError, match="not finite at step 2"):
         take_steps(task, optimizer)
-    assert not projection._probing
+    assert not projection.probing
     assert task.net.training
 
 
