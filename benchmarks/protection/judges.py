@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def load_judges(concept: str, pipeline: Any, settings: DemoSettings, folder: Pat
 class StyleJudge:
     """In which style a sample shows its object: the one whose picture of it is the nearest.
 
-    A classifier of styles alone does worse, since many objects look much alike in two styles.
+    Many objects look much alike in two styles, so that a style can be told only beside the same object in the others.
 
     Args:
         styles: For each style the pictures of all objects, `(N, 3, H, W)` in [-1, 1].
@@ -71,7 +72,7 @@ class StyleJudge:
 
 def load_style_judge(pipeline: Any, settings: DemoSettings, folder: Path) -> StyleJudge:
     """The judge of style, the same for all tasks; its pictures are as the base model's VAE shows them."""
-    styles, objects = _styles(settings)
+    styles, objects = _styles(settings.pictures)
 
     def write(part: Path) -> None:
         decoded = {name: as_decoded(pipeline, pictures_to_tensor(pictures)) for name, pictures in styles.items()}
@@ -145,7 +146,7 @@ class StyleDetector:
 
 
 def _train_detector(concept: str, pipeline: Any, settings: DemoSettings) -> Any:
-    styles, _ = _styles(settings)
+    styles, _ = _styles(settings.pictures)
     if concept == "style":
         *others, styled = (as_decoded(pipeline, pictures_to_tensor(pictures)) for pictures in styles.values())
         return StyleDetector.fit(styled, others, steps=settings.detector_steps)
@@ -156,20 +157,21 @@ def _train_detector(concept: str, pipeline: Any, settings: DemoSettings) -> Any:
 
 
 def _train_fidelity(pipeline: Any, settings: DemoSettings) -> PromptFidelity:
-    styles, captions = _styles(settings)
+    styles, captions = _styles(settings.pictures)
     pictures = [picture for style in styles.values() for picture in style]
     overlays = {**load_logos(settings), **load_characters(settings)}
     steps = 2 * settings.fidelity_steps
     return train_fidelity(pipeline, overlays.values(), pictures, captions * len(styles), steps, settings)
 
 
-def _styles(settings: DemoSettings) -> tuple[dict[str, list[Image.Image]], list[str]]:
-    """The base model's style, the new one, and one that is forbidden in some tasks; and the objects' captions."""
+@lru_cache(maxsize=1)
+def _styles(count: int) -> tuple[dict[str, list[Image.Image]], list[str]]:
+    """Pictures in the base model's style, the new one, and one that some tasks forbid; and the objects' captions."""
     files = {
         "fluent": DEMO_ASSETS / "fluent.parquet",
         NEW_STYLE: DEMO_ASSETS / "noto.parquet",
         "openmoji": ASSETS / "openmoji.parquet",
     }
-    loaded = {name: load_pictures(file, settings.pictures) for name, file in files.items()}
+    loaded = {name: load_pictures(file, count) for name, file in files.items()}
     captions = loaded["fluent"][1]
     return {name: [p.convert("RGB") for p in pictures] for name, (pictures, _) in loaded.items()}, captions

@@ -204,7 +204,7 @@ class Material:
     def config(self, method: Method, probes: ConceptProbes | None) -> Any:
         """The adapter's configuration."""
         if not method.protected:
-            return lora_config(method, self.targets)
+            return lora_config(method, [*self.targets, TEXT_MAP] if method.text_penalty else self.targets)
         basis = None
         if method.spaces and method.spaces[0] in ("rank", "gradient"):
             basis = self.adapter_basis(method)
@@ -233,12 +233,13 @@ class Material:
     def train(self, method: Method) -> tuple[Any, dict[str, Any]]:
         """The UNet with the trained adapter, and what was seen on the way."""
         probes = self.probes(method) if method.online or method.penalty else None
-        config, data, base, penalty = self.config(method, probes), self.training_set(method), self.pipeline.unet, None
-        if method.penalty and probes is not None:
+        config, data = self.config(method, probes), self.training_set(method)
+        base, penalty = self.pipeline.unet, None
+        if method.penalty:
+            assert probes is not None
             penalty = drift_penalty(method, probes, self.settings.seed)
         if method.text_penalty:
             base = with_text_map(base)
-            config.target_modules = {*self.targets, TEXT_MAP}
             words = encode_prompts(self.pipeline, [self.task.concept.named("").strip()])
             penalty = text_penalty(method, data.embeddings, words, self.settings.seed)
         settings = replace(self.settings, weight_decay=method.weight_decay)
