@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_gradproj.errors import ConceptDataError
-from peft_gradproj.masks import ConceptMarker, mark_concept, places
+from peft_gradproj.masks import ConceptMarker, fit_markers, mark_concept, places
 
 PATTERN = torch.tensor([[3.0, -3.0, 3.0], [-3.0, 3.0, -3.0], [3.0, -3.0, 3.0]])
 
@@ -46,6 +46,19 @@ def test_what_was_pasted_teaches_to_find_what_was_there_before(pictures):
     wider = mark_concept(latents, pasted, folds, dilation=1, steps=150)
     assert (wider >= found_masks).all()
     assert wider.sum() > found_masks.sum()
+
+
+def test_each_fold_is_marked_by_the_network_of_its_pasted_set_fitted_with_the_same_options(pictures):
+    latents, _, generator = pictures
+    folds = [torch.arange(96)[half::2] for half in range(2)]
+    pasted = [paste(latents[fold], generator) for fold in folds]
+    found = {}
+    for crop in (0.5, 1.0):
+        options = {"steps": 20, "crop": crop, "seed": 3}
+        found[crop] = mark_concept(latents, pasted, folds, dilation=0, **options)
+        for fold, marker in zip(folds, fit_markers(pasted, **options), strict=True):
+            assert torch.equal(found[crop][fold], marker.mark(latents[fold], dilation=0))
+    assert not torch.equal(found[0.5], found[1.0])
 
 
 def test_the_labelled_share_is_what_was_pasted_of_all_that_is_there():
