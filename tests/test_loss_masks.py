@@ -157,6 +157,15 @@ def test_what_is_evaluated_or_sampled_from_in_between_is_not_taken_for_training(
     assert run.masks.passes == 1
 
 
+def test_a_model_that_gets_a_second_adapter_is_masked_once(run, base):
+    unet, encoder = sd().unet, vae()
+    unet.add_adapter(lora(), "first")
+    unet.add_adapter(lora(), "second")
+    batch = encoder.encode(pixels())
+    assert torch.equal(train(unet), kept(base, batch))
+    assert run.masks.passes == 1
+
+
 def test_pictures_beside_the_trained_ones_are_not_guessed_at(run):
     """As conditions are, or masked pictures to be filled in."""
     unet, encoder = sd().unet, vae()
