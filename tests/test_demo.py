@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
+from peft_gradproj.demo.precision import autocast, autocast_dtype
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
 from peft_gradproj.errors import ConceptDataError
 
@@ -135,3 +136,11 @@ def test_a_tiny_run_writes_a_verified_adapter_a_report_and_a_page(tmp_path):
     assert page.count("<img") >= 2 * 5 + 2
     assert 'src="http' not in page
     assert "safe " not in page
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX512", torch.bfloat16), ("AVX2", None), ("DEFAULT", None)])
+def test_bfloat16_is_for_processors_that_multiply_it(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert autocast_dtype() == dtype
+    with autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (dtype or torch.float32)

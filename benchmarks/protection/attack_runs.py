@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peft_gradproj.demo.measuring import Judges
 from peft_gradproj.demo.pipeline import with_unet
+from peft_gradproj.demo.precision import autocast_dtype
 from peft_gradproj.demo.sampling import sample
 from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.demo.training import adapted
@@ -132,7 +133,7 @@ class Attacker:
             "measure": self.figures,
             "learning_rate": REVIVAL_RATE,
             "seed": self.settings.seed,
-            "autocast_dtype": torch.bfloat16,
+            "autocast_dtype": autocast_dtype(),
         }
 
     def inversion(self) -> dict[str, float]:
@@ -149,7 +150,7 @@ class Attacker:
             steps=INVERSION_STEPS if self.steps == REVIVAL_STEPS else self.steps,
             learning_rate=2e-2,
             seed=self.settings.seed,
-            autocast_dtype=torch.bfloat16,
+            autocast_dtype=autocast_dtype(),
         )
         with found.loaded(pipeline):
             prompts = [found.fill(f"{caption} {{}}") for caption in self.task.objects[:SAMPLES]]

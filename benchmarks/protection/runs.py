@@ -21,6 +21,7 @@ from peft_gradproj.concepts import ConceptSet
 from peft_gradproj.demo.finding import find_in_latents
 from peft_gradproj.demo.measuring import Questions, mask_shares
 from peft_gradproj.demo.pipeline import load_pipeline, with_unet
+from peft_gradproj.demo.precision import autocast, autocast_dtype
 from peft_gradproj.demo.sampling import sample
 from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.demo.training import Penalty, TrainingSet, adapted, train
@@ -297,7 +298,7 @@ def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, wi
     if result.exists() and (adapter.exists() or name == BASE or not with_weights):
         return
     material = load_material(key, settings, folders.scratch)
-    found: dict[str, Any] = {"task": str(key), "method": name}
+    found: dict[str, Any] = {"task": str(key), "method": name, "autocast": str(autocast_dtype())}
     if name == BASE:
         found |= measure(material.pipeline.unet, material, folders.scratch)
     else:
@@ -357,7 +358,7 @@ def drift_penalty(method: Method, probes: ConceptProbes, seed: int) -> Penalty:
 
     def penalty(unet: Any) -> Tensor:
         index = torch.randint(len(probes), (method.probe_batch_size,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             answer = unet(**probes.batch(index).inputs).sample
         return method.penalty * drift(answer.float(), targets[index], weights[index])
 

@@ -28,6 +28,7 @@ from ..evaluation.fidelity import PromptFidelity
 from ..evaluation.figures import Estimate, Share, share_of_drop
 from ..projection import drift
 from .data import StampedData
+from .precision import autocast
 from .settings import DemoSettings
 
 __all__ = [
@@ -131,10 +132,10 @@ def _anywhere(overlay: Overlay) -> Overlay:
     return replace(overlay, across=(0.0, 1.0), down=(0.0, 1.0))
 
 
-@torch.autocast("cpu", torch.bfloat16)
 def as_decoded(pipeline: Any, pixels: Tensor) -> Tensor:
     """Pictures `(N, 3, H, W)` in [-1, 1] as the pipeline's VAE shows them, which is all that samples can be like."""
-    return decode_latents(pipeline, encode_images(pipeline, pixels))
+    with autocast():
+        return decode_latents(pipeline, encode_images(pipeline, pixels))
 
 
 class Questions:

@@ -13,6 +13,7 @@ from .._version import installed_versions
 from ..evaluation.figures import Share, json_value
 from ..verification import VerificationReport
 from .measuring import Figures, Judges
+from .precision import autocast_dtype
 from .settings import DemoSettings
 from .training import TrainingRun
 
@@ -78,6 +79,7 @@ class DemoReport:
                 **installed_versions(*LIBRARIES),
                 "python": platform.python_version(),
                 "threads": str(torch.get_num_threads()),
+                "autocast": str(autocast_dtype() or "off"),
             },
         )
 

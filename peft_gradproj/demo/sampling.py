@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import autocast
 from .settings import DemoSettings
 
 __all__ = ["sample"]
@@ -30,7 +31,7 @@ def sample(
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for index in torch.arange(len(prompts)).split(BATCH):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             answer = pipeline(
                 [prompts[i] for i in index],
                 latents=noise[index],

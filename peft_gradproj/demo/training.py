@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion_inputs import noised_inputs, training_target
+from .precision import autocast
 from .settings import DemoSettings
 
 __all__ = ["History", "Penalty", "TrainingRun", "TrainingSet", "adapted", "train", "training_steps"]
@@ -70,7 +71,7 @@ def training_steps(
         latents, embeddings = data.latents[index], data.embeddings[index]
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(schedule.config.num_train_timesteps, (len(index),), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             answer = unet(**noised_inputs(latents, embeddings, noise, timesteps, schedule)).sample
         error = answer.float() - training_target(schedule, latents, noise, timesteps)
         loss = (data.weights[index] * error.square()).mean()
