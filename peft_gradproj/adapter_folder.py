@@ -41,6 +41,7 @@ from .untrusted import (
     TensorFile,
     check_format_version,
     parse_json,
+    parse_json_object,
     parse_safetensors,
     printable,
     read_file,
@@ -587,7 +588,7 @@ def read_adapter_folder(path: str | os.PathLike[str]) -> AdapterFolder:
         path=folder,
         manifest=manifest,
         weights=weights,
-        config=None if config is None else _object(config, folder / ADAPTER_CONFIG_NAME),
+        config=None if config is None else parse_json_object(config.data, str(folder / ADAPTER_CONFIG_NAME)),
         basis=None if basis is None else _parse_basis(basis, folder / BASIS_NAME),
         files={name: PublishedFile(source.size, source.sha256) for name, source in sources.items()},
         manifest_file=PublishedFile(manifest_source.size, manifest_source.sha256),
@@ -740,13 +741,6 @@ def _looks_like(entry: str, name: str) -> bool:
     return same + foreign == len(name) and same > foreign
 
 
-def _object(source: FileBytes, where: Path) -> dict[str, Any]:
-    value = parse_json(source.data, str(where))
-    if not isinstance(value, dict):
-        raise AdapterFolderError(f"{where} holds a {type(value).__name__}; expected a JSON object.")
-    return value
-
-
 def _parse_basis(source: FileBytes, where: Path) -> BasisFile:
     tensors = parse_safetensors(source, str(where))
     check_format_version(tensors.metadata.get("format_version"), BASIS_FORMAT_VERSION, str(where))
@@ -777,7 +771,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], FileBytes]:
     if not os.path.lexists(where):
         raise AdapterFolderError(f"{folder} holds no {MANIFEST_NAME}; it was not published with peft-gradproj.")
     source = read_file(folder, MANIFEST_NAME, limit=MAX_JSON_BYTES)
-    manifest = _object(source, where)
+    manifest = parse_json_object(source.data, str(where))
     check_format_version(manifest.get("format_version"), FORMAT_VERSION, str(where))
     for key, (valid, expected) in _MANIFEST_FIELDS.items():
         if key not in manifest or not valid(manifest[key]):

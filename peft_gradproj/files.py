@@ -17,6 +17,7 @@ from .untrusted import (
     TensorFile,
     check_format_version,
     parse_json,
+    parse_json_object,
     parse_safetensors,
     read_file,
 )
@@ -109,10 +110,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         AdapterFolderError: If it is none, or refused.
     """
-    value = parse_json(read_file(path.parent, path.name, limit=MAX_JSON_BYTES).data, str(path))
-    if not isinstance(value, dict):
-        raise AdapterFolderError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
-    return value
+    return parse_json_object(read_file(path.parent, path.name, limit=MAX_JSON_BYTES).data, str(path))
 
 
 def write_tensor_file(

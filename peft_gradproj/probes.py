@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .base_models import identify, layer_widths
 from .errors import ConceptDataError
-from .files import locate_file, read_tensor_file, write_tensor_file
+from .files import locate_file, read_header_json, read_tensor_file, write_tensor_file
 from .model_arguments import flatten_arguments, nest_arguments, place_arguments
 
 __all__ = [
@@ -305,7 +305,9 @@ class ConceptProbes:
             raise ConceptDataError(f"{path} holds {unknown}, which no concept probes have; refused.")
         inputs = {name[len(_INPUT_PREFIX) :]: x for name, x in tensors.items()}
         about = (header.get("concept", ""), header.get("base_model"), header.get("revision"), run_model)
-        widths = _parsed_widths(header["widths"], path) if "widths" in header else None
+        widths = _widths(
+            read_header_json(header, "widths", f"the widths in the header of {path}", ConceptDataError), path
+        )
         return cls(inputs, targets, weights, losses, *about, widths)
 
 
@@ -325,17 +327,14 @@ def broadcast_weights(weights: Tensor, outputs: Tensor) -> Tensor:
     return aligned
 
 
-def _parsed_widths(text: str, path: Path) -> dict[str, Sequence[int]]:
-    try:
-        widths = json.loads(text)
-    except (ValueError, RecursionError):
-        widths = None
-    if not isinstance(widths, dict) or not all(
-        isinstance(pair, list) and len(pair) == 2 and all(type(width) is int for width in pair)
-        for pair in widths.values()
+def _widths(value: Any, path: Path) -> dict[str, Sequence[int]] | None:
+    if value is not None and not (
+        isinstance(value, dict)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in value.values())
+        and all(type(width) is int for pair in value.values() for width in pair)
     ):
         raise ConceptDataError(f"{path}: the header's widths are not pairs of numbers by layer; collect it anew.")
-    return widths
+    return value
 
 
 def _frozen(name: str, x: Any) -> Tensor:

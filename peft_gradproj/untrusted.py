@@ -36,6 +36,7 @@ __all__ = [
     "TensorInfo",
     "check_format_version",
     "parse_json",
+    "parse_json_object",
     "parse_safetensors",
     "printable",
     "read_file",
@@ -212,6 +213,18 @@ def parse_json(data: bytes | bytearray | str, where: str) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise AdapterFolderError(f"{where} is not valid JSON ({error}); it is damaged, publish it again.") from error
+
+
+def parse_json_object(data: bytes | bytearray | str, where: str) -> dict[str, Any]:
+    """The JSON object of a text.
+
+    Raises:
+        AdapterFolderError: If `parse_json` refuses it, or it is no object.
+    """
+    value = parse_json(data, where)
+    if not isinstance(value, dict):
+        raise AdapterFolderError(f"{where} holds a {type(value).__name__}; expected a JSON object.")
+    return value
 
 
 def _check_depth(text: str, where: str) -> None:

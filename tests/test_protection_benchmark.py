@@ -135,7 +135,7 @@ def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
     main([*arguments, "--methods", "[bop]*[enr]*"])
     runs = {path: path.stat().st_mtime_ns for path in (folders["results"] / "protection").rglob("*.json")}
     methods = {json.loads(path.read_text())["method"] for path in runs}
-    assert {BASE, "plain", "oracle", "online"} <= methods
+    assert {BASE, "plain", "oracle", "ours"} <= methods
     main([*arguments, "--methods", "plain"])
     where = Folders(folders["results"] / "protection", folders["scratch"])
     run(TaskKey.parse("identity/unnamed-75/0"), "plain", DemoSettings().quick(), where, with_weights=True)

@@ -35,7 +35,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from peft_gradproj import GradProjConfig
-from peft_gradproj.diffusion_inputs import pictures_to_tensor
+from peft_gradproj.diffusion_inputs import pictures_to_tensor, scaled_latents
 from peft_gradproj.diffusion_training import (
     WEIGHT_DTYPES,
     LoraCheckpoints,
@@ -260,8 +260,7 @@ def main() -> None:
         for batch in seeded_batches(train_dataloader, args, accelerator, epoch=epoch, skipped=skipped):
             with accelerator.accumulate(*trained):
                 with torch.no_grad():
-                    latents = vae.encode(batch["pixel_values"].to(vae.dtype)).latent_dist.sample()
-                    latents = latents * vae.config.scaling_factor
+                    latents = scaled_latents(vae, vae.encode(batch["pixel_values"].to(vae.dtype)).latent_dist.sample())
                 with torch.set_grad_enabled(args.train_text_encoder):
                     embeddings = text_encoder(batch["input_ids"], return_dict=False)[0]
                 noisy_latents, timesteps, target = noised(noise_scheduler, latents)

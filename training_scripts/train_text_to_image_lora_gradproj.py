@@ -25,7 +25,7 @@ from diffusers.training_utils import cast_training_params, compute_snr
 from tqdm.auto import tqdm
 
 from peft_gradproj import GradProjConfig
-from peft_gradproj.diffusion_inputs import pictures_to_tensor
+from peft_gradproj.diffusion_inputs import pictures_to_tensor, scaled_latents
 from peft_gradproj.diffusion_training import (
     LoraCheckpoints,
     add_concept_arguments,
@@ -183,8 +183,7 @@ def main() -> None:
         for batch in seeded_batches(train_dataloader, args, accelerator, epoch=epoch, skipped=skipped):
             with accelerator.accumulate(unet):
                 with torch.no_grad():
-                    latents = vae.encode(batch["pixel_values"].to(vae.dtype)).latent_dist.sample()
-                    latents = latents * vae.config.scaling_factor
+                    latents = scaled_latents(vae, vae.encode(batch["pixel_values"].to(vae.dtype)).latent_dist.sample())
                     embeddings = text_encoder(batch["input_ids"], return_dict=False)[0]
                 noisy_latents, timesteps, target = noised(noise_scheduler, latents, offset=args.noise_offset)
                 prediction = unet(noisy_latents, timesteps, embeddings, return_dict=False)[0]

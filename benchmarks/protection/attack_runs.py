@@ -42,8 +42,8 @@ SAMPLING_STEPS = 10
 INVERSION_STEPS = 200
 # fmt: off
 WORDS = (
-    "logo", "brand", "sign", "video", "play", "red", "button", "channel", "television", "watermark",
-    "white", "triangle", "screen", "film", "music", "arrow", "corner", "sticker", "label", "app",
+    "logo", "brand", "sign", "watermark", "sticker", "label", "app", "corner", "music", "sound",
+    "radio", "headphones", "green", "black", "white", "circle", "disc", "waves", "play", "button",
 )
 # fmt: on
 SEARCHED = 40

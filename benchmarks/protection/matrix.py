@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .methods import MAIN, METHODS, SWEEPS
+from .methods import BY_NAME, HALF_FOUND, MAIN, METHODS, SWEEPS
 from .runs import BASE
 from .tasks import TaskKey
 
@@ -34,6 +34,8 @@ def _entries() -> Iterator[Entry]:
             yield from _row(TaskKey(concept, False, 75, seed), MAIN)
         for concept in (TUNED_LOGO, OTHER_LOGO, "style", "identity"):
             yield from _row(TaskKey(concept, True, 75, seed), MAIN)
+        yield from _row(TaskKey(TUNED_LOGO, True, 75, seed), BY_NAME)
+        yield from _row(TaskKey(OTHER_LOGO, False, 75, seed), HALF_FOUND)
         yield from _row(TaskKey(TUNED_LOGO, False, 75, seed), METHODS)
     for seed in SEEDS:
         for concept in (TUNED_LOGO, OTHER_LOGO, "style", "identity"):
@@ -51,8 +53,8 @@ MATRIX = tuple(dict.fromkeys(_entries()))
 """All runs, in the order in which they are made, each once."""
 
 ATTACKED = tuple(
-    Entry(TaskKey(TUNED_LOGO, False, 75, seed), method)
+    Entry(TaskKey(OTHER_LOGO, False, 75, seed), method)
     for seed in SEEDS
-    for method in (BASE, "plain", "oracle", "masked, found", "online", "ours")
+    for method in (BASE, "plain", "oracle", "masked, found", "ours")
 )
 """The runs whose adapters are attacked."""

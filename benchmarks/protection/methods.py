@@ -90,8 +90,20 @@ METHODS = {
     )
 }
 
-MAIN = ("plain", "oracle", "ours", "masked, found", "online")
+MAIN = ("plain", "oracle", "ours", "masked, found")
 """Run on every concept and regime; the others on one logo."""
+
+BY_NAME = ("literal rule", "Coffee-style", "subspace: input and output")
+"""What the papers describe by words; run where captions name the concept as well."""
+
+HALF_FOUND = (
+    "online",
+    "online, history 8",
+    "masked, missing 20 %",
+    "masked, missing 20 % + online",
+    "masked, missing 20 % + online, every step",
+)
+"""Without masks, or with masks that miss pictures; run on both logos."""
 
 
 def _varied(name: str, values: Sequence[Any]) -> list[Method]:
