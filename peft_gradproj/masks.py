@@ -22,7 +22,7 @@ from .diffusion_inputs import dilated
 from .errors import ConceptDataError
 from .small_networks import fit_network
 
-__all__ = ["ConceptMarker", "fit_markers", "mark_concept", "marker_network", "places"]
+__all__ = ["ConceptMarker", "fit_markers", "guarded", "mark_concept", "marker_network", "places"]
 
 
 class ConceptMarker:
@@ -179,6 +179,26 @@ def mark_concept(
     for fold, marker in zip(folds, markers, strict=True):
         masks[fold] = marker.mark(latents[fold], dilation=dilation)
     return masks
+
+
+def guarded(masks: Tensor, *, share: float = 0.05) -> Tensor:
+    """Masks that, in pictures in which the concept was not found, cover where other pictures show it.
+
+    Either it is not there, or it was missed; and what is missed is learned. A concept that always lies in one place, as
+    watermarks do, costs little to guard against; one that lies anywhere costs all of such pictures.
+
+    Args:
+        masks: Of training pictures, not widened, shape `(N, 1, h, w)`.
+        share: Of the pictures that show the concept; what fewer of them show it at is not covered.
+
+    Returns:
+        1 where the concept is or may be and 0 elsewhere, the dtype of the masks, shape `(N, 1, h, w)`.
+    """
+    marked = masks.flatten(1).any(1)
+    if not marked.any():
+        return masks.clone()
+    usual = (masks[marked].bool().float().mean(0) >= share).to(masks.dtype)
+    return torch.where(marked[:, None, None, None], masks, usual)
 
 
 def places(masks: Tensor, *, quantile: float = 0.05) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_gradproj.errors import ConceptDataError
-from peft_gradproj.masks import ConceptMarker, fit_markers, mark_concept, places
+from peft_gradproj.masks import ConceptMarker, fit_markers, guarded, mark_concept, places
 
 PATTERN = torch.tensor([[3.0, -3.0, 3.0], [-3.0, 3.0, -3.0], [3.0, -3.0, 3.0]])
 
@@ -141,3 +141,34 @@ def test_bad_input_is_named():
         mark_concept(latents, [(latents, masks)] * 2, [torch.arange(16), torch.arange(15, 32)])
     with pytest.raises(ConceptDataError, match="none of the training pictures"):
         places(torch.zeros(2, 1, 4, 4))
+
+
+@given(
+    st.integers(1, 12).flatmap(
+        lambda n: st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=n, max_size=n)
+    ),
+    st.floats(0.01, 1.0),
+)
+def test_guarded_masks_cover_more_only_where_nothing_was_found_and_only_what_others_show(rows, share):
+    masks = torch.tensor(rows).float().view(-1, 1, 2, 3)
+    covered = guarded(masks, share=share)
+    marked = masks.flatten(1).any(1)
+    assert covered.shape == masks.shape
+    assert torch.equal(covered[marked], masks[marked])
+    shown = masks[marked].mean(0) if marked.any() else torch.zeros(1, 2, 3)
+    for unmarked in covered[~marked]:
+        assert torch.equal(unmarked.bool(), (shown >= share) & (shown > 0))
+    assert torch.equal(guarded(covered, share=share)[marked], covered[marked])
+
+
+def test_guarding_covers_what_was_missed_of_a_concept_that_lies_in_one_place():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.zeros(200, 1, 8, 8)
+    for mask in masks:
+        top, left = torch.randint(4, 6, (2,), generator=generator).tolist()
+        mask[:, top : top + 3, left : left + 3] = 1
+    found = masks.clone()
+    found[::5] = 0
+    covered = guarded(found)
+    assert (masks * (1 - covered)).sum() == 0
+    assert covered[::5].mean() < 0.3

@@ -25,6 +25,7 @@ class Method:
         clean: Train on the pictures without the concept, under captions that do not name it.
         filtered: Leave out the pictures that show the concept.
         masked: Where the concept is, the loss does not count.
+        guarded: Nor does it, in pictures in which it was not found, where others show it.
         spaces: Of the subspace projection.
         online: Whether probes correct the steps.
         penalty: Weight of the drift on as many probes in every step's loss; 0 for none.
@@ -36,6 +37,7 @@ class Method:
     clean: bool = False
     filtered: Knowledge | None = None
     masked: Knowledge | None = None
+    guarded: bool = False
     spaces: tuple[str, ...] = ()
     online: bool = False
     penalty: float = 0.0
@@ -77,6 +79,9 @@ METHODS = {
         Method("masked, perfect", masked="perfect"),
         Method("masked, missing 20 %", masked="missing-20"),
         Method("masked, missing 20 % + online", masked="missing-20", online=True),
+        Method("masked, found, guarded", masked="found", guarded=True),
+        Method("masked, missing 20 %, guarded", masked="missing-20", guarded=True),
+        Method("masked, missing 20 %, guarded + online", masked="missing-20", guarded=True, online=True),
         Method("masked, missing 20 % + online, every step", masked="missing-20", online=True, probe_every=1),
         Method("rank 4, weight decay 1", rank=4, weight_decay=1.0),
         Method("penalty 0.3", penalty=0.3),
@@ -101,6 +106,9 @@ HALF_FOUND = (
     "online, history 8",
     "masked, missing 20 %",
     "masked, missing 20 % + online",
+    "masked, found, guarded",
+    "masked, missing 20 %, guarded",
+    "masked, missing 20 %, guarded + online",
     "masked, missing 20 % + online, every step",
 )
 """Without masks, or with masks that miss pictures; run on both logos."""

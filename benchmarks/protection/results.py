@@ -17,7 +17,7 @@ from peft_gradproj._version import installed_versions
 from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.evaluation.figures import Share
 
-from .matrix import MATRIX, Entry
+from .matrix import MATRIX, TUNED_LOGO, Entry
 from .methods import MAIN, METHODS, SWEEPS
 from .runs import BASE, write_json
 from .tasks import TaskKey
@@ -34,7 +34,7 @@ LIBRARIES = ("torch", "peft", "diffusers", "transformers")
 
 
 def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
-    """Write `protection.json`, and from it `benchmark.md` and its plots."""
+    """Write `protection.json`, and from it `benchmark.md`, its plots, and `claims.md`."""
     files = sorted((results / "protection").rglob("*.json"))
     found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     runs = [run for run in found if "leaks" in run]
@@ -49,7 +49,7 @@ def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
         "detectors": detectors_of(runs),
     }
     write_json(results / "protection.json", content, indent=1)
-    write_page(content, docs)
+    write_pages(content, docs)
 
 
 def figures_of(run: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -153,11 +153,11 @@ def _rounded(value: float) -> float | None:
     return round(value, 4) if math.isfinite(value) else None
 
 
-# The page
+# The pages
 
 
-def write_page(content: Mapping[str, Any], docs: Path) -> None:
-    """Write `benchmark.md` and its plots into the documentation."""
+def write_pages(content: Mapping[str, Any], docs: Path) -> None:
+    """Write `benchmark.md` with its plots, and `claims.md`, into the documentation."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     (docs / "images").mkdir(parents=True, exist_ok=True)
@@ -177,18 +177,37 @@ def write_page(content: Mapping[str, Any], docs: Path) -> None:
     )
     environment.filters["figure"] = figure
     environment.filters["share"] = lambda d: f"{Share(**d).value:.3f} of {d['total']}"
-    text = environment.get_template("benchmark.md.jinja").render(
-        content=content,
-        tables=[(title(key), table) for key, table in ordered],
-        sweeps=set(SWEEPS),
-        total=len(MATRIX),
-        missing=len(set(MATRIX) - made),
-    )
-    (docs / "benchmark.md").write_text(text, encoding="utf-8")
+    found = {(row["concept"], row["named"], row["percent"], row["method"]): row for row in rows}
+
+    def has(method: str, concept: str = TUNED_LOGO, *, named: bool = False) -> bool:
+        return (concept, named, 75, method) in found
+
+    def value(method: str, name: str, concept: str = TUNED_LOGO, *, named: bool = False) -> str:
+        row = found.get((concept, named, 75, method))
+        return (row and figure(row, name)) or "(not run)"
+
+    names = {
+        "content": content,
+        "tables": [(title(key), table) for key, table in ordered],
+        "sweeps": set(SWEEPS),
+        "total": len(MATRIX),
+        "missing": len(set(MATRIX) - made),
+        "untouched": [title(key) for key in sorted({_regime(e) for e in MATRIX} - {_regime(e) for e in made})],
+        "has": has,
+        "value": value,
+    }
+    for page in ("benchmark.md", "claims.md"):
+        text = environment.get_template(f"{page}.jinja").render(names)
+        (docs / page).write_text(text, encoding="utf-8")
+
+
+def _regime(entry: Entry) -> tuple[str, bool, int]:
+    """What a table is about: the task without its seed."""
+    return entry.task.concept, entry.task.named, entry.task.percent
 
 
 def title(key: tuple[str, bool, int]) -> str:
-    """What a table is about."""
+    """The same in words."""
     concept, named, percent = key
     return f"{concept}, {'named' if named else 'not named'} in the captions, in {percent} % of the pictures"
 

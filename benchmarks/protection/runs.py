@@ -40,7 +40,7 @@ from peft_gradproj.diffusion_inputs import (
 )
 from peft_gradproj.files import write_atomically
 from peft_gradproj.fitting import fit_concept_basis
-from peft_gradproj.masks import places
+from peft_gradproj.masks import guarded, places
 from peft_gradproj.online import detach_online_projection
 from peft_gradproj.probes import collect_concept_probes
 from peft_gradproj.projection import drift
@@ -195,7 +195,8 @@ class Material:
             )
         embeddings, weights = encode_prompts(self.pipeline, data.captions), torch.ones_like(self.latents[:, :1])
         if method.masked:
-            weights = weights - self.where(method.masked)
+            masks = self.where(method.masked)
+            weights = weights - (guarded(masks) if method.guarded else masks)
         keep = torch.arange(len(self.latents))
         if method.filtered:
             marked = self.where(method.filtered).flatten(1).mean(1)
