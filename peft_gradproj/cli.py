@@ -394,6 +394,9 @@ def mask(
     num_pairs: Annotated[int, typer.Option(help="Examples that each of the two networks learns from.")] = 384,
     steps: Annotated[int, typer.Option(help="Training steps of each network.")] = 300,
     dilation: Annotated[int, typer.Option(help="By how many latents to widen what was found.")] = 1,
+    guard: Annotated[
+        bool, typer.Option("--guard", help="Mask also, where it was not found, the places at which others show it.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Pictures that the VAE encodes at once.")] = 4,
     revision: PipelineRevisionOption = None,
     variant: VariantOption = None,
@@ -431,6 +434,7 @@ def mask(
         num_pairs=num_pairs,
         steps=steps,
         dilation=dilation,
+        guard=guard,
         batch_size=batch_size,
         revision=revision,
         variant=variant,

@@ -22,6 +22,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -32,7 +33,7 @@ from .concept_markers import ConceptMarkers
 from .concepts import ConceptSet, Overlay, nth_of_shuffles
 from .diffusion_inputs import dilated, latent_weights, pictures_to_tensor
 from .errors import ConceptDataError
-from .masks import ConceptMarker, fit_markers
+from .masks import ConceptMarker, fit_markers, guarded
 from .pipelines import PictureEncoder, checked_resolution, load_encoder
 from .training_data import TrainingData, draw_frame
 
@@ -41,6 +42,9 @@ __all__ = ["ConceptMasks", "MaskReport", "find_concept"]
 FOLDS = 2
 CELLS_IN_A_STEP = 2**16
 """A training step of the networks sees about so many latents' places, whatever the resolution."""
+GUARD_GRID = 64
+"""Rows and columns of the grid on which places in pictures of different sizes are compared."""
+GUARDED_SHARE = 0.05
 CROP = 0.5
 """The networks learn from parts of the squares, and so not where in the pictures they are."""
 
@@ -70,6 +74,11 @@ class ConceptMasks(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self.cells)
 
+    @property
+    def marked(self) -> int:
+        """In how many pictures anything is masked."""
+        return sum(bool(marked.any()) for marked in self.cells)
+
     @overload
     def __getitem__(self, index: int) -> Image.Image: ...
 
@@ -82,6 +91,29 @@ class ConceptMasks(Sequence[Image.Image]):
         levels = Image.fromarray(self.cells[index].astype(np.uint8) * 255)
         return levels.resize(self.sizes[index], Image.Resampling.NEAREST)
 
+    def guarded(self, *, share: float = GUARDED_SHARE) -> ConceptMasks:
+        """Masks that, in pictures in which the concept was not found, cover where other pictures show it.
+
+        See :func:`peft_gradproj.masks.guarded`. Places in pictures of different sizes are the same if they lie at the
+        same share of width and height.
+
+        Args:
+            share: Of the pictures in which it was found; what fewer of them show it at is not covered.
+        """
+        covered = guarded(
+            torch.cat([_resampled(marked, (GUARD_GRID, GUARD_GRID)) for marked in self.cells]), share=share
+        )
+        cells = [
+            marked if marked.any() else _resampled(usual[0].numpy(), marked.shape)[0, 0].bool().numpy()
+            for marked, usual in zip(self.cells, covered, strict=True)
+        ]
+        return ConceptMasks(cells, self.sizes, self.markers)
+
+
+def _resampled(marked: np.ndarray, size: tuple[int, ...]) -> Tensor:
+    """Marks of shape `(h, w)` at another size, widened rather than lost; float32, shape `(1, 1, *size)`."""
+    return F.adaptive_max_pool2d(torch.from_numpy(marked).float()[None, None], size)
+
 
 @dataclass(frozen=True)
 class MaskReport:
@@ -90,6 +122,8 @@ class MaskReport:
     pictures: int
     found: int
     """In so many of them the concept was found."""
+    guarded: int
+    """In so many others what shows it elsewhere is masked."""
     area: float
     """Share of the pictures' area that is masked, mean over all pictures."""
     recall: float
@@ -117,7 +151,8 @@ class MaskReport:
     def __str__(self) -> str:
         written = f"\nwritten to {self.folder}" if self.folder else ""
         return (
-            f"found in {self.found} of {self.pictures} pictures; {self.area:.1%} of their area is masked\n"
+            f"found in {self.found} of {self.pictures} pictures, guarded against in {self.guarded} others; "
+            f"{self.area:.1%} of their area is masked\n"
             f"recall: {self.recall:.1%} of the concept's area (standard error {self.recall_error:.1%}) in "
             f"{self.recall_pictures} examples that the network had not seen; these were pasted or given, and what is "
             "in the pictures may be harder to find\n"
@@ -138,6 +173,7 @@ def find_concept(
     num_pairs: int = 384,
     steps: int = 300,
     dilation: int = 1,
+    guard: bool = False,
     batch_size: int = 4,
     revision: str | None = None,
     variant: str | None = None,
@@ -161,6 +197,7 @@ def find_concept(
             twice.
         steps: Training steps of each network.
         dilation: By how many latents to widen what was found, since a latent depends on its neighbours' pixels.
+        guard: Mask also, in pictures in which it was not found, where others show it (:meth:`ConceptMasks.guarded`).
         batch_size: Pictures that the VAE encodes at once.
         revision: Branch, tag or commit on the Hub, if the pipeline is loaded here.
         variant: Of its weights, such as `fp16`, likewise.
@@ -213,10 +250,15 @@ def find_concept(
             sizes.append(picture.size)
             bar.update()
 
+    kept = ConceptMarkers(markers, resolution=side, dilation=dilation, concept=name)
+    masks = found = ConceptMasks(cells, sizes, kept)
+    if guard:
+        masks = found.guarded()
     report = MaskReport(
         pictures=len(data),
-        found=sum(bool(marked.any()) for marked in cells),
-        area=float(np.mean([marked.mean() for marked in cells])),
+        found=found.marked,
+        guarded=masks.marked - found.marked,
+        area=float(np.mean([marked.mean() for marked in masks.cells])),
         recall=float(recalls.mean()),
         recall_error=float(recalls.std() / math.sqrt(len(recalls))),
         recall_pictures=len(recalls),
@@ -225,8 +267,7 @@ def find_concept(
         pairs=num_pairs,
         seconds=clock.seconds,
     )
-    kept = ConceptMarkers(markers, resolution=side, dilation=dilation, concept=name)
-    return ConceptMasks(cells, sizes, kept), report
+    return masks, report
 
 
 def _bar(name: str, total: int, wanted: bool) -> Any:

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from tiny_pipelines import PIPELINES, SIDE, image_folder, logo, picture
 from typer.testing import CliRunner
 
-from peft_gradproj import ConceptMarkers, ConceptSet, TrainingData
+from peft_gradproj import ConceptMarkers, ConceptSet, TrainingData, concept_masks
 from peft_gradproj.cli import app
 from peft_gradproj.concept_masks import ConceptMasks, _starts, find_concept
 from peft_gradproj.concepts import Overlay
@@ -174,6 +174,39 @@ def test_masks_are_drawn_at_their_pictures_sizes():
     masks = ConceptMasks([cells, ~cells], [(6, 4), (3, 3)])
     assert masks[0].getbbox() == (0, 0, 3, 2)
     assert [mask.size for mask in masks[1:]] == [(3, 3)]
+
+
+def test_pictures_of_any_size_are_guarded_where_others_show_the_concept():
+    corner, nothing = np.zeros((8, 8), bool), np.zeros((8, 8), bool)
+    corner[6:, 6:] = True
+    cells = [corner, nothing, np.zeros((4, 12), bool), np.ones((2, 2), bool), np.zeros((1, 3), bool)]
+    masks = ConceptMasks([*cells, *[corner] * 20], [(32, 32)] * 25)
+    guarded = masks.guarded()
+    assert (masks.marked, guarded.marked, guarded.sizes) == (22, 25, masks.sizes)
+    for before, after in zip(masks.cells, guarded.cells, strict=True):
+        assert before.shape == after.shape
+        if before.any():
+            assert np.array_equal(before, after)
+    # The picture that is marked everywhere is one of 22, less than a share of 5 %.
+    assert np.array_equal(guarded.cells[1], corner)
+    assert np.array_equal(np.argwhere(guarded.cells[2]), [(3, column) for column in (9, 10, 11)])
+    assert np.array_equal(guarded.cells[4], [[False, False, True]])
+    assert masks.guarded(share=0.04).cells[1].all()
+
+
+def test_nothing_is_guarded_against_where_nothing_was_found():
+    masks = ConceptMasks([np.zeros((4, 4), bool)] * 3, [(8, 8)] * 3)
+    assert masks.guarded().marked == 0
+
+
+@pytest.mark.parametrize(("guard", "guarded"), [(False, 0), (True, 3)])
+def test_the_report_tells_what_was_found_from_what_is_guarded(monkeypatch, guard, guarded):
+    marked = concept_masks._marked
+    odd = [picture(seed) for seed in (1, 3, 5)]
+    monkeypatch.setattr(concept_masks, "_marked", lambda shown, *options: marked(shown, *options) & (shown not in odd))
+    masks, report = find_concept(PIPELINES["sd"](), Overlay(logo()), data(6), **QUICK, guard=guard)
+    assert (report.found, report.guarded, masks.marked) == (3, guarded, 3 + guarded)
+    assert report.area == pytest.approx(np.mean([cells.mean() for cells in masks.cells]))
 
 
 # What is refused
