@@ -185,8 +185,12 @@ def _pipeline_tag(folder: AdapterFolder) -> str | None:
     task = (folder.config or {}).get("task_type")
     if task in _TASKS:
         return _TASKS[task]
+    return "text-to-image" if _has_unet_blocks(folder) else None
+
+
+def _has_unet_blocks(folder: AdapterFolder) -> bool:
     modules = (module for parsed in folder.layers().values() for module in parsed.pairs)
-    return "text-to-image" if any(module.startswith(_UNET_BLOCKS) for module in modules) else None
+    return any(module.startswith(_UNET_BLOCKS) for module in modules)
 
 
 def _with_images(widgets: Sequence[Any], images: Iterable[tuple[str, str]]) -> Iterator[Any]:
@@ -231,7 +235,19 @@ def _render_section(folder: AdapterFolder, report: VerificationReport, repo_id: 
         where=repo_id or "path/to/this/folder",
         weights=next(iter(folder.weights)),
         is_peft=WEIGHT_NAMES[0] in folder.weights,
+        bare=_bare_denoiser(folder),
     )
+
+
+def _bare_denoiser(folder: AdapterFolder) -> str | None:
+    """The pipeline's model whose own `save_lora_adapter` wrote the weights, without its name in their keys.
+
+    `load_lora_weights` passes over such keys with a warning, and the pipeline stays as it was.
+    """
+    keys = next(iter(folder.weights.values())).keys()
+    if any(key.startswith(("unet.", "transformer.", "text_encoder")) for key in keys):
+        return None
+    return "unet" if _has_unet_blocks(folder) else "transformer"
 
 
 @cache

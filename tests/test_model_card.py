@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import SmallNet
 from helpers import LAYERS, small_net_basis
-from peft import get_peft_model
-from published_folders import CONFIG, edit_json, honest_folder, reseal
+from peft import get_peft_model, get_peft_model_state_dict
+from published_folders import CONFIG, directions, edit_json, honest_folder, reseal
+from tiny_pipelines import PIPELINES
+from torch import nn
 
-from peft_gradproj import GradProjConfig, verify_adapter
+from peft_gradproj import ConceptBasis, GradProjConfig, LayerBasis, save_sidecars, verify_adapter
 from peft_gradproj.errors import AdapterFolderError
 from peft_gradproj.model_card import is_unfilled, write_model_card
 
@@ -157,6 +160,38 @@ def test_it_says_how_to_verify_and_how_to_load_without_us(tmp_path, style, call)
     assert call in card
     assert card.count("user/name") == 2
     assert "import peft_gradproj" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("sd", lambda pipeline, folder: pipeline.unet.save_lora_adapter(folder)),
+        ("sd", lambda pipeline, folder: pipeline.save_lora_weights(folder, get_peft_model_state_dict(pipeline.unet))),
+        ("sd3", lambda pipeline, folder: pipeline.transformer.save_lora_adapter(folder)),
+    ],
+    ids=["save_lora_adapter", "save_lora_weights", "save_lora_adapter of a transformer"],
+)
+def test_what_the_card_says_loads_the_adapter(tmp_path, name, save):
+    pipeline = PIPELINES[name]()
+    denoiser = pipeline.unet if name == "sd" else pipeline.transformer
+    denoiser.requires_grad_(False)
+    targets = [n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear) and n.endswith("to_q")]
+    widths = {n: denoiser.get_submodule(n).in_features for n in targets}
+    generator = torch.Generator().manual_seed(0)
+    basis = ConceptBasis({n: LayerBasis(input=directions(width, 2, generator)) for n, width in widths.items()})
+    denoiser.add_adapter(GradProjConfig(r=2, target_modules=targets, concept_basis=basis, init_lora_weights=False))
+    save(pipeline, tmp_path / "adapter")
+    save_sidecars(denoiser, tmp_path / "adapter")
+    card = section(written(tmp_path / "adapter"))
+    (load,) = (line for line in card.splitlines() if line.startswith("pipeline."))
+    fresh = PIPELINES[name]()
+    exec(load.replace("path/to/this/folder", str(tmp_path / "adapter")), {"pipeline": fresh})
+    loaded = fresh.unet if name == "sd" else fresh.transformer
+    expected = get_peft_model_state_dict(denoiser)
+    found = get_peft_model_state_dict(loaded, adapter_name=next(iter(loaded.peft_config)))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"strength": 0.5}, {"publish_basis": "digest"}, {"style": "unet"}])
