@@ -121,7 +121,7 @@ class Attacker:
         """Training for what the probes show, if need be such that the adapter still verifies."""
         ours = METHODS["ours"]
         probes = self.material.probes(replace(ours, rule="orthogonal"))
-        basis = self.material.basis(ours.basis_rank) if within_basis else None
+        basis = self.material.basis(ours) if within_basis else None
         return revive_with_probes(self.unet, probes, basis=basis, **self._training)
 
     @property

@@ -26,6 +26,8 @@ class Method:
         filtered: Leave out the pictures that show the concept.
         masked: Where the concept is, the loss does not count.
         guarded: Nor does it, in pictures in which it was not found, where others show it.
+        dilation: By how many latents masks are widened.
+        placed: Whether the concept is pasted, for basis and probes, where the masks found it.
         spaces: Of the subspace projection.
         online: Whether probes correct the steps.
         penalty: Weight of the drift on as many probes in every step's loss; 0 for none.
@@ -38,6 +40,8 @@ class Method:
     filtered: Knowledge | None = None
     masked: Knowledge | None = None
     guarded: bool = False
+    dilation: int = 0
+    placed: bool = True
     spaces: tuple[str, ...] = ()
     online: bool = False
     penalty: float = 0.0
@@ -49,6 +53,7 @@ class Method:
     restore: float = 0.5
     probes: int = 768
     basis_rank: int = 8
+    basis_pairs: int = 96
     strength: float = 1.0
     rank: int = 16
     weight_decay: float = 1e-2
@@ -67,6 +72,16 @@ METHODS = {
         Method("plain"),
         Method("oracle", clean=True),
         OURS,
+        replace(
+            OURS,
+            name="ours, by default",
+            dilation=1,
+            placed=False,
+            probes=64,
+            basis_rank=16,
+            basis_pairs=64,
+            restore=0.7,
+        ),
         Method("masked, found", masked="found"),
         Method("online", online=True),
         Method("online, history 8", online=True, probe_history=8),

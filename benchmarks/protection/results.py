@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,7 +17,7 @@ from peft_gradproj._version import installed_versions
 from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.evaluation.figures import Share
 
-from .matrix import MATRIX, TUNED_LOGO, Entry
+from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
 from .methods import MAIN, METHODS, SWEEPS
 from .runs import BASE, write_json
 from .tasks import TaskKey
@@ -186,6 +186,11 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         row = found.get((concept, named, 75, method))
         return (row and figure(row, name)) or "(not run)"
 
+    def seeds(method: str) -> str:
+        row = found.get((TUNED_LOGO, False, 75, method))
+        leaks = [] if row is None else [f"{figures['leak']:.2f}" for figures in row["by_seed"].values()]
+        return ", ".join(leaks) or "(not run)"
+
     names = {
         "content": content,
         "tables": [(title(key), table) for key, table in ordered],
@@ -193,12 +198,28 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "total": len(MATRIX),
         "missing": len(set(MATRIX) - made),
         "untouched": [title(key) for key in sorted({_regime(e) for e in MATRIX} - {_regime(e) for e in made})],
+        "masks": list(_covered(rows)),
+        "attacked": len(ATTACKED),
         "has": has,
         "value": value,
+        "seeds": seeds,
     }
     for page in ("benchmark.md", "claims.md"):
         text = environment.get_template(f"{page}.jinja").render(names)
         (docs / page).write_text(text, encoding="utf-8")
+
+
+def _covered(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any], dict[str, str]]]:
+    """For each table what the found masks cover: its title, the row, and ranges over the seeds."""
+    for row in rows:
+        if row["masks"] and row["method"] == "ours":
+            values = {kind: [mask[kind] for mask in row["masks"]] for kind in ("stamped", "elsewhere")}
+            ranges = {kind: sorted({f"{min(v):.3f}", f"{max(v):.3f}"}) for kind, v in values.items()}
+            yield (
+                title((row["concept"], row["named"], row["percent"])),
+                row,
+                {kind: " to ".join(ends) for kind, ends in ranges.items()},
+            )
 
 
 def _regime(entry: Entry) -> tuple[str, bool, int]:

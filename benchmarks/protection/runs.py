@@ -29,6 +29,7 @@ from peft_gradproj.diffusion_inputs import (
     LatentPairs,
     concept_probe_batches,
     contrast_batches,
+    dilated,
     encode_concept_set,
     encode_images,
     encode_prompts,
@@ -100,26 +101,30 @@ class Material:
 
         return find_in_latents(self.latents, examples, self.settings, contrast=self.task.concept.contrast)
 
-    def examples(self, count: int) -> ConceptSet:
-        """The user's examples on all training pictures, where the concept was found."""
-        region = ANYWHERE if self.task.concept.everywhere else places(self.found)
+    def examples(self, count: int, *, placed: bool = True) -> ConceptSet:
+        """The user's examples on all training pictures, where the concept was found, or anywhere."""
+        region = places(self.found) if placed and not self.task.concept.everywhere else ANYWHERE
         return self.task.examples(range(len(self.latents)), count, self.settings.seed, region)
 
-    def basis(self, rank: int) -> ConceptBasis:
+    def basis(self, method: Method) -> ConceptBasis:
         """Of the input and output spaces."""
-        path = self.folder / f"basis-{rank}.safetensors"
-        return ConceptBasis.load(make_once(path, lambda part: self._fit(rank).save(part)))
+        name = f"basis-{method.basis_rank}-{method.basis_pairs}{'' if method.placed else '-anywhere'}.safetensors"
+        return ConceptBasis.load(make_once(self.folder / name, lambda part: self._fit(method).save(part)))
 
-    def _fit(self, rank: int) -> ConceptBasis:
+    def _basis_pairs(self, method: Method) -> LatentPairs:
+        count = min(method.basis_pairs, self.settings.basis_pairs)
+        return encode_concept_set(self.pipeline, self.examples(count, placed=method.placed))
+
+    def _fit(self, method: Method) -> ConceptBasis:
         settings = self.settings
-        pairs = encode_concept_set(self.pipeline, self.examples(settings.basis_pairs))
+        pairs = self._basis_pairs(method)
         concept, reference = contrast_batches(pairs, self.schedule, batch_size=16, seed=settings.seed)
         return fit_concept_basis(
             self.pipeline.unet,
             concept,
             reference,
             target_modules=settings.target_modules,
-            rank=rank,
+            rank=method.basis_rank,
             concept=self.task.concept.name,
             unfit="skip",
             progress=False,
@@ -129,14 +134,14 @@ class Material:
     @property
     def targets(self) -> list[str]:
         """The adapted layers, the same for all methods: those that have a basis."""
-        return sorted(self.basis(METHODS["ours"].basis_rank))
+        return sorted(self.basis(METHODS["ours"]))
 
     def adapter_basis(self, method: Method) -> ConceptBasis:
         """Of the rank or gradient space, which depends on the adapter's start."""
         (space,) = method.spaces
         settings = self.settings
         unet = adapted(self.pipeline.unet, lora_config(method, self.targets), settings.seed)
-        pairs = encode_concept_set(self.pipeline, self.examples(settings.basis_pairs))
+        pairs = self._basis_pairs(method)
         concept, reference = (list(self._with_targets(pairs, half)) for half in ("with_concept", "without"))
         return fit_concept_basis(
             unet,
@@ -169,7 +174,8 @@ class Material:
     def probes(self, method: Method) -> ConceptProbes:
         settings = self.settings
         count = min(method.probes, settings.probes)
-        pairs = encode_concept_set(self.pipeline, self.examples(count), dilation=settings.probe_dilation)
+        examples = self.examples(count, placed=method.placed)
+        pairs = encode_concept_set(self.pipeline, examples, dilation=settings.probe_dilation)
         batches = concept_probe_batches(
             pairs, self.schedule, batch_size=64, seed=settings.seed + 1, loss_targets=method.rule == "orthogonal"
         )
@@ -196,7 +202,7 @@ class Material:
         embeddings, weights = encode_prompts(self.pipeline, data.captions), torch.ones_like(self.latents[:, :1])
         if method.masked:
             masks = self.where(method.masked)
-            weights = weights - (guarded(masks) if method.guarded else masks)
+            weights = weights - dilated(guarded(masks) if method.guarded else masks, method.dilation)
         keep = torch.arange(len(self.latents))
         if method.filtered:
             marked = self.where(method.filtered).flatten(1).mean(1)
@@ -211,7 +217,7 @@ class Material:
         if method.spaces and method.spaces[0] in ("rank", "gradient"):
             basis = self.adapter_basis(method)
         elif method.spaces:
-            whole = self.basis(method.basis_rank)
+            whole = self.basis(method)
             chosen = {n: {s: getattr(layer, s) for s in method.spaces} for n, layer in whole.items()}
             basis = whole.with_layers(
                 {n: LayerBasis(**spaces) for n, spaces in chosen.items() if any(s is not None for s in spaces.values())}
