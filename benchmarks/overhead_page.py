@@ -198,7 +198,7 @@ def memory(results: Results) -> str | None:
 
 def parts(results: Results) -> str | None:
     """Where the time goes."""
-    rows = []
+    rows, costs = [], []
     for (model, *_), cell in of_kind(results, "parts"):
         spent = dict(cell["processor_seconds"])
         at_corrected = sum(seconds for part, seconds in spent.items() if part.endswith("at corrected steps"))
@@ -208,6 +208,8 @@ def parts(results: Results) -> str | None:
         for part, seconds in spent.items():
             share = 100 * seconds / spent["stock step"]
             rows.append([MODELS[model], cell["workload"], part, f"{1000 * seconds:.0f}", f"{share:.1f} %"])
+        # There are half as many probes as examples in a batch.
+        costs.append(f"{2 * spent['probe pass, at corrected steps'] / spent['stock step']:.1f} ({MODELS[model]})")
     if not rows:
         return None
     return "\n".join(
@@ -220,6 +222,10 @@ def parts(results: Results) -> str | None:
             "language models, so that a probe pass has a further forward, of the base model.",
             "",
             *table(("model", "training on", "part", "ms", "of a stock step"), rows),
+            "",
+            "So the online projection adds, of a step, about `probe_batch_size` / (`probe_every` x batch size) times "
+            f"{', '.join(costs)}: with the default's {DEFAULT_PROBES} probes every {DEFAULT_EVERY} steps, at a batch "
+            "of 4, half of that factor.",
         ]
     )
 
