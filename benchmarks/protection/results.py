@@ -191,6 +191,11 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         leaks = [] if row is None else [f"{figures['leak']:.2f}" for figures in row["by_seed"].values()]
         return ", ".join(leaks) or "(not run)"
 
+    attacked = {row["method"]: row["mean"] for row in content["attacks"]}
+
+    def attack(method: str, name: str) -> str:
+        return f"{attacked[method][name]:.2f}" if method in attacked else ""
+
     names = {
         "content": content,
         "tables": [(title(key), table) for key, table in ordered],
@@ -199,6 +204,7 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "missing": len(set(MATRIX) - made),
         "untouched": [title(key) for key in sorted({_regime(e) for e in MATRIX} - {_regime(e) for e in made})],
         "masks": list(_covered(rows)),
+        "attack": attack,
         "attacked": len(ATTACKED),
         "has": has,
         "value": value,
