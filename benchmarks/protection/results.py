@@ -259,28 +259,36 @@ def plot_leak_against_kept(rows: Iterable[Mapping[str, Any]], path: Path) -> Non
     keys = sorted({(row["concept"], row["named"], row["percent"]) for row in shown})
     columns = min(3, max(1, len(keys)))
     lines = math.ceil(max(1, len(keys)) / columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(5 * columns, 4 * lines), squeeze=False)
+    size = (5 * columns, 4 * lines + 1.5)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
+    # A method looks the same in all panels, and no two alike.
+    colours, others = pyplot.get_cmap("tab10").colors, [name for name in METHODS if name not in MAIN]
+    looks = {name: ("o", colours[place]) for place, name in enumerate(MAIN)}
+    looks |= {name: ("xs^vDP*"[place // 10], colours[place % 10]) for place, name in enumerate(others)}
+    handles = {}
     for axis, key in zip(axes.flat, keys, strict=False):
         for row in shown:
             if (row["concept"], row["named"], row["percent"]) != key:
                 continue
-            main = row["method"] in MAIN
-            axis.errorbar(
+            marker, colour = looks[row["method"]]
+            handles[row["method"]] = axis.errorbar(
                 row["mean"]["leak"],
                 row["mean"]["kept"],
                 xerr=row["deviation"]["leak"],
                 yerr=row["deviation"]["kept"],
-                marker="o" if main else "x",
+                marker=marker,
+                color=colour,
                 linestyle="",
-                label=row["method"],
             )
         axis.set_title(title(key), fontsize=9)
         axis.set_xlabel("leak")
         axis.set_ylabel("kept")
         axis.set_xlim(-0.05, 1.05)
-        axis.legend(fontsize=6, loc="lower right")
+        axis.grid(alpha=0.3)
     for axis in axes.flat[len(keys) :]:
         axis.remove()
-    figure.tight_layout()
+    methods = [name for name in METHODS if name in handles]
+    figure.legend([handles[name] for name in methods], methods, loc="lower center", ncols=2 * columns, fontsize=8)
+    figure.tight_layout(rect=(0, 1.5 / size[1], 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
