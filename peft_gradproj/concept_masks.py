@@ -33,7 +33,7 @@ from .concept_markers import ConceptMarkers
 from .concepts import ConceptSet, Overlay, nth_of_shuffles
 from .diffusion_inputs import dilated, latent_weights, pictures_to_tensor
 from .errors import ConceptDataError
-from .masks import ConceptMarker, fit_markers, guarded
+from .masks import GUARDED_SHARE, ConceptMarker, fit_markers, guarded
 from .pipelines import PictureEncoder, checked_resolution, load_encoder
 from .training_data import TrainingData, draw_frame
 
@@ -44,7 +44,6 @@ CELLS_IN_A_STEP = 2**16
 """A training step of the networks sees about so many latents' places, whatever the resolution."""
 GUARD_GRID = 64
 """Rows and columns of the grid on which places in pictures of different sizes are compared."""
-GUARDED_SHARE = 0.05
 CROP = 0.5
 """The networks learn from parts of the squares, and so not where in the pictures they are."""
 
@@ -100,19 +99,17 @@ class ConceptMasks(Sequence[Image.Image]):
         Args:
             share: Of the pictures in which it was found; what fewer of them show it at is not covered.
         """
-        covered = guarded(
-            torch.cat([_resampled(marked, (GUARD_GRID, GUARD_GRID)) for marked in self.cells]), share=share
-        )
+        grids = torch.cat([_resampled(marked, (GUARD_GRID, GUARD_GRID)) for marked in self.cells])
         cells = [
-            marked if marked.any() else _resampled(usual[0].numpy(), marked.shape)[0, 0].bool().numpy()
-            for marked, usual in zip(self.cells, covered, strict=True)
+            marked if marked.any() else _resampled(covered[0].numpy(), marked.shape)[0, 0].numpy()
+            for marked, covered in zip(self.cells, guarded(grids, share=share), strict=True)
         ]
         return ConceptMasks(cells, self.sizes, self.markers)
 
 
 def _resampled(marked: np.ndarray, size: tuple[int, ...]) -> Tensor:
-    """Marks of shape `(h, w)` at another size, widened rather than lost; float32, shape `(1, 1, *size)`."""
-    return F.adaptive_max_pool2d(torch.from_numpy(marked).float()[None, None], size)
+    """Marks of shape `(h, w)` at another size, widened rather than lost; bool, shape `(1, 1, *size)`."""
+    return F.adaptive_max_pool2d(torch.from_numpy(marked).float()[None, None], size).bool()
 
 
 @dataclass(frozen=True)

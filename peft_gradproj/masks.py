@@ -22,7 +22,11 @@ from .diffusion_inputs import dilated
 from .errors import ConceptDataError
 from .small_networks import fit_network
 
-__all__ = ["ConceptMarker", "fit_markers", "guarded", "mark_concept", "marker_network", "places"]
+__all__ = ["GUARDED_SHARE", "ConceptMarker", "fit_markers", "guarded", "mark_concept", "marker_network", "places"]
+
+
+GUARDED_SHARE = 0.05
+"""Where at least so many of the pictures that show the concept show it, others are guarded."""
 
 
 class ConceptMarker:
@@ -181,15 +185,16 @@ def mark_concept(
     return masks
 
 
-def guarded(masks: Tensor, *, share: float = 0.05) -> Tensor:
+def guarded(masks: Tensor, *, share: float = GUARDED_SHARE) -> Tensor:
     """Masks that, in pictures in which the concept was not found, cover where other pictures show it.
 
     Either it is not there, or it was missed; and what is missed is learned. A concept that always lies in one place, as
-    watermarks do, costs little to guard against; one that lies anywhere costs all of such pictures.
+    watermarks do, costs little to guard against. One that lies anywhere costs most of such pictures if it is large; a
+    small one lies nowhere often enough to be covered.
 
     Args:
-        masks: Of training pictures, not widened, shape `(N, 1, h, w)`.
-        share: Of the pictures that show the concept; what fewer of them show it at is not covered.
+        masks: Of training pictures, shape `(N, 1, h, w)`.
+        share: Of the pictures that show the concept, in (0, 1]; what fewer of them show it at is not covered.
 
     Returns:
         1 where the concept is or may be and 0 elsewhere, the dtype of the masks, shape `(N, 1, h, w)`.
@@ -197,7 +202,7 @@ def guarded(masks: Tensor, *, share: float = 0.05) -> Tensor:
     marked = masks.flatten(1).any(1)
     if not marked.any():
         return masks.clone()
-    usual = (masks[marked].bool().float().mean(0) >= share).to(masks.dtype)
+    usual = (masks[marked].bool().sum(0) >= share * int(marked.sum())).to(masks.dtype)
     return torch.where(marked[:, None, None, None], masks, usual)
 
 
