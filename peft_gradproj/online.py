@@ -428,7 +428,12 @@ class OnlineProjection:
             gradients = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in parameters.items()}
         gradients = _reduced(terms, gradients)
         gradients = {name: (g / terms[1].clamp_min(1e-300)).to(g.dtype) for name, g in gradients.items()}
-        return *self._checked(terms, gradients, step), gradients
+        drift, drift_floor = self._checked(terms, gradients, step)
+        if drift == 0:
+            # What is left is the gradient of the floor: rounding, along which no step is to be corrected. Before the
+            # first step it would take a random direction from it, and another one on each number of processes.
+            gradients = {name: torch.zeros_like(g) for name, g in gradients.items()}
+        return drift, drift_floor, gradients
 
     def _checked(self, terms: Tensor, gradients: dict[str, Tensor], step: int) -> tuple[float, float]:
         square = inner([*gradients.values()], [*gradients.values()])

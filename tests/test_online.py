@@ -454,6 +454,22 @@ def test_a_drift_that_the_base_model_has_too_is_a_floor() -> None:
     assert projection.last.drift == pytest.approx(0.0, abs=1e-6)
 
 
+# With either sign, since one of the two steps lowers the drift.
+@pytest.mark.parametrize("offset", [0.5, -0.5])
+def test_a_drift_that_is_not_above_the_floor_corrects_nothing(offset: float) -> None:
+    ends = []
+    for protected in (False, True):
+        task = make_task(started=False)
+        # Other targets than the base model's answers, so that their gradient is not zero.
+        task.probes = ConceptProbes({"input": task.concept}, task.probes.targets + offset, task.probes.weights)
+        if protected:
+            projection = attach_online_projection(task.net, "default", task.probes, probe_every=1)
+        take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-2))
+        ends.append([p.detach().clone() for p in task.parameters()])
+    assert all(torch.equal(free, corrected) for free, corrected in zip(*ends, strict=True))
+    assert projection.last.removed_share == 0
+
+
 def test_the_floor_costs_a_few_forwards_and_then_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(online, "FLOOR_PROBES", 10)
     task, run = make_task(), []
