@@ -248,9 +248,8 @@ def find_concept(
             bar.update()
 
     kept = ConceptMarkers(markers, resolution=side, dilation=dilation, concept=name)
-    masks = found = ConceptMasks(cells, sizes, kept)
-    if guard:
-        masks = found.guarded()
+    found = ConceptMasks(cells, sizes, kept)
+    masks = found.guarded() if guard else found
     report = MaskReport(
         pictures=len(data),
         found=found.marked,

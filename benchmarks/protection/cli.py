@@ -28,7 +28,7 @@ from peft_gradproj.demo.settings import DemoSettings
 from .attack_runs import attack
 from .matrix import ATTACKED, MATRIX, Entry
 from .results import write_results
-from .runs import Folders, run
+from .runs import THREADS_PER_RUN, Folders, run
 from .tasks import TaskKey
 
 HERE = Path(__file__).resolve().parents[1]
@@ -85,4 +85,4 @@ def run_all(
 
 
 def _start_worker() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS_PER_RUN)

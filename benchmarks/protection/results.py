@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
-
-import torch
 
 from peft_gradproj._version import installed_versions
 from peft_gradproj.demo.settings import DemoSettings
@@ -19,7 +17,7 @@ from peft_gradproj.evaluation.figures import Share
 
 from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
 from .methods import MAIN, METHODS, SWEEPS
-from .runs import BASE, write_json
+from .runs import BASE, THREADS_PER_RUN, write_json
 from .tasks import TaskKey
 
 COMMAND = "python -m benchmarks.protection"
@@ -30,6 +28,9 @@ CURVES = {
     "revival_with_probes": "revival with the probes",
     "revival_with_probes_within_basis": "the same within the basis",
 }
+NOT_RUN = "(not run)"
+Regime = tuple[str, bool, int]
+"""A task without its seed: the concept, whether captions name it, and in how many percent of the pictures it is."""
 LIBRARIES = ("torch", "peft", "diffusers", "transformers")
 
 
@@ -42,7 +43,7 @@ def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
     content = {
         "command": COMMAND,
         "versions": {**installed_versions(*LIBRARIES), "python": platform.python_version()},
-        "threads_per_run": torch.get_num_threads(),
+        "threads_per_run": THREADS_PER_RUN,
         "settings": asdict(settings),
         "rows": rows_of(runs),
         "attacks": attack_rows_of(attacks),
@@ -109,7 +110,7 @@ def rows_of(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     order = [BASE, *METHODS, *SWEEPS]
-    return sorted(rows, key=lambda r: (r["concept"], r["named"], r["percent"], order.index(r["method"])))
+    return sorted(rows, key=lambda r: (*_regime_of(r), order.index(r["method"])))
 
 
 def attack_rows_of(attacks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -162,14 +163,10 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
 
     (docs / "images").mkdir(parents=True, exist_ok=True)
     rows = content["rows"]
-    tables: dict[tuple[str, bool, int], list[Any]] = {}
+    tables: dict[Regime, list[Any]] = {}
     for row in rows:
-        tables.setdefault((row["concept"], row["named"], row["percent"]), []).append(row)
-    made = {
-        Entry(TaskKey(row["concept"], row["named"], row["percent"], seed), row["method"])
-        for row in rows
-        for seed in row["seeds"]
-    }
+        tables.setdefault(_regime_of(row), []).append(row)
+    made = {Entry(TaskKey(*_regime_of(row), seed), row["method"]) for row in rows for seed in row["seeds"]}
     ordered = sorted(tables.items(), key=lambda item: (-len(item[1]), item[0]))
     plot_leak_against_kept(rows, docs / "images" / "leak-against-kept.png")
     environment = Environment(
@@ -177,42 +174,42 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
     )
     environment.filters["figure"] = figure
     environment.filters["share"] = lambda d: f"{Share(**d).value:.3f} of {d['total']}"
-    found = {(row["concept"], row["named"], row["percent"], row["method"]): row for row in rows}
-
-    def has(method: str, concept: str = TUNED_LOGO, *, named: bool = False) -> bool:
-        return (concept, named, 75, method) in found
-
-    def value(method: str, name: str, concept: str = TUNED_LOGO, *, named: bool = False) -> str:
-        row = found.get((concept, named, 75, method))
-        return (row and figure(row, name)) or "(not run)"
-
-    def seeds(method: str) -> str:
-        row = found.get((TUNED_LOGO, False, 75, method))
-        leaks = [] if row is None else [f"{figures['leak']:.2f}" for figures in row["by_seed"].values()]
-        return ", ".join(leaks) or "(not run)"
-
-    attacked = {row["method"]: row["mean"] for row in content["attacks"]}
-
-    def attack(method: str, name: str) -> str:
-        return f"{attacked[method][name]:.2f}" if method in attacked else ""
-
     names = {
         "content": content,
         "tables": [(title(key), table) for key, table in ordered],
         "sweeps": set(SWEEPS),
         "total": len(MATRIX),
         "missing": len(set(MATRIX) - made),
-        "untouched": [title(key) for key in sorted({_regime(e) for e in MATRIX} - {_regime(e) for e in made})],
+        "untouched": [title(key) for key in sorted({_regime(e.task) for e in MATRIX} - tables.keys())],
         "masks": list(_covered(rows)),
-        "attack": attack,
         "attacked": len(ATTACKED),
-        "has": has,
-        "value": value,
-        "seeds": seeds,
+        **lookups(content),
     }
     for page in ("benchmark.md", "claims.md"):
         text = environment.get_template(f"{page}.jinja").render(names)
         (docs / page).write_text(text, encoding="utf-8")
+
+
+def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+    """How prose asks for single figures, of tasks that show the concept in 75 % of the pictures."""
+    rows = {(*_regime_of(row), row["method"]): row for row in content["rows"]}
+    attacks = {row["method"]: row["mean"] for row in content["attacks"]}
+
+    def has(method: str, concept: str = TUNED_LOGO, *, named: bool = False) -> bool:
+        return (concept, named, 75, method) in rows
+
+    def value(method: str, name: str, concept: str = TUNED_LOGO, *, named: bool = False) -> str:
+        row = rows.get((concept, named, 75, method))
+        return (row and figure(row, name)) or NOT_RUN
+
+    def leaks(method: str) -> str:
+        row = rows.get((TUNED_LOGO, False, 75, method))
+        return NOT_RUN if row is None else ", ".join(f"{figures['leak']:.2f}" for figures in row["by_seed"].values())
+
+    def attack(method: str, name: str) -> str:
+        return f"{attacks[method][name]:.2f}" if method in attacks else NOT_RUN
+
+    return {"has": has, "value": value, "leaks": leaks, "attack": attack}
 
 
 def _covered(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any], dict[str, str]]]:
@@ -221,20 +218,19 @@ def _covered(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[s
         if row["masks"] and row["method"] == "ours":
             values = {kind: [mask[kind] for mask in row["masks"]] for kind in ("stamped", "elsewhere")}
             ranges = {kind: sorted({f"{min(v):.3f}", f"{max(v):.3f}"}) for kind, v in values.items()}
-            yield (
-                title((row["concept"], row["named"], row["percent"])),
-                row,
-                {kind: " to ".join(ends) for kind, ends in ranges.items()},
-            )
+            yield title(_regime_of(row)), row, {kind: " to ".join(ends) for kind, ends in ranges.items()}
 
 
-def _regime(entry: Entry) -> tuple[str, bool, int]:
-    """What a table is about: the task without its seed."""
-    return entry.task.concept, entry.task.named, entry.task.percent
+def _regime(task: TaskKey) -> Regime:
+    return task.concept, task.named, task.percent
 
 
-def title(key: tuple[str, bool, int]) -> str:
-    """The same in words."""
+def _regime_of(row: Mapping[str, Any]) -> Regime:
+    return row["concept"], row["named"], row["percent"]
+
+
+def title(key: Regime) -> str:
+    """A regime in words."""
     concept, named, percent = key
     return f"{concept}, {'named' if named else 'not named'} in the captions, in {percent} % of the pictures"
 
@@ -256,7 +252,7 @@ def plot_leak_against_kept(rows: Iterable[Mapping[str, Any]], path: Path) -> Non
     from matplotlib import pyplot
 
     shown = [row for row in rows if row["mean"]["kept"] is not None and row["method"] not in SWEEPS]
-    keys = sorted({(row["concept"], row["named"], row["percent"]) for row in shown})
+    keys = sorted({_regime_of(row) for row in shown})
     columns = min(3, max(1, len(keys)))
     lines = math.ceil(max(1, len(keys)) / columns)
     size = (5 * columns, 4 * lines + 1.5)
@@ -268,7 +264,7 @@ def plot_leak_against_kept(rows: Iterable[Mapping[str, Any]], path: Path) -> Non
     handles = {}
     for axis, key in zip(axes.flat, keys, strict=False):
         for row in shown:
-            if (row["concept"], row["named"], row["percent"]) != key:
+            if _regime_of(row) != key:
                 continue
             marker, colour = looks[row["method"]]
             handles[row["method"]] = axis.errorbar(

@@ -51,6 +51,7 @@ from .methods import METHODS, SWEEPS, Knowledge, Method
 from .once import make_once
 from .tasks import ANYWHERE, Task, TaskKey, make_task
 
+THREADS_PER_RUN = 1
 BASE = "base"
 """The row of the base model, without an adapter."""
 

@@ -39,6 +39,8 @@ from diffusers.training_utils import EMAModel
 from pictures import jitter, load_pictures, random_scenes
 from torch import Tensor, nn
 
+from peft_gradproj.demo.precision import autocast, autocast_dtype
+
 ASSETS = Path(__file__).resolve().parents[2] / "peft_gradproj" / "demo" / "assets"
 
 
@@ -177,7 +179,7 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 def vae_loss(vae: AutoencoderKL, pictures: Tensor, kl_weight: float, noise: Tensor) -> Tensor:
     """Loss of one batch of pictures (N, 3, H, W); `noise` has the latents' shape."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         posterior = vae.encode(pictures).latent_dist
         mean, std = posterior.mean.float(), posterior.std.float()
         output = vae.decode(mean + std * noise).sample
@@ -371,7 +373,7 @@ def train_unet(args: argparse.Namespace, interrupt: Interrupt) -> None:
         clean, noise, timesteps, prompt = draw_batch(args, latents, ids, empty, step)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             # Not compiled: torch 2.13 on a CPU then gives convolutions that start at zero, as the last of each residual
             # branch does, a gradient of exactly zero, and they are never trained.
             output = model(noisy, timesteps, prompt)
@@ -425,6 +427,7 @@ def write_pipeline(pipeline: StableDiffusionPipeline, folder: Path, state: dict)
     load_in_fp32(partial / "text_encoder" / "config.json")
     card = Template((Path(__file__).parent / "model_card.md").read_text(encoding="utf-8"))
     figures = {"step": f"{state['step']:,}", "loss": f"{state['loss']:.3f}"}
+    figures["precision"] = "float32" if autocast_dtype() is None else "bfloat16 autocast"
     figures["vae_steps"] = f"{state['vae_steps']:,}"
     (partial / "README.md").write_text(card.substitute(counts, **figures), encoding="utf-8")
     for path in partial.rglob("*.safetensors"):
