@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peft_gradproj.errors import ConceptDataError
@@ -149,6 +149,8 @@ def test_bad_input_is_named():
     ),
     st.floats(0.01, 1.0),
 )
+# The share is one of the pictures that show the concept, not of all.
+@example([[True] + [False] * 5, [False] * 6], 0.6)
 def test_guarded_masks_cover_more_only_where_nothing_was_found_and_only_what_others_show(rows, share):
     masks = torch.tensor(rows).float().view(-1, 1, 2, 3)
     covered = guarded(masks, share=share)
