@@ -393,7 +393,7 @@ def mask(
     ] = None,
     num_pairs: Annotated[int, typer.Option(help="Examples that each of the two networks learns from.")] = 384,
     steps: Annotated[int, typer.Option(help="Training steps of each network.")] = 300,
-    dilation: Annotated[int, typer.Option(help="By how many latents to widen what was found.")] = 1,
+    dilation: Annotated[int, typer.Option(help="By how many latents to widen what was found.")] = 0,
     guard: Annotated[
         bool, typer.Option("--guard", help="Mask also, where it was not found, the places at which others show it.")
     ] = False,

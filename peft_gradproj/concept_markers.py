@@ -47,7 +47,7 @@ class ConceptMarkers:
     """
 
     def __init__(
-        self, markers: Sequence[ConceptMarker], *, resolution: int, dilation: int = 1, concept: str = ""
+        self, markers: Sequence[ConceptMarker], *, resolution: int, dilation: int = 0, concept: str = ""
     ) -> None:
         if not markers:
             raise ConceptDataError("there is no network to mark with; expected at least one.")

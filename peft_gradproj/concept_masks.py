@@ -33,7 +33,7 @@ from .concept_markers import ConceptMarkers
 from .concepts import ConceptSet, Overlay, nth_of_shuffles
 from .diffusion_inputs import dilated, latent_weights, pictures_to_tensor
 from .errors import ConceptDataError
-from .masks import GUARDED_SHARE, ConceptMarker, fit_markers, guarded
+from .masks import GUARDED_SHARE, ConceptMarker, fit_markers, guarded, places
 from .pipelines import PictureEncoder, checked_resolution, load_encoder
 from .training_data import TrainingData, draw_frame
 
@@ -42,7 +42,7 @@ __all__ = ["ConceptMasks", "MaskReport", "find_concept"]
 FOLDS = 2
 CELLS_IN_A_STEP = 2**16
 """A training step of the networks sees about so many latents' places, whatever the resolution."""
-GUARD_GRID = 64
+GRID = 64
 """Rows and columns of the grid on which places in pictures of different sizes are compared."""
 CROP = 0.5
 """The networks learn from parts of the squares, and so not where in the pictures they are."""
@@ -99,12 +99,25 @@ class ConceptMasks(Sequence[Image.Image]):
         Args:
             share: Of the pictures in which it was found; what fewer of them show it at is not covered.
         """
-        grids = torch.cat([_resampled(marked, (GUARD_GRID, GUARD_GRID)) for marked in self.cells])
         cells = [
             marked if marked.any() else _resampled(covered[0].numpy(), marked.shape)[0, 0].numpy()
-            for marked, covered in zip(self.cells, guarded(grids, share=share), strict=True)
+            for marked, covered in zip(self.cells, guarded(self._grids(), share=share), strict=True)
         ]
         return ConceptMasks(cells, self.sizes, self.markers)
+
+    def places(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Where the middle eight in ten of the pictures show the concept, as an overlay's ranges `across` and `down`.
+
+        See :func:`peft_gradproj.masks.places`. What is found by mistake lies anywhere, and is mostly left out.
+
+        Raises:
+            ConceptDataError: If nothing is masked.
+        """
+        return places(self._grids(), quantile=0.1)
+
+    def _grids(self) -> Tensor:
+        """All masks at one size, bool, shape `(N, 1, GRID, GRID)`."""
+        return torch.cat([_resampled(marked, (GRID, GRID)) for marked in self.cells])
 
 
 def _resampled(marked: np.ndarray, size: tuple[int, ...]) -> Tensor:
@@ -121,6 +134,10 @@ class MaskReport:
     """In so many of them the concept was found."""
     guarded: int
     """In so many others what shows it elsewhere is masked."""
+    across: tuple[float, float] | None
+    """Where it was found across the middle eight in ten of them, as of an `Overlay`; `None` if in no picture."""
+    down: tuple[float, float] | None
+    """The same down the pictures."""
     area: float
     """Share of the pictures' area that is masked, mean over all pictures."""
     recall: float
@@ -150,11 +167,18 @@ class MaskReport:
         return (
             f"found in {self.found} of {self.pictures} pictures, guarded against in {self.guarded} others; "
             f"{self.area:.1%} of their area is masked\n"
+            f"{self._where()}"
             f"recall: {self.recall:.1%} of the concept's area (standard error {self.recall_error:.1%}) in "
             f"{self.recall_pictures} examples that the network had not seen; these were pasted or given, and what is "
             "in the pictures may be harder to find\n"
             f"{sum(self.seconds.values()):.1f} s, at a resolution of {self.resolution}{written}"
         )
+
+    def _where(self) -> str:
+        if self.across is None or self.down is None:
+            return ""
+        across, down = (f"{low:.2f} {high:.2f}" for low, high in (self.across, self.down))
+        return f"eight in ten lie within --across {across} --down {down}, 0 to 1 over the whole picture\n"
 
 
 # Finding
@@ -169,7 +193,7 @@ def find_concept(
     resolution: int | None = None,
     num_pairs: int = 384,
     steps: int = 300,
-    dilation: int = 1,
+    dilation: int = 0,
     guard: bool = False,
     batch_size: int = 4,
     revision: str | None = None,
@@ -193,7 +217,8 @@ def find_concept(
         num_pairs: Examples that each network learns from, at least 16; every picture is used once before one is used
             twice.
         steps: Training steps of each network.
-        dilation: By how many latents to widen what was found, since a latent depends on its neighbours' pixels.
+        dilation: By how many latents to widen what was found. A latent depends on its neighbours' pixels, too, so that
+            a margin is the safer choice; on small latents it takes much of the picture.
         guard: Mask also, in pictures in which it was not found, where others show it (:meth:`ConceptMasks.guarded`).
         batch_size: Pictures that the VAE encodes at once.
         revision: Branch, tag or commit on the Hub, if the pipeline is loaded here.
@@ -250,10 +275,13 @@ def find_concept(
     kept = ConceptMarkers(markers, resolution=side, dilation=dilation, concept=name)
     found = ConceptMasks(cells, sizes, kept)
     masks = found.guarded() if guard else found
+    across, down = found.places() if found.marked else (None, None)
     report = MaskReport(
         pictures=len(data),
         found=found.marked,
         guarded=masks.marked - found.marked,
+        across=across,
+        down=down,
         area=float(np.mean([marked.mean() for marked in masks.cells])),
         recall=float(recalls.mean()),
         recall_error=float(recalls.std() / math.sqrt(len(recalls))),

@@ -83,13 +83,13 @@ def tensor_to_pictures(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(level) for level in levels]
 
 
-def latent_weights(masks: Tensor, size: tuple[int, int], *, dilation: int = 1) -> Tensor:
+def latent_weights(masks: Tensor, size: tuple[int, int], *, dilation: int = 0) -> Tensor:
     """Bring masks to the resolution of latents.
 
     Args:
         masks: In [0, 1], shape `(N, 1, H, W)`.
         size: Height and width of the latents.
-        dilation: By how many latents to widen the mask, since a latent influences its neighbours' pixels.
+        dilation: By how many latents to widen the mask: a latent influences its neighbours' pixels, too.
 
     Returns:
         In [0, 1], shape `(N, 1, *size)`: the largest value of the mask within each latent's cell, widened.
@@ -134,7 +134,7 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Tensor:
     return embeddings.float()
 
 
-def encode_concept_set(pipeline: Any, concepts: ConceptSet, *, batch_size: int = 32, dilation: int = 1) -> LatentPairs:
+def encode_concept_set(pipeline: Any, concepts: ConceptSet, *, batch_size: int = 32, dilation: int = 0) -> LatentPairs:
     """Encode the pictures, prompts and masks of a concept set with a pipeline's VAE and text encoder.
 
     Args:

@@ -95,12 +95,12 @@ class ConceptMarker:
         return cls(network, float(network(latents[-held_out:]).sigmoid()[pasted].mean()))
 
     @torch.no_grad()
-    def mark(self, latents: Tensor, *, dilation: int = 1, batch_size: int = 64) -> Tensor:
+    def mark(self, latents: Tensor, *, dilation: int = 0, batch_size: int = 64) -> Tensor:
         """Where the concept is.
 
         Args:
             latents: Shape `(N, C, h, w)`.
-            dilation: By how many latents to widen what was found, since a latent depends on its neighbours' pixels.
+            dilation: By how many latents to widen what was found: a latent depends on its neighbours' pixels, too.
             batch_size: Latents at once.
 
         Returns:
@@ -150,7 +150,7 @@ def mark_concept(
     pasted: Sequence[tuple[Tensor, Tensor]],
     folds: Sequence[Tensor],
     *,
-    dilation: int = 1,
+    dilation: int = 0,
     steps: int = 300,
     crop: float = 1.0,
     seed: int = 0,

@@ -218,7 +218,7 @@ def test_marks_are_of_the_latents_that_masks_were_drawn_in():
     data = TrainingData(pictures, [""] * 6)
     masks, _ = find_concept(pipeline, Overlay(logo()), data, num_pairs=16, steps=20, progress=False, name="a logo")
     markers = masks[:2].markers
-    assert (markers.concept, markers.resolution, markers.dilation) == ("a logo", SIDE, 1)
+    assert (markers.concept, markers.resolution, markers.dilation) == ("a logo", SIDE, 0)
     marks = markers.mark(PictureEncoder.of(pipeline).latents(pictures))
     drawn = torch.stack([torch.from_numpy(cells) for cells in masks.cells])
     assert drawn.any()

@@ -26,18 +26,18 @@ class Entry:
 def _entries() -> Iterator[Entry]:
     # The question that matters most: a logo, and what else one could do about it.
     for seed in SEEDS:
-        yield from _row(TaskKey(TUNED_LOGO, False, 75, seed), MAIN)
+        for named in (False, True):
+            for logo in (TUNED_LOGO, OTHER_LOGO):
+                yield from _row(TaskKey(logo, named, 75, seed), MAIN)
+        for logo in (TUNED_LOGO, OTHER_LOGO):
+            yield from _row(TaskKey(logo, False, 75, seed), HALF_FOUND)
     yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), METHODS)
+    yield from _row(TaskKey(TUNED_LOGO, True, 75, 0), BY_NAME)
     # What was not tuned on, first on one seed, then on all.
     for seed in SEEDS:
-        for concept in (OTHER_LOGO, "style", "identity"):
-            yield from _row(TaskKey(concept, False, 75, seed), MAIN)
-        for concept in (TUNED_LOGO, OTHER_LOGO, "style", "identity"):
-            yield from _row(TaskKey(concept, True, 75, seed), MAIN)
-        yield from _row(TaskKey(TUNED_LOGO, True, 75, seed), BY_NAME)
-        yield from _row(TaskKey(OTHER_LOGO, False, 75, seed), HALF_FOUND)
-        yield from _row(TaskKey(TUNED_LOGO, False, 75, seed), METHODS)
-    for seed in SEEDS:
+        for concept in ("style", "identity"):
+            for named in (False, True):
+                yield from _row(TaskKey(concept, named, 75, seed), MAIN)
         for concept in (TUNED_LOGO, OTHER_LOGO, "style", "identity"):
             yield from _row(TaskKey(concept, False, 100, seed), MAIN)
     for concept in (TUNED_LOGO, "identity"):

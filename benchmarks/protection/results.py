@@ -21,7 +21,7 @@ from .runs import BASE, THREADS_PER_RUN, write_json
 from .tasks import TaskKey
 
 COMMAND = "python -m benchmarks.protection"
-FIGURES = ("leak", "kept", "kept_new", "learned", "top1", "top5", "in_style", "drift")
+FIGURES = ("leak", "kept", "kept_new", "learned", "beyond_oracle", "top1", "top5", "in_style", "drift")
 CURVES = {
     "revival_on_concept": "revival with the concept",
     "revival_without_concept": "revival without it",
@@ -61,17 +61,18 @@ def figures_of(run: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) 
         others: The runs of all methods on the same task, by method.
     """
 
-    def share_of_drop(kind: str, yardstick: str) -> float:
-        if run["method"] == BASE or BASE not in others or yardstick not in others:
+    def share_of_drop(kind: str, yardstick: str, start: str = BASE) -> float:
+        if run["method"] == BASE or start not in others or yardstick not in others:
             return math.nan
-        base, end = others[BASE]["losses"][kind], others[yardstick]["losses"][kind]
-        return (base - run["losses"][kind]) / (base - end)
+        first, last = others[start]["losses"][kind], others[yardstick]["losses"][kind]
+        return (first - run["losses"][kind]) / (first - last)
 
     return {
         "leak": run["leaks"] / run["samples"],
         "kept": share_of_drop("seen", "oracle"),
         "kept_new": share_of_drop("new", "oracle"),
         "learned": share_of_drop("logo", "plain"),
+        "beyond_oracle": share_of_drop("logo", "plain", start="oracle"),
         "top1": run["top1"] / run["samples"],
         "top5": run["top5"] / run["samples"],
         "in_style": run["in_style"] / run["samples"],

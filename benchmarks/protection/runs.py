@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -306,7 +307,12 @@ def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, wi
     if result.exists() and (adapter.exists() or name == BASE or not with_weights):
         return
     material = load_material(key, settings, folders.scratch)
-    found: dict[str, Any] = {"task": str(key), "method": name, "autocast": str(autocast_dtype())}
+    found: dict[str, Any] = {
+        "task": str(key),
+        "method": name,
+        "autocast": str(autocast_dtype()),
+        "revision": revision(),
+    }
     if name == BASE:
         found |= measure(material.pipeline.unet, material, folders.scratch)
     else:
@@ -318,6 +324,17 @@ def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, wi
         if "found" in (method.masked, method.filtered):
             found["masks"] = mask_shares(material.found, material.task.data)
     write_json(result, found)
+
+
+@lru_cache(maxsize=1)
+def revision() -> str | None:
+    """Commit of the working tree that this runs from, `-dirty` behind it where files differ; `None` outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
 
 
 def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:

@@ -164,7 +164,8 @@ class Questions:
         self.new = DenoisingQuestions.draw(
             encode_images(pipeline, data.held_out), embeddings, schedule, repeats=4, seed=seed + 100
         )
-        self.pairs: LatentPairs = encode_concept_set(pipeline, concepts)
+        # Its edges count as the concept: a latent depends on its neighbours' pixels.
+        self.pairs: LatentPairs = encode_concept_set(pipeline, concepts, dilation=1)
         self.logo = DenoisingQuestions.draw(
             self.pairs.with_concept,
             self.pairs.embeddings,
