@@ -14,7 +14,7 @@ from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
 from benchmarks.protection.methods import MAIN, METHODS, SWEEPS
 from benchmarks.protection.results import figures_of, rows_of
-from benchmarks.protection.runs import BASE, Folders, base_pipeline, run, text_penalty, with_text_map
+from benchmarks.protection.runs import BASE, Folders, Material, base_pipeline, run, text_penalty, with_text_map
 from benchmarks.protection.tasks import TaskKey, make_task
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
@@ -148,6 +148,18 @@ def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
     page = (folders["docs"] / "benchmark.md").read_text()
     assert "| oracle | 0 | " in page
     assert (folders["docs"] / "images" / "leak-against-kept.png").stat().st_size > 1000
+
+
+def test_any_network_marks_at_least_what_that_of_the_other_fold_does(tmp_path):
+    settings = replace(DemoSettings().quick(), mask_pairs=64)
+    material = Material(TaskKey.parse("logo-youtube/unnamed-75/0"), settings, tmp_path)
+    found, found_by_any = material.where("found"), material.where("found-by-any")
+    assert found.any()
+    assert (found_by_any >= found).all()
+    # Each network's marks are there, those on the fold that it learned from as well.
+    assert found_by_any[::2].sum() > found[::2].sum()
+    assert found_by_any[1::2].sum() > found[1::2].sum()
+    assert torch.equal(1 - material.training_set(METHODS["masked, found by any"]).weights, found_by_any)
 
 
 def test_the_text_map_is_the_identity_until_it_is_adapted_and_the_penalty_sees_what_comes_closer_to_the_words():

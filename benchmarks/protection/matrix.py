@@ -33,6 +33,8 @@ def _entries() -> Iterator[Entry]:
             yield from _row(TaskKey(logo, False, 75, seed), HALF_FOUND)
     yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), METHODS)
     yield from _row(TaskKey(TUNED_LOGO, True, 75, 0), BY_NAME)
+    # Where networks find the least.
+    yield from _row(TaskKey("identity", False, 75, 0), ("masked, found by any",))
     # What was not tuned on, first on one seed, then on all.
     for seed in SEEDS:
         for concept in ("style", "identity"):

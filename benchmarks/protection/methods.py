@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 __all__ = ["MAIN", "METHODS", "SWEEPS", "Method"]
 
-Knowledge = Literal["perfect", "missing-20", "found"]
-"""Where the concept is: as it was pasted; the same with a fifth of the pictures missed; as a network found it."""
+Knowledge = Literal["perfect", "missing-20", "found", "found-by-any"]
+"""Where the concept is: as it was pasted; the same with a fifth of the pictures missed; as a network found it that did
+not learn from the picture; as any network found it, which is what `gradproj launch` has."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ METHODS = {
         OURS,
         replace(OURS, name="ours, by default", placed=False, probes=64, basis_rank=16, basis_pairs=64),
         Method("masked, found", masked="found"),
+        Method("masked, found by any", masked="found-by-any"),
         Method("online", online=True),
         Method("online, history 8", online=True, probe_history=8),
         Method("online, every step, restore 1", online=True, probe_every=1, restore=1.0),

@@ -28,6 +28,8 @@ CURVES = {
     "revival_with_probes": "revival with the probes",
     "revival_with_probes_within_basis": "the same within the basis",
 }
+COVERING = {"ours": "found", "masked, found by any": "found by any"}
+"""Methods whose rows say what networks' masks cover, and what these are called."""
 NOT_RUN = "(not run)"
 Regime = tuple[str, bool, int]
 """A task without its seed: the concept, whether captions name it, and in how many percent of the pictures it is."""
@@ -183,6 +185,7 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "missing": len(set(MATRIX) - made),
         "untouched": [title(key) for key in sorted({_regime(e.task) for e in MATRIX} - tables.keys())],
         "masks": list(_covered(rows)),
+        "covering": COVERING,
         "attacked": len(ATTACKED),
         **lookups(content),
     }
@@ -214,9 +217,9 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
 
 
 def _covered(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any], dict[str, str]]]:
-    """For each table what the found masks cover: its title, the row, and ranges over the seeds."""
+    """What the masks of networks cover, of each kind and task: its title, the row, and ranges over the seeds."""
     for row in rows:
-        if row["masks"] and row["method"] == "ours":
+        if row["masks"] and row["method"] in COVERING:
             values = {kind: [mask[kind] for mask in row["masks"]] for kind in ("stamped", "elsewhere")}
             ranges = {kind: sorted({f"{min(v):.3f}", f"{max(v):.3f}"}) for kind, v in values.items()}
             yield title(_regime_of(row)), row, {kind: " to ".join(ends) for kind, ends in ranges.items()}

@@ -6,7 +6,7 @@ import copy
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, LayerBasis
 from peft_gradproj.concepts import ConceptSet
-from peft_gradproj.demo.finding import find_in_latents
+from peft_gradproj.demo.finding import find_in_latents, mark_by_any
 from peft_gradproj.demo.measuring import Questions, mask_shares
 from peft_gradproj.demo.pipeline import load_pipeline, with_unet
 from peft_gradproj.demo.precision import autocast, autocast_dtype
@@ -94,14 +94,22 @@ class Material:
     @cached_property
     def found(self) -> Tensor:
         """Where a network finds the concept, `(N, 1, h, w)`."""
-        path = make_once(self.folder / "found.safetensors", lambda part: save_file({"found": self._find()}, part))
-        return load_file(path)["found"]
+        return self._marks("found", find_in_latents)
 
-    def _find(self) -> Tensor:
+    @cached_property
+    def found_by_any(self) -> Tensor:
+        """Where any of the networks finds it, those that learned from the picture too, `(N, 1, h, w)`."""
+        return self._marks("found-by-any", mark_by_any)
+
+    def _marks(self, name: str, find: Callable[..., Tensor]) -> Tensor:
         def examples(fold: list[int], count: int, seed: int) -> LatentPairs:
-            return encode_concept_set(self.pipeline, self.task.examples(fold, count, seed), dilation=0)
+            return encode_concept_set(self.pipeline, self.task.examples(fold, count, seed))
 
-        return find_in_latents(self.latents, examples, self.settings, contrast=self.task.concept.contrast)
+        def make(part: Path) -> None:
+            marks = find(self.latents, examples, self.settings, contrast=self.task.concept.contrast)
+            save_file({"found": marks}, part)
+
+        return load_file(make_once(self.folder / f"{name}.safetensors", make))["found"]
 
     def examples(self, count: int, *, placed: bool = True) -> ConceptSet:
         """The user's examples on all training pictures, where the concept was found, or anywhere."""
@@ -187,6 +195,8 @@ class Material:
         """Where a method takes the concept to be, `(N, 1, h, w)`."""
         if knowledge == "found":
             return self.found
+        if knowledge == "found-by-any":
+            return self.found_by_any
         masks = self.true_masks.clone()
         if knowledge == "missing-20":
             missed = torch.rand(len(masks), generator=torch.Generator().manual_seed(self.settings.seed)) < 0.2
@@ -321,8 +331,9 @@ def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, wi
         adapter.parent.mkdir(parents=True, exist_ok=True)
         save_file({n: p.detach().contiguous() for n, p in unet.named_parameters() if ".lora_" in n}, adapter)
         found |= {**measure(unet, material, folders.scratch), **seen, "settings": asdict(method)}
-        if "found" in (method.masked, method.filtered):
-            found["masks"] = mask_shares(material.found, material.task.data)
+        knowledge = method.masked or method.filtered
+        if knowledge in ("found", "found-by-any"):
+            found["masks"] = mask_shares(material.where(knowledge), material.task.data)
     write_json(result, found)
 
 

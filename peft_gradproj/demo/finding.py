@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..diffusion_inputs import LatentPairs
-from ..masks import mark_concept
+from ..masks import fit_markers, mark_concept
 from .settings import DemoSettings
 
-__all__ = ["find_in_latents"]
+__all__ = ["find_in_latents", "mark_by_any"]
 
 
 def find_in_latents(
@@ -36,21 +37,46 @@ def find_in_latents(
     Returns:
         1 where it is and 0 elsewhere, not widened, float32, shape `(N, 1, h, w)`.
     """
-    folds = [torch.arange(len(latents))[half::2] for half in range(2)]
+    folds = _folds(len(latents))
+    shown = _shown(folds, examples, settings, contrast)
+    return mark_concept(latents, shown, folds, **_options(settings), progress=progress)
+
+
+def mark_by_any(
+    latents: Tensor,
+    examples: Callable[[list[int], int, int], LatentPairs],
+    settings: DemoSettings,
+    *,
+    contrast: bool = False,
+) -> Tensor:
+    """Mark it where either network does, as `gradproj launch` has to, which does not know which learned from a picture.
+
+    Arguments and result are those of :func:`find_in_latents`.
+    """
+    markers = fit_markers(_shown(_folds(len(latents)), examples, settings, contrast), **_options(settings))
+    return torch.stack([marker.mark(latents) for marker in markers]).amax(0)
+
+
+def _folds(length: int) -> list[Tensor]:
+    return [torch.arange(length)[half::2] for half in range(2)]
+
+
+def _shown(
+    folds: Sequence[Tensor],
+    examples: Callable[[list[int], int, int], LatentPairs],
+    settings: DemoSettings,
+    contrast: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """For each fold the latents that its network learns from, and where they show the concept."""
     shown = []
     for half, fold in enumerate(folds):
         pairs = examples(fold.tolist(), settings.mask_pairs, 2 * settings.seed + half)
         shown.append(_both_halves(pairs) if contrast else (pairs.with_concept, pairs.weights))
-    return mark_concept(
-        latents,
-        shown,
-        folds,
-        dilation=0,
-        steps=settings.mask_steps,
-        crop=settings.mask_crop,
-        seed=settings.seed,
-        progress=progress,
-    )
+    return shown
+
+
+def _options(settings: DemoSettings) -> dict[str, Any]:
+    return {"steps": settings.mask_steps, "crop": settings.mask_crop, "seed": settings.seed}
 
 
 def _both_halves(pairs: LatentPairs) -> tuple[Tensor, Tensor]:
