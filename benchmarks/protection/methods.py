@@ -131,6 +131,7 @@ SWEEPS = {
     for name, values in {
         "restore": (0.0, 0.5, 1.0),
         "probe_every": (2, 4, 8),
+        "probe_batch_size": (2, 8),
         "probes": (48, 192, 768),
         "basis_rank": (4, 8, 16),
         "strength": (0.5, 1.0),
@@ -138,3 +139,6 @@ SWEEPS = {
     }.items()
     for method in _varied(name, values)
 }
+
+CHEAPER = ("ours, probe batch size 2",)
+"""What a training step of four pictures can afford; chosen on one logo, run on the other as well."""
