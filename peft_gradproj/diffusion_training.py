@@ -73,7 +73,7 @@ def add_concept_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concept_probes", help="Concept probes: file, folder or Hub id.")
     add("--strength", type=float, default=1.0, help="Share of the concept that is removed; only 1 gives a guarantee.")
     add("--probe_every", type=int, default=4, help="A step is corrected every so many optimizer steps.")
-    add("--probe_batch_size", type=int, default=8, help="Concept probes per correction, over all processes.")
+    add("--probe_batch_size", type=int, default=2, help="Concept probes per correction, over all processes.")
     add("--restore", type=float, default=0.5, help="Share of the drift that a corrected step takes back.")
     add("--mask_column", help="Column of masks, white where the loss does not count; `gradproj mask` makes them.")
     add("--uncovered", choices=["error", "warn", "ignore"], default="error", help="About what is not projected.")

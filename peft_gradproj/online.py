@@ -195,7 +195,7 @@ class OnlineProjection:
         rule: Rule = "half-space",
         strength: float = 1.0,
         probe_every: int = 4,
-        probe_batch_size: int = 8,
+        probe_batch_size: int = 2,
         restore: float = 0.5,
         probe_history: int = 1,
         seed: int = 0,

@@ -58,6 +58,6 @@ MATRIX = tuple(dict.fromkeys(_entries()))
 ATTACKED = tuple(
     Entry(TaskKey(OTHER_LOGO, False, 75, seed), method)
     for seed in SEEDS
-    for method in (BASE, "plain", "oracle", "masked, found", "ours")
+    for method in (BASE, "plain", "oracle", "masked, found", "masked, missing 20 %, guarded", "ours")
 )
 """The runs whose adapters are attacked."""

@@ -73,7 +73,9 @@ METHODS = {
         Method("plain"),
         Method("oracle", clean=True),
         OURS,
-        replace(OURS, name="ours, by default", placed=False, probes=64, basis_rank=16, basis_pairs=64),
+        replace(
+            OURS, name="ours, by default", placed=False, probes=64, probe_batch_size=2, basis_rank=16, basis_pairs=64
+        ),
         Method("masked, found", masked="found"),
         Method("masked, found by any", masked="found-by-any"),
         Method("online", online=True),

@@ -206,6 +206,9 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         row = rows.get((concept, named, 75, method))
         return (row and figure(row, name)) or NOT_RUN
 
+    def seeds(method: str, concept: str = TUNED_LOGO) -> str:
+        return ", ".join(map(str, rows[concept, False, 75, method]["seeds"]))
+
     def leaks(method: str) -> str:
         row = rows.get((TUNED_LOGO, False, 75, method))
         return NOT_RUN if row is None else ", ".join(f"{figures['leak']:.2f}" for figures in row["by_seed"].values())
@@ -213,7 +216,7 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
     def attack(method: str, name: str) -> str:
         return f"{attacks[method][name]:.2f}" if method in attacks else NOT_RUN
 
-    return {"has": has, "value": value, "leaks": leaks, "attack": attack}
+    return {"has": has, "value": value, "seeds": seeds, "leaks": leaks, "attack": attack}
 
 
 def _covered(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any], dict[str, str]]]:
