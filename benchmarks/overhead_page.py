@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_gradproj import GradProjConfig
+
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 PAGE = Path(__file__).parent.parent / "docs" / "overhead.md"
 ARMS = {
@@ -26,7 +28,7 @@ MODELS = {
     "sd15": "UNet of Stable Diffusion 1.5, 860 M parameters",
     "llama1b": "Llama, 1.2 B parameters",
 }
-DEFAULT_PROBES, DEFAULT_EVERY = 8, 4
+DEFAULT_PROBES, DEFAULT_EVERY = GradProjConfig.probe_batch_size, GradProjConfig.probe_every
 TRAINING_BATCHES = (4, 8, 16, 32)
 
 Cell = dict[str, Any]
@@ -209,7 +211,9 @@ def parts(results: Results) -> str | None:
             share = 100 * seconds / spent["stock step"]
             rows.append([MODELS[model], cell["workload"], part, f"{1000 * seconds:.0f}", f"{share:.1f} %"])
         # There are half as many probes as examples in a batch.
-        costs.append(f"{2 * spent['probe pass, at corrected steps'] / spent['stock step']:.1f} ({MODELS[model]})")
+        cost = 2 * spent["probe pass, at corrected steps"] / spent["stock step"]
+        of_four = 100 * cost * DEFAULT_PROBES / DEFAULT_EVERY / 4
+        costs.append(f"{cost:.1f} ({MODELS[model]}; at a batch of 4 and the defaults {of_four:.0f} %)")
     if not rows:
         return None
     return "\n".join(
@@ -224,8 +228,7 @@ def parts(results: Results) -> str | None:
             *table(("model", "training on", "part", "ms", "of a stock step"), rows),
             "",
             "So the online projection adds, of a step, about `probe_batch_size` / (`probe_every` x batch size) times "
-            f"{', '.join(costs)}: with the default's {DEFAULT_PROBES} probes every {DEFAULT_EVERY} steps, at a batch "
-            "of 4, half of that factor.",
+            f"{', '.join(costs)}. The defaults are {DEFAULT_PROBES} probes every {DEFAULT_EVERY} steps.",
         ]
     )
 
