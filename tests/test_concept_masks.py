@@ -228,6 +228,14 @@ def test_the_report_tells_what_was_found_from_what_is_guarded(monkeypatch, guard
     assert report.area == pytest.approx(np.mean([cells.mean() for cells in masks.cells]))
 
 
+def test_what_is_found_nowhere_has_no_place(monkeypatch):
+    marked = concept_masks._marked
+    monkeypatch.setattr(concept_masks, "_marked", lambda *options: np.zeros_like(marked(*options)))
+    _, report = find_concept(PIPELINES["sd"](), Overlay(logo()), data(), **QUICK, guard=True)
+    assert (report.found, report.guarded, report.across, report.down) == (0, 0, None, None)
+    assert "--across" not in str(report)
+
+
 # What is refused
 
 
