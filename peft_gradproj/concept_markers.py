@@ -19,7 +19,7 @@ from torch import Tensor
 from .diffusion_inputs import dilated
 from .errors import ConceptDataError
 from .files import locate_file, read_header_json, read_tensor_file, write_tensor_file
-from .masks import ConceptMarker, marker_network
+from .masks import ConceptMarker, mark_by_any, marker_network
 from .untrusted import shown
 
 __all__ = ["FORMAT_VERSION", "MARKERS_FILE_NAME", "ConceptMarkers"]
@@ -82,12 +82,11 @@ class ConceptMarkers:
         Returns:
             1 where any network finds it, widened, and 0 elsewhere, float32, shape `(N, 1, h, w)`.
         """
-        found = latents.new_zeros(len(latents), 1, *latents.shape[2:], dtype=torch.float32)
         # A loop in mixed precision must not change what is found.
         with torch.autocast(latents.device.type, enabled=False):
             for marker in self.markers:
                 marker.network.to(latents.device)
-                found = found.maximum(marker.mark(latents.float(), dilation=0))
+            found = mark_by_any(self.markers, latents.float())
         return dilated(found, self.dilation)
 
     def save(self, path: str | os.PathLike[str]) -> Path:

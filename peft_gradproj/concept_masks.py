@@ -178,7 +178,7 @@ class MaskReport:
         if self.across is None or self.down is None:
             return ""
         across, down = (f"{low:.2f} {high:.2f}" for low, high in (self.across, self.down))
-        return f"eight in ten lie within --across {across} --down {down}, 0 to 1 over the whole picture\n"
+        return f"eight in ten lie within --across {across}, as many within --down {down}, 0 to 1 over the picture\n"
 
 
 # Finding

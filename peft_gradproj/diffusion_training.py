@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .config import GradProjConfig
 from .diffusion_inputs import latent_weights, training_target
 from .hub import push_adapter_to_hub
 from .online import online_projections
@@ -61,6 +62,7 @@ logger = logging.getLogger(__name__)
 VALIDATION_STEPS = 30
 WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _IMAGES = "images"
+_PROJECTION_OPTIONS = ("strength", "probe_every", "probe_batch_size", "restore")
 
 
 # Flags
@@ -71,17 +73,18 @@ def add_concept_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("concept").add_argument
     add("--concept_basis", help="Concept basis: file, folder or Hub id.")
     add("--concept_probes", help="Concept probes: file, folder or Hub id.")
-    add("--strength", type=float, default=1.0, help="Share of the concept that is removed; only 1 gives a guarantee.")
-    add("--probe_every", type=int, default=4, help="A step is corrected every so many optimizer steps.")
-    add("--probe_batch_size", type=int, default=2, help="Concept probes per correction, over all processes.")
-    add("--restore", type=float, default=0.5, help="Share of the drift that a corrected step takes back.")
+    add("--strength", type=float, help="Share of the concept that is removed; only 1 gives a guarantee.")
+    add("--probe_every", type=int, help="A step is corrected every so many optimizer steps.")
+    add("--probe_batch_size", type=int, help="Concept probes per correction, over all processes.")
+    add("--restore", type=float, help="Share of the drift that a corrected step takes back.")
     add("--mask_column", help="Column of masks, white where the loss does not count; `gradproj mask` makes them.")
     add("--uncovered", choices=["error", "warn", "ignore"], default="error", help="About what is not projected.")
+    parser.set_defaults(**{name: getattr(GradProjConfig, name) for name in _PROJECTION_OPTIONS})
 
 
 def concept_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_concept_arguments` parsed, as arguments of `GradProjConfig`."""
-    names = ("concept_basis", "concept_probes", "strength", "probe_every", "probe_batch_size", "restore", "uncovered")
+    names = ("concept_basis", "concept_probes", *_PROJECTION_OPTIONS, "uncovered")
     return {name: getattr(args, name) for name in names}
 
 

@@ -22,7 +22,16 @@ from .diffusion_inputs import dilated
 from .errors import ConceptDataError
 from .small_networks import fit_network
 
-__all__ = ["GUARDED_SHARE", "ConceptMarker", "fit_markers", "guarded", "mark_concept", "marker_network", "places"]
+__all__ = [
+    "GUARDED_SHARE",
+    "ConceptMarker",
+    "fit_markers",
+    "guarded",
+    "mark_by_any",
+    "mark_concept",
+    "marker_network",
+    "places",
+]
 
 
 GUARDED_SHARE = 0.05
@@ -183,6 +192,11 @@ def mark_concept(
     for fold, marker in zip(folds, markers, strict=True):
         masks[fold] = marker.mark(latents[fold], dilation=dilation)
     return masks
+
+
+def mark_by_any(markers: Sequence[ConceptMarker], latents: Tensor) -> Tensor:
+    """Where any of several networks finds the concept in latents `(N, C, h, w)`: as :meth:`ConceptMarker.mark`."""
+    return torch.stack([marker.mark(latents) for marker in markers]).amax(0)
 
 
 def guarded(masks: Tensor, *, share: float = GUARDED_SHARE) -> Tensor:

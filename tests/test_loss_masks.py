@@ -216,9 +216,10 @@ def test_marks_are_of_the_latents_that_masks_were_drawn_in():
 
     pipeline, pictures = sd(), [picture(seed, (SIDE, SIDE)) for seed in range(6)]
     data = TrainingData(pictures, [""] * 6)
-    masks, _ = find_concept(pipeline, Overlay(logo()), data, num_pairs=16, steps=20, progress=False, name="a logo")
+    options = {"num_pairs": 16, "steps": 20, "dilation": 1, "progress": False}
+    masks, _ = find_concept(pipeline, Overlay(logo()), data, name="a logo", **options)
     markers = masks[:2].markers
-    assert (markers.concept, markers.resolution, markers.dilation) == ("a logo", SIDE, 0)
+    assert (markers.concept, markers.resolution, markers.dilation) == ("a logo", SIDE, 1)
     marks = markers.mark(PictureEncoder.of(pipeline).latents(pictures))
     drawn = torch.stack([torch.from_numpy(cells) for cells in masks.cells])
     assert drawn.any()

@@ -131,6 +131,7 @@ def _varied(name: str, values: Sequence[Any]) -> list[Method]:
 SWEEPS = {
     method.name: method
     for name, values in {
+        "dilation": (0, 1),
         "restore": (0.0, 0.5, 1.0),
         "probe_every": (2, 4, 8),
         "probe_batch_size": (2, 8),
@@ -141,6 +142,3 @@ SWEEPS = {
     }.items()
     for method in _varied(name, values)
 }
-
-CHEAPER = ("ours, probe batch size 2",)
-"""What a training step of four pictures can afford; chosen on one logo, run on the other as well."""

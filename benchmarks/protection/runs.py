@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, LayerBasis
 from peft_gradproj.concepts import ConceptSet
-from peft_gradproj.demo.finding import find_in_latents, mark_by_any
+from peft_gradproj.demo.finding import find_by_any, find_in_latents
 from peft_gradproj.demo.measuring import Questions, mask_shares
 from peft_gradproj.demo.pipeline import load_pipeline, with_unet
 from peft_gradproj.demo.precision import autocast, autocast_dtype
@@ -99,7 +99,7 @@ class Material:
     @cached_property
     def found_by_any(self) -> Tensor:
         """Where any of the networks finds it, those that learned from the picture too, `(N, 1, h, w)`."""
-        return self._marks("found-by-any", mark_by_any)
+        return self._marks("found-by-any", find_by_any)
 
     def _marks(self, name: str, find: Callable[..., Tensor]) -> Tensor:
         def examples(fold: list[int], count: int, seed: int) -> LatentPairs:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..diffusion_inputs import LatentPairs
-from ..masks import fit_markers, mark_concept
+from ..masks import fit_markers, mark_by_any, mark_concept
 from .settings import DemoSettings
 
-__all__ = ["find_in_latents", "mark_by_any"]
+__all__ = ["find_by_any", "find_in_latents"]
 
 
 def find_in_latents(
@@ -42,7 +42,7 @@ def find_in_latents(
     return mark_concept(latents, shown, folds, **_options(settings), progress=progress)
 
 
-def mark_by_any(
+def find_by_any(
     latents: Tensor,
     examples: Callable[[list[int], int, int], LatentPairs],
     settings: DemoSettings,
@@ -54,7 +54,7 @@ def mark_by_any(
     Arguments and result are those of :func:`find_in_latents`.
     """
     markers = fit_markers(_shown(_folds(len(latents)), examples, settings, contrast), **_options(settings))
-    return torch.stack([marker.mark(latents) for marker in markers]).amax(0)
+    return mark_by_any(markers, latents)
 
 
 def _folds(length: int) -> list[Tensor]:
