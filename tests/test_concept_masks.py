@@ -220,10 +220,19 @@ def test_nothing_is_guarded_against_where_nothing_was_found():
 @pytest.mark.parametrize(("guard", "guarded"), [(False, 0), (True, 3)])
 def test_the_report_tells_what_was_found_from_what_is_guarded(monkeypatch, guard, guarded):
     marked = concept_masks._marked
-    odd = [picture(seed) for seed in (1, 3, 5)]
-    monkeypatch.setattr(concept_masks, "_marked", lambda shown, *options: marked(shown, *options) & (shown not in odd))
+    columns = {0: 0, 2: 0, 4: -1}
+    shown_as = [picture(seed) for seed in range(6)]
+
+    def along_the_top(shown, *options):
+        cells = np.zeros_like(marked(shown, *options))
+        if (column := columns.get(shown_as.index(shown))) is not None:
+            cells[0, column] = True
+        return cells
+
+    monkeypatch.setattr(concept_masks, "_marked", along_the_top)
     masks, report = find_concept(PIPELINES["sd"](), Overlay(logo()), data(6), **QUICK, guard=guard)
-    assert (report.across, report.down) == ConceptMasks(masks.cells[::2], masks.sizes[::2]).places()
+    # What is guarded reaches from the left to the right, and would be taken to lie at the left.
+    assert (report.across, report.down) == (pytest.approx((0, 0.8)), (0, 0))
     assert (report.found, report.guarded, masks.marked) == (3, guarded, 3 + guarded)
     assert report.area == pytest.approx(np.mean([cells.mean() for cells in masks.cells]))
 
