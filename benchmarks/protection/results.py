@@ -195,15 +195,15 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
 
 
 def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
-    """How prose asks for single figures, of tasks that show the concept in 75 % of the pictures."""
+    """How prose asks for single figures, of tasks that show the concept in 75 % of the pictures unless it says so."""
     rows = {(*_regime_of(row), row["method"]): row for row in content["rows"]}
     attacks = {row["method"]: row["mean"] for row in content["attacks"]}
 
-    def has(method: str, concept: str = TUNED_LOGO, *, named: bool = False) -> bool:
-        return (concept, named, 75, method) in rows
+    def has(method: str, concept: str = TUNED_LOGO, *, named: bool = False, percent: int = 75) -> bool:
+        return (concept, named, percent, method) in rows
 
-    def value(method: str, name: str, concept: str = TUNED_LOGO, *, named: bool = False) -> str:
-        row = rows.get((concept, named, 75, method))
+    def value(method: str, name: str, concept: str = TUNED_LOGO, *, named: bool = False, percent: int = 75) -> str:
+        row = rows.get((concept, named, percent, method))
         return (row and figure(row, name)) or NOT_RUN
 
     def seeds(method: str, concept: str = TUNED_LOGO) -> str:
