@@ -288,6 +288,8 @@ def plot_leak_against_kept(rows: Iterable[Mapping[str, Any]], path: Path) -> Non
         axis.set_ylabel("kept")
         axis.set_xlim(-0.05, 1.05)
         axis.grid(alpha=0.3)
+        # Axes that are shared have their ticks named in the last line only, which need not be full.
+        axis.tick_params(labelbottom=True)
     for axis in axes.flat[len(keys) :]:
         axis.remove()
     methods = [name for name in METHODS if name in handles]
