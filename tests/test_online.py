@@ -917,7 +917,7 @@ def test_targets_of_another_model_are_refused() -> None:
     task = make_task()
     probes = ConceptProbes({"input": task.concept}, torch.ones(PROBES, 3))
     attach_online_projection(task.net, "default", probes, probe_batch_size=8)
-    with pytest.raises(ConceptDataError, match=r"shape \(8, 4\), their targets have \(8, 3\)|shape \(1, 4\)"):
+    with pytest.raises(ConceptDataError, match=r"shape \(8, 4\), their targets have \(8, 3\)"):
         take_steps(task, torch.optim.SGD(task.parameters(), lr=0.1))
 
 
