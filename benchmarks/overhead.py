@@ -1,8 +1,9 @@
 """What projection costs in training: step time and peak memory against stock LoRA, DoRA and OSF of PEFT.
 
 The models have random weights: a UNet of the size of Stable Diffusion 1.5, and a Llama of 1.2 billion parameters, both
-in bfloat16 under autocast, their adapters in float32, AdamW. Every figure is of one *cell*, which is written as soon as
-it is measured, so that a run can be interrupted and goes on where it was:
+in bfloat16 under autocast, or in float32 on a processor without AVX-512, where bfloat16 is tens of times slower; their
+adapters in float32, AdamW. Every figure is of one *cell*, which is written as soon as it is measured, so that a run can
+be interrupted and goes on where it was:
 
 | cell | what it holds |
 |---|---|
@@ -62,6 +63,7 @@ from peft_gradproj import (
     fit_concept_basis,
     online,
 )
+from peft_gradproj.demo.precision import autocast, autocast_dtype
 from peft_gradproj.files import write_atomically
 from peft_gradproj.layers import projected_weights
 from peft_gradproj.observation import find_layers
@@ -187,9 +189,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def build(work: Workload) -> nn.Module:
-    """The base model, with random weights in bfloat16."""
+    """The base model, with random weights in the precision that it is trained in."""
     torch.manual_seed(0)
-    with default_dtype(torch.bfloat16):
+    with default_dtype(autocast_dtype() or torch.float32):
         return work.build().requires_grad_(False)
 
 
@@ -197,11 +199,6 @@ def twin(model: nn.Module) -> nn.Module:
     """A model of its own with the same tensors, so that arms share the base and nothing else."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def autocast() -> torch.autocast:
-    """As in training with `--mixed_precision=bf16`."""
-    return torch.autocast("cpu", torch.bfloat16)
 
 
 # Arms
@@ -558,7 +555,13 @@ def versions() -> dict[str, Any]:
     from importlib.metadata import version
 
     packages = ("torch", "peft", "diffusers", "transformers", "peft-gradproj")
-    machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
+    precision = str(autocast_dtype() or torch.float32).removeprefix("torch.")
+    machine = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "precision": precision,
+    }
     return {**machine, "threads": torch.get_num_threads(), **{package: version(package) for package in packages}}
 
 

@@ -97,11 +97,11 @@ INTRODUCTION = """
 What projection costs in training, against stock LoRA, DoRA and OSF of PEFT. This page is made by `make bench-overhead`
 from `benchmarks/results/overhead.json`; do not edit it. `benchmarks/overhead.py` says how each figure is taken.
 
-The models have random weights, in bfloat16 under autocast; the adapters are float32, trained by AdamW. In every round
-each arm takes the same step on the same batch; a ratio is the median over rounds of an arm's time over stock LoRA's in
-the same round. The batches are small, so that two cores take seconds a step. That is unfavourable to the subspace
-projection, whose cost does not depend on the batch; the online projection's is that of its probe batch, so it is stated
-against the training batch.
+The models have random weights, in bfloat16 under autocast or, where the processor has no AVX-512, in float32: see the
+conditions below. The adapters are float32, trained by AdamW. In every round each arm takes the same step on the same
+batch; a ratio is the median over rounds of an arm's time over stock LoRA's in the same round. The batches are small, so
+that two cores take seconds a step. That is unfavourable to the subspace projection, whose cost does not depend on the
+batch; the online projection's is that of its probe batch, so it is stated against the training batch.
 """
 
 
@@ -118,9 +118,10 @@ def step_times(results: Results) -> str | None:
             "",
             f"### {MODELS[model]}",
             "",
-            f"Training on {cell['workload']}; {cell['probe_batch']} probes every {cell['probe_every']} steps, as the "
-            f"default of {DEFAULT_PROBES} is at a batch of {DEFAULT_PROBES * cell['batch'] // cell['probe_batch']}. In "
-            "brackets the quartiles of the steps that are not corrected, and of those that are.",
+            f"Training on {cell['workload']}, in {cell['versions']['precision']}; {cell['probe_batch']} probes every "
+            f"{cell['probe_every']} steps, as the default of {DEFAULT_PROBES} is at a batch of "
+            f"{DEFAULT_PROBES * cell['batch'] // cell['probe_batch']}. In brackets the quartiles of the steps that are "
+            "not corrected, and of those that are.",
             "",
         ]
         rows = [row for names, cell in mine for row in step_rows(names, cell)]
@@ -279,11 +280,19 @@ def others(results: Results) -> str | None:
 def conditions(results: Results) -> str:
     """Versions, and under which load each cell was taken."""
     rows = [
-        [f"`{key}`", cell["measured"], f"{cell['took_seconds']:.0f}", load(cell), str(cell["versions"]["threads"])]
+        [
+            f"`{key}`",
+            cell["measured"],
+            f"{cell['took_seconds']:.0f}",
+            load(cell),
+            str(cell["versions"]["threads"]),
+            # What trains no model is in no precision.
+            cell["versions"]["precision"] if "/" in key else "",
+        ]
         for key, cell in results.items()
     ]
     machines = dict.fromkeys(
-        ", ".join(f"{name} {value}" for name, value in cell["versions"].items() if name != "threads")
+        ", ".join(f"{name} {value}" for name, value in cell["versions"].items() if name not in ("threads", "precision"))
         for cell in results.values()
     )
     return "\n".join(
@@ -295,7 +304,7 @@ def conditions(results: Results) -> str:
             "The load average is that of the last minute, before the cell and after it. Where it is above the number "
             "of cores, others were computing: look at the processor time then.",
             "",
-            *table(("cell", "measured", "seconds", "load", "threads"), rows),
+            *table(("cell", "measured", "seconds", "load", "threads", "precision"), rows),
         ]
     )
 

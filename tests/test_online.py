@@ -7,7 +7,9 @@ that have them on are pulled away from the base model's outputs (the concept), a
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
+import inspect
 import pickle
 import warnings
 import weakref
@@ -26,6 +28,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 import peft_gradproj.online as online
+from peft_gradproj.config import GradProjConfig
 from peft_gradproj.errors import ConceptDataError, GradProjConfigError, OnlineProjectionError
 from peft_gradproj.online import (
     OnlineProjection,
@@ -704,6 +707,16 @@ def test_a_step_of_length_zero_stays_so() -> None:
 
     assert all(torch.equal(p, b) for p, b in zip(task.parameters(), before, strict=True))
     assert projection.last.removed_share == 0.0
+
+
+def test_its_defaults_are_those_of_the_config() -> None:
+    own = {name: p.default for name, p in inspect.signature(OnlineProjection).parameters.items()}
+    of_config = {f.name: f.default for f in dataclasses.fields(GradProjConfig)}
+    shared = own.keys() & of_config.keys()
+
+    assert shared == {"rule", "strength", "probe_every", "probe_batch_size", "restore", "probe_history"}
+    assert {name: own[name] for name in shared} == {name: of_config[name] for name in shared}
+    assert own["seed"] == of_config["probe_seed"]
 
 
 # Reproducibility
