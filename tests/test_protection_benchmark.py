@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.protection import runs
 from benchmarks.protection.cli import main
 from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
-from benchmarks.protection.methods import MAIN, METHODS, SWEEPS
+from benchmarks.protection.methods import ALL_METHODS, MAIN, METHODS, SHORT
 from benchmarks.protection.results import figures_of, rows_of
 from benchmarks.protection.runs import BASE, Folders, Material, base_pipeline, run, text_penalty, with_text_map
 from benchmarks.protection.tasks import TaskKey, make_task
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
+from peft_gradproj.demo.training import History
 from peft_gradproj.diffusion_inputs import pictures_to_tensor
 
 SETTINGS = replace(DemoSettings(), pictures=80, held_out=20)
@@ -92,7 +94,7 @@ def test_the_matrix_has_all_methods_on_one_logo_and_the_main_ones_everywhere_on_
     for task in {e.task for e in MATRIX}:
         assert {Entry(replace(task, seed=seed), m) for seed in SEEDS for m in (BASE, *MAIN)} <= set(MATRIX)
     assert set(ATTACKED) <= set(MATRIX)
-    assert {e.method for e in MATRIX} == {BASE, *METHODS, *SWEEPS}
+    assert {e.method for e in MATRIX} == {BASE, *ALL_METHODS}
 
 
 def a_run(method, losses, *, seed=0, leaks=0):
@@ -148,6 +150,21 @@ def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
     page = (folders["docs"] / "benchmark.md").read_text()
     assert "| oracle | 0 | " in page
     assert (folders["docs"] / "images" / "leak-against-kept.png").stat().st_size > 1000
+
+
+def test_a_short_method_takes_a_quarter_of_the_steps(tmp_path, monkeypatch):
+    steps = []
+
+    def train(base, config, data, schedule, settings, *arguments):
+        steps.append(settings.steps)
+        return {}, History()
+
+    monkeypatch.setattr(runs, "train", train)
+    settings = replace(DemoSettings().quick(), steps=80)
+    material = Material(TaskKey.parse("style/unnamed-75/0"), settings, tmp_path)
+    material.train(METHODS["filtered, perfect"])
+    material.train(SHORT["filtered, perfect, a quarter of the steps"])
+    assert steps == [80, 20]
 
 
 def test_any_network_marks_at_least_what_that_of_the_other_fold_does(tmp_path):

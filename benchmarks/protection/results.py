@@ -16,7 +16,7 @@ from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.evaluation.figures import Share
 
 from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
-from .methods import MAIN, METHODS, SWEEPS
+from .methods import ALL_METHODS, MAIN, SWEEPS
 from .runs import BASE, THREADS_PER_RUN, write_json
 from .tasks import TaskKey
 
@@ -112,7 +112,7 @@ def rows_of(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "masks": [{k: _rounded(v) for k, v in m.items()} for m in masks.get(cell, [])],
             }
         )
-    order = [BASE, *METHODS, *SWEEPS]
+    order = [BASE, *ALL_METHODS]
     return sorted(rows, key=lambda r: (*_regime_of(r), order.index(r["method"])))
 
 
@@ -122,7 +122,7 @@ def attack_rows_of(attacks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
     for found in attacks:
         by_method.setdefault(found["method"], []).append(found)
     rows = []
-    for name in [n for n in (BASE, *METHODS) if n in by_method]:
+    for name in [n for n in (BASE, *ALL_METHODS) if n in by_method]:
         group = by_method[name]
         figures = {
             "leak before": [f["textual_inversion"]["leak_before"] for f in group],
@@ -265,7 +265,7 @@ def plot_leak_against_kept(rows: Iterable[Mapping[str, Any]], path: Path) -> Non
     size = (5 * columns, 4 * lines + 1.5)
     figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
     # A method looks the same in all panels, and no two alike.
-    colours, others = pyplot.get_cmap("tab10").colors, [name for name in METHODS if name not in MAIN]
+    colours, others = pyplot.get_cmap("tab10").colors, [name for name in ALL_METHODS if name not in MAIN]
     looks = {name: ("o", colours[place]) for place, name in enumerate(MAIN)}
     looks |= {name: ("xs^vDP*"[place // 10], colours[place % 10]) for place, name in enumerate(others)}
     handles = {}
@@ -292,7 +292,7 @@ def plot_leak_against_kept(rows: Iterable[Mapping[str, Any]], path: Path) -> Non
         axis.tick_params(labelbottom=True)
     for axis in axes.flat[len(keys) :]:
         axis.remove()
-    methods = [name for name in METHODS if name in handles]
+    methods = [name for name in ALL_METHODS if name in handles]
     figure.legend([handles[name] for name in methods], methods, loc="lower center", ncols=2 * columns, fontsize=8)
     figure.tight_layout(rect=(0, 1.5 / size[1], 1, 1))
     figure.savefig(path, dpi=110)

@@ -48,7 +48,7 @@ from peft_gradproj.probes import collect_concept_probes
 from peft_gradproj.projection import drift
 
 from .judges import load_judges, load_style_judge
-from .methods import METHODS, SWEEPS, Knowledge, Method
+from .methods import ALL_METHODS, METHODS, Knowledge, Method
 from .once import make_once
 from .tasks import ANYWHERE, Task, TaskKey, make_task
 
@@ -262,7 +262,8 @@ class Material:
             base = with_text_map(base)
             words = encode_prompts(self.pipeline, [self.task.concept.named("").strip()])
             penalty = text_penalty(method, data.embeddings, words, self.settings.seed)
-        settings = replace(self.settings, weight_decay=method.weight_decay)
+        steps = max(1, round(method.steps_share * self.settings.steps))
+        settings = replace(self.settings, weight_decay=method.weight_decay, steps=steps)
         start = time.process_time()
         weights, history = train(
             base,
@@ -326,7 +327,7 @@ def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, wi
     if name == BASE:
         found |= measure(material.pipeline.unet, material, folders.scratch)
     else:
-        method = {**METHODS, **SWEEPS}[name]
+        method = ALL_METHODS[name]
         unet, seen = material.train(method)
         adapter.parent.mkdir(parents=True, exist_ok=True)
         save_file({n: p.detach().contiguous() for n, p in unet.named_parameters() if ".lora_" in n}, adapter)
