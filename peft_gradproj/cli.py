@@ -397,6 +397,9 @@ def mask(
     guard: Annotated[
         bool, typer.Option("--guard", help="Mask also, where it was not found, the places at which others show it.")
     ] = False,
+    leave_out_above: Annotated[
+        float, typer.Option(help="Do not write pictures of which more than this share is masked, as by a style.")
+    ] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Pictures that the VAE encodes at once.")] = 4,
     revision: PipelineRevisionOption = None,
     variant: VariantOption = None,
@@ -435,6 +438,7 @@ def mask(
         steps=steps,
         dilation=dilation,
         guard=guard,
+        leave_out_above=leave_out_above,
         batch_size=batch_size,
         revision=revision,
         variant=variant,

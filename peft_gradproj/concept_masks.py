@@ -90,6 +90,14 @@ class ConceptMasks(Sequence[Image.Image]):
         levels = Image.fromarray(self.cells[index].astype(np.uint8) * 255)
         return levels.resize(self.sizes[index], Image.Resampling.NEAREST)
 
+    def areas(self) -> list[float]:
+        """Of each picture the share that is masked."""
+        return [float(marked.mean()) for marked in self.cells]
+
+    def select(self, indices: Sequence[int]) -> ConceptMasks:
+        """The masks of some of the pictures, as `datasets` selects their rows."""
+        return ConceptMasks([self.cells[i] for i in indices], [self.sizes[i] for i in indices], self.markers)
+
     def guarded(self, *, share: float = GUARDED_SHARE) -> ConceptMasks:
         """Masks that, in pictures in which the concept was not found, cover where other pictures show it.
 
@@ -155,6 +163,8 @@ class MaskReport:
     """Examples that either network learned from."""
     seconds: dict[str, float]
     """Of each part: `load`, `examples`, `networks`, `marks`."""
+    left_out: int = 0
+    """So many pictures are not in that copy, since too much of them is masked."""
     folder: str | None = None
     """Where a copy of the pictures with the masks was written, if it was."""
 
@@ -163,7 +173,8 @@ class MaskReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        written = f"\nwritten to {self.folder}" if self.folder else ""
+        left_out = f", but for {self.left_out} pictures of which more is masked" if self.left_out else ""
+        written = f"\nwritten to {self.folder}{left_out}" if self.folder else ""
         return (
             f"found in {self.found} of {self.pictures} pictures, guarded against in {self.guarded} others; "
             f"{self.area:.1%} of their area is masked\n"
@@ -282,7 +293,7 @@ def find_concept(
         guarded=masks.marked - found.marked,
         across=across,
         down=down,
-        area=float(np.mean([marked.mean() for marked in masks.cells])),
+        area=float(np.mean(masks.areas())),
         recall=float(recalls.mean()),
         recall_error=float(recalls.std() / math.sqrt(len(recalls))),
         recall_pictures=len(recalls),

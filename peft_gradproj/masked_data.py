@@ -36,6 +36,7 @@ def mask_table(
     *,
     image_column: str = "image",
     mask_column: str = "mask",
+    leave_out_above: float = 1.0,
     **options: Any,
 ) -> MaskReport:
     """Find a concept in the pictures of a table, and write a copy of the table with the masks.
@@ -47,18 +48,28 @@ def mask_table(
         output_dir: The folder to write, which appears when it is whole.
         image_column: Column of the training pictures.
         mask_column: Column of the masks, a new one.
+        leave_out_above: Pictures of which more than this share is masked are not written.
         **options: Further arguments of :func:`find_concept`.
 
     Raises:
-        ConceptDataError: If the folder holds something already, the table cannot be written as an imagefolder, or the
-            concept cannot be looked for.
+        ConceptDataError: If the folder holds something already, the table cannot be written as an imagefolder, the
+            concept cannot be looked for, or all pictures would be left out.
     """
+    if not 0 <= leave_out_above <= 1:
+        raise ConceptDataError(f"leave_out_above={leave_out_above}; expected a share, 0 to 1.")
     output = _new_folder(output_dir)
     _picture_columns(table, image_column, mask_column)
     masks, report = find_concept(pipeline_or_id, concept, TrainingData.uncaptioned(table, image_column), **options)
+    areas = masks.areas()
+    kept = [number for number, area in enumerate(areas) if area <= leave_out_above]
+    if not kept:
+        raise ConceptDataError(
+            f"all {len(areas)} pictures would be left out: of each more than leave_out_above={leave_out_above} is "
+            f"masked, of the least {min(areas):.2f}."
+        )
     columns = {"image_column": image_column, "mask_column": mask_column}
-    write_masked(table, masks, output, markers=masks.markers, **columns)
-    return replace(report, folder=str(output))
+    write_masked(table.select(kept), masks.select(kept), output, markers=masks.markers, **columns)
+    return replace(report, folder=str(output), left_out=len(areas) - len(kept))
 
 
 def write_masked(

@@ -19,7 +19,7 @@ from peft_gradproj.concepts import Overlay
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
 from peft_gradproj.errors import ConceptDataError
-from peft_gradproj.masked_data import write_masked
+from peft_gradproj.masked_data import mask_table, write_masked
 from peft_gradproj.pipelines import PipelineFamily, load_encoder
 from peft_gradproj.training_data import load_table
 
@@ -289,10 +289,12 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
     flags += ["--overlay", tmp_path / "logo.png", "--num-pairs", 16, "--steps", 2, "--output-dir", tmp_path / "masked"]
     flags += ["--concept", "the logo"]
     report = json.loads(run(*flags, "--json"))
-    assert report["pictures"] == 3
+    assert (report["pictures"], report["left_out"]) == (3, 0)
     assert report["folder"] == str(tmp_path / "masked")
     with pytest.raises(ConceptDataError, match="masked exists"):
         run(*flags)
+    with pytest.raises(ConceptDataError, match="expected a share"):
+        run(*flags, "--leave-out-above", 2)
 
     # It works after moving, and without what it was made from.
     (tmp_path / "masked").rename(tmp_path / "moved")
@@ -331,6 +333,30 @@ def test_a_data_set_with_further_pictures_keeps_them_and_its_column_names(tmp_pa
     assert [row["mask"].getextrema() for row in read] == [(0, 0), (255, 255), (0, 0)]
     assert read["words"][:] == [["a", "b"], [], ["c"]]
     assert read["size"][:] == [1, 2, None]
+
+
+def test_pictures_of_which_more_is_masked_are_left_out(tmp_path):
+    pictures = [picture(seed) for seed in range(6)]
+    table, pipeline, concept = table_of(image=pictures, number=[*range(6)]), PIPELINES["sd"](), Overlay(logo())
+    masks, _ = find_concept(pipeline, concept, TrainingData(pictures, [""] * 6), **QUICK)
+    areas = masks.areas()
+    assert areas == pytest.approx([np.asarray(mask).mean() / 255 for mask in masks], abs=0.02)
+    limit = sorted(areas)[2]
+    kept = [number for number, area in enumerate(areas) if area <= limit]
+    assert 0 < len(kept) < 6
+
+    report = mask_table(pipeline, concept, table, tmp_path / "out", leave_out_above=limit, **QUICK)
+    read = load_table(tmp_path / "out", ["image"], cache_dir=str(tmp_path / "cache"))
+    assert read["number"][:] == kept
+    assert [row["image"].tobytes() for row in read] == [pictures[number].tobytes() for number in kept]
+    assert [row["mask"].tobytes() for row in read] == [masks[number].tobytes() for number in kept]
+    assert (report.pictures, report.left_out) == (6, 6 - len(kept))
+    assert f"but for {6 - len(kept)} pictures" in str(report)
+
+    for limit, message in ((min(areas) / 2, "all 6 pictures would be left out"), (1.1, "expected a share")):
+        with pytest.raises(ConceptDataError, match=message):
+            mask_table(pipeline, concept, table, tmp_path / "none", leave_out_above=limit, **QUICK)
+        assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
