@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.protection.cli import main
 from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
 from benchmarks.protection.methods import ALL_METHODS, MAIN, METHODS, SHORT
-from benchmarks.protection.results import figures_of, rows_of
+from benchmarks.protection.results import IN_SHORT, figures_of, in_short, rows_of
 from benchmarks.protection.runs import BASE, Folders, Material, base_pipeline, run, text_penalty, with_text_map
 from benchmarks.protection.tasks import TaskKey, make_task
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
@@ -212,3 +213,20 @@ def test_a_sample_is_in_the_style_whose_picture_of_the_same_object_is_nearest():
     assert judge.in_style(disturbed["fluent"], objects, "fluent").all()
     # Another object's picture says nothing, and an order that is wrong would show.
     assert judge.in_style(disturbed["noto"].flip(0), objects[::-1]).all()
+
+
+def test_the_readme_has_the_table_of_the_benchmarks_page():
+    root = Path(__file__).parent.parent
+    in_short = (root / "docs" / "benchmark.md").read_text().partition("## In short")[2].partition("\n## ")[0]
+    tables = [[line for line in text.splitlines() if " / " in line and line.startswith("|")] for text in
+              (in_short, (root / "README.md").read_text())]  # fmt: skip
+    assert tables[0] == tables[1] != []
+
+
+def test_the_table_in_short_has_what_was_run_and_no_more():
+    base, plain = a_run(BASE, (1.0, 1.0, 1.0)), a_run("plain", (0.6, 0.8, 0.2), leaks=4)
+    oracle, other = a_run("oracle", (0.5, 0.5, 0.8)), a_run("ours", (0.6, 0.6, 0.9), seed=1, leaks=1)
+    ((name, cells),) = in_short(rows_of([base, plain, oracle, other]))
+    assert name == "one style of two, 75 %, named"
+    written = {method: cell for method, cell in zip(IN_SHORT, cells, strict=True) if cell}
+    assert written == {"plain": "0.40 / 0.80 (1)", "oracle": "0.00 / 1.00 (1)"}

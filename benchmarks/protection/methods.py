@@ -130,7 +130,7 @@ HALF_FOUND = (
     "masked, missing 20 %, guarded",
     "masked, missing 20 %, guarded + online",
 )
-"""The commands' defaults, and masks that miss pictures; run on both logos."""
+"""The commands' defaults, and masks that miss pictures; run on both logos, not named."""
 
 
 def _varied(name: str, values: Sequence[Any]) -> list[Method]:
