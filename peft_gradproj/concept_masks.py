@@ -86,7 +86,7 @@ class ConceptMasks(Sequence[Image.Image]):
 
     def __getitem__(self, index: int | slice) -> Image.Image | ConceptMasks:
         if isinstance(index, slice):
-            return ConceptMasks(self.cells[index], self.sizes[index], self.markers)
+            return self.select(range(len(self))[index])
         levels = Image.fromarray(self.cells[index].astype(np.uint8) * 255)
         return levels.resize(self.sizes[index], Image.Resampling.NEAREST)
 

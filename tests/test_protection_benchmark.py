@@ -14,7 +14,7 @@ from benchmarks.protection import runs
 from benchmarks.protection.cli import main
 from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
-from benchmarks.protection.methods import ALL_METHODS, MAIN, METHODS, SHORT
+from benchmarks.protection.methods import ALL_METHODS, FEWER_STEPS, MAIN, METHODS
 from benchmarks.protection.results import IN_SHORT, figures_of, in_short, rows_of
 from benchmarks.protection.runs import BASE, Folders, Material, base_pipeline, run, text_penalty, with_text_map
 from benchmarks.protection.tasks import TaskKey, make_task
@@ -153,7 +153,7 @@ def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
     assert (folders["docs"] / "images" / "leak-against-kept.png").stat().st_size > 1000
 
 
-def test_a_short_method_takes_a_quarter_of_the_steps(tmp_path, monkeypatch):
+def test_a_method_of_fewer_steps_takes_its_share_of_them(tmp_path, monkeypatch):
     steps = []
 
     def train(base, config, data, schedule, settings, *arguments):
@@ -164,7 +164,7 @@ def test_a_short_method_takes_a_quarter_of_the_steps(tmp_path, monkeypatch):
     settings = replace(DemoSettings().quick(), steps=80)
     material = Material(TaskKey.parse("style/unnamed-75/0"), settings, tmp_path)
     material.train(METHODS["filtered, perfect"])
-    material.train(SHORT["filtered, perfect, a quarter of the steps"])
+    material.train(FEWER_STEPS["filtered, perfect, a quarter of the steps"])
     assert steps == [80, 20]
 
 
@@ -217,9 +217,9 @@ def test_a_sample_is_in_the_style_whose_picture_of_the_same_object_is_nearest():
 
 def test_the_readme_has_the_table_of_the_benchmarks_page():
     root = Path(__file__).parent.parent
-    in_short = (root / "docs" / "benchmark.md").read_text().partition("## In short")[2].partition("\n## ")[0]
-    tables = [[line for line in text.splitlines() if " / " in line and line.startswith("|")] for text in
-              (in_short, (root / "README.md").read_text())]  # fmt: skip
+    begin = (root / "docs" / "benchmark.md").read_text().partition("\n## What the figures are")[0]
+    texts = (begin, (root / "README.md").read_text())
+    tables = [[line for line in text.splitlines() if line.startswith("|") and " / " in line] for text in texts]
     assert tables[0] == tables[1] != []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .methods import BY_NAME, HALF_FOUND, MAIN, METHODS, SHORT, SWEEPS
+from .methods import BY_NAME, FEWER_STEPS, HALF_FOUND, MAIN, METHODS, SWEEPS
 from .runs import BASE
 from .tasks import TaskKey
 
@@ -35,7 +35,7 @@ def _entries() -> Iterator[Entry]:
     yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), METHODS)
     yield from _row(TaskKey(TUNED_LOGO, True, 75, 0), BY_NAME)
     # Where masks leave a quarter of the pictures.
-    yield from _row(TaskKey("style", False, 75, 0), ("filtered, perfect", "filtered, found", *SHORT))
+    yield from _row(TaskKey("style", False, 75, 0), ("filtered, perfect", "filtered, found", *FEWER_STEPS))
     # Where networks find the least.
     yield from _row(TaskKey("identity", False, 75, 0), ("masked, found by any",))
     # What was not tuned on, first on one seed, then on all.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-__all__ = ["ALL_METHODS", "MAIN", "METHODS", "SHORT", "SWEEPS", "Method"]
+__all__ = ["ALL_METHODS", "FEWER_STEPS", "MAIN", "METHODS", "SWEEPS", "Method"]
 
 Knowledge = Literal["perfect", "missing-20", "found", "found-by-any"]
 """Where the concept is: as it was pasted; the same with a fifth of the pictures missed; as a network found it that did
@@ -107,7 +107,7 @@ METHODS = {
     )
 }
 
-SHORT = {
+FEWER_STEPS = {
     method.name: method
     for share, words, names in (
         (1 / 4, "a quarter", ("oracle", "ours", "masked, found", "filtered, perfect", "filtered, found")),
@@ -156,5 +156,5 @@ SWEEPS = {
     for method in _varied(name, values)
 }
 
-ALL_METHODS = {**METHODS, **SHORT, **SWEEPS}
+ALL_METHODS = {**METHODS, **FEWER_STEPS, **SWEEPS}
 """In the order of the tables."""

@@ -32,7 +32,7 @@ COVERING = {"ours": "found", "masked, found by any": "found by any"}
 """Methods whose rows say what networks' masks cover, and what these are called."""
 IN_SHORT = ("plain", "oracle", "masked, found", "ours", "ours, by default")
 """Methods of the table that the page begins with."""
-SHORT_TITLES = {
+CONCEPTS_IN_WORDS = {
     "logo-youtube": "the YouTube logo",
     "logo-spotify": "the Spotify logo",
     "identity": "one mascot of six",
@@ -189,8 +189,8 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "content": content,
         "tables": [(title(key), table) for key, table in ordered],
         "sweeps": set(SWEEPS),
-        "short": list(in_short(rows)),
-        "in_short": IN_SHORT,
+        "in_short": list(in_short(rows)),
+        "columns": IN_SHORT,
         "total": len(MATRIX),
         "missing": len(set(MATRIX) - made),
         "untouched": [title(key) for key in sorted({_regime(e.task) for e in MATRIX} - tables.keys())],
@@ -233,8 +233,8 @@ def in_short(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]
     """Of each regime its title and, for the methods of `IN_SHORT`, leak / kept (number of seeds)."""
     by_key = {(*_regime_of(row), row["method"]): row for row in rows}
     regimes = {key[:3] for key in by_key}
-    for concept, named, percent in sorted(regimes, key=lambda r: ([*SHORT_TITLES].index(r[0]), r[2], r[1])):
-        name = f"{SHORT_TITLES[concept]}, {percent} %, {'named' if named else 'not named'}"
+    for concept, named, percent in sorted(regimes, key=lambda r: ([*CONCEPTS_IN_WORDS].index(r[0]), r[2], r[1])):
+        name = f"{CONCEPTS_IN_WORDS[concept]}, {percent} %, {'named' if named else 'not named'}"
         yield name, [_leak_and_kept(by_key.get((concept, named, percent, method))) for method in IN_SHORT]
 
 
