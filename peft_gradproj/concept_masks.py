@@ -165,6 +165,8 @@ class MaskReport:
     """Of each part: `load`, `examples`, `networks`, `marks`."""
     left_out: int = 0
     """So many pictures are not in that copy, since too much of them is masked."""
+    leave_out_above: float = 1.0
+    """The share of a picture, in [0, 1], above which that is too much."""
     folder: str | None = None
     """Where a copy of the pictures with the masks was written, if it was."""
 
@@ -173,8 +175,9 @@ class MaskReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        left_out = f", but for {self.left_out} pictures of which more is masked" if self.left_out else ""
-        written = f"\nwritten to {self.folder}{left_out}" if self.folder else ""
+        written = f"\nwritten to {self.folder}" if self.folder else ""
+        if self.left_out:
+            written += f", but for {self.left_out} pictures of which more than {self.leave_out_above:.1%} is masked"
         return (
             f"found in {self.found} of {self.pictures} pictures, guarded against in {self.guarded} others; "
             f"{self.area:.1%} of their area is masked\n"

@@ -69,7 +69,8 @@ def mask_table(
         )
     columns = {"image_column": image_column, "mask_column": mask_column}
     write_masked(table.select(kept), masks.select(kept), output, markers=masks.markers, **columns)
-    return replace(report, folder=str(output), left_out=len(areas) - len(kept))
+    left_out = len(areas) - len(kept)
+    return replace(report, folder=str(output), left_out=left_out, leave_out_above=leave_out_above)
 
 
 def write_masked(

@@ -351,7 +351,7 @@ def test_pictures_of_which_more_is_masked_are_left_out(tmp_path):
     assert [row["image"].tobytes() for row in read] == [pictures[number].tobytes() for number in kept]
     assert [row["mask"].tobytes() for row in read] == [masks[number].tobytes() for number in kept]
     assert (report.pictures, report.left_out) == (6, 6 - len(kept))
-    assert f"but for {6 - len(kept)} pictures" in str(report)
+    assert f"but for {6 - len(kept)} pictures of which more than {limit:.1%} is masked" in str(report)
 
     for limit, message in ((min(areas) / 2, "all 6 pictures would be left out"), (1.1, "expected a share")):
         with pytest.raises(ConceptDataError, match=message):
