@@ -289,7 +289,7 @@ def leakage(a: Tensor, b: Tensor, basis: Tensor, *, space: str) -> float:
         )
     # float64: the cores hold squares, whose rounding in float32 would hide leaks below 1e-4. Scaling by the largest
     # entry changes no ratio and keeps the squares of very small or large adapters representable.
-    a, b, basis = _unit_scale(a.double()), _unit_scale(b.double()), basis.double()
+    a, b, basis = _unit_scale(a.detach().double()), _unit_scale(b.detach().double()), basis.detach().double()
     core_a, core_b = a @ a.mT, b.mT @ b
     total = (core_a * core_b).sum()
     if total <= 0:
