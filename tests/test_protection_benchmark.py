@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,8 @@ from benchmarks.protection.methods import ALL_METHODS, FEWER_STEPS, MAIN, METHOD
 from benchmarks.protection.results import IN_SHORT, figures_of, in_short, rows_of
 from benchmarks.protection.runs import BASE, Folders, Material, base_pipeline, run, text_penalty, with_text_map
 from benchmarks.protection.tasks import TaskKey, make_task
+from peft_gradproj import GradProjConfig
+from peft_gradproj.concept_fit import fit_concept
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
 from peft_gradproj.demo.training import History
@@ -87,6 +91,16 @@ def test_a_user_shows_the_concept_on_training_pictures_alone(concept):
 def test_task_keys_can_be_read_back():
     for entry in MATRIX:
         assert TaskKey.parse(str(entry.task)) == entry.task
+
+
+def test_the_methods_defaults_are_those_of_the_commands():
+    ours, of_fit = METHODS["ours, by default"], inspect.signature(fit_concept).parameters
+    fitted = {"num_pairs": ours.basis_pairs, "num_probes": ours.probes, "rank": ours.basis_rank}
+    assert fitted == {name: of_fit[name].default for name in fitted}
+    of_config = {field.name: field.default for field in dataclasses.fields(GradProjConfig)}
+    shared = {field.name for field in dataclasses.fields(ours)} & of_config.keys()
+    assert shared == {"rule", "strength", "probe_every", "probe_batch_size", "restore", "probe_history"}
+    assert {name: getattr(ours, name) for name in shared} == {name: of_config[name] for name in shared}
 
 
 def test_the_matrix_has_all_methods_on_one_logo_and_the_main_ones_everywhere_on_all_seeds():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .methods import BY_NAME, FEWER_STEPS, HALF_FOUND, MAIN, METHODS, SWEEPS
+from .methods import BY_NAME, DEFAULTS, FEWER_STEPS, HALF_FOUND, MAIN, METHODS, SWEEPS
 from .runs import BASE
 from .tasks import TaskKey
 
@@ -30,8 +30,8 @@ def _entries() -> Iterator[Entry]:
             for logo in (TUNED_LOGO, OTHER_LOGO):
                 yield from _row(TaskKey(logo, named, 75, seed), MAIN)
         for logo in (TUNED_LOGO, OTHER_LOGO):
-            yield from _row(TaskKey(logo, False, 75, seed), HALF_FOUND)
-            yield from _row(TaskKey(logo, True, 75, seed), ("ours, by default",))
+            yield from _row(TaskKey(logo, False, 75, seed), (*DEFAULTS, *HALF_FOUND))
+            yield from _row(TaskKey(logo, True, 75, seed), DEFAULTS)
     yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), METHODS)
     yield from _row(TaskKey(TUNED_LOGO, True, 75, 0), BY_NAME)
     # Where masks leave a quarter of the pictures.

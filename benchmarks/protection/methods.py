@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from peft_gradproj import GradProjConfig
+
 __all__ = ["ALL_METHODS", "FEWER_STEPS", "MAIN", "METHODS", "SWEEPS", "Method"]
 
 Knowledge = Literal["perfect", "missing-20", "found", "found-by-any"]
@@ -69,15 +71,31 @@ class Method:
 
 OURS = Method("ours", masked="found", spaces=("input", "output"), online=True)
 
+BY_DEFAULT = replace(
+    OURS,
+    name="ours, by default",
+    placed=False,
+    probes=64,
+    basis_rank=16,
+    basis_pairs=64,
+    strength=GradProjConfig.strength,
+    rule=GradProjConfig.rule,
+    probe_every=GradProjConfig.probe_every,
+    probe_batch_size=GradProjConfig.probe_batch_size,
+    probe_history=GradProjConfig.probe_history,
+    restore=GradProjConfig.restore,
+)
+
+PROBED_MORE = replace(BY_DEFAULT, name="ours, by default, probe every 4, restore 0.5", probe_every=4, restore=0.5)
+
 METHODS = {
     method.name: method
     for method in (
         Method("plain"),
         Method("oracle", clean=True),
         OURS,
-        replace(
-            OURS, name="ours, by default", placed=False, probes=64, probe_batch_size=2, basis_rank=16, basis_pairs=64
-        ),
+        BY_DEFAULT,
+        PROBED_MORE,
         Method("masked, found", masked="found"),
         Method("masked, found by any", masked="found-by-any"),
         Method("online", online=True),
@@ -124,13 +142,15 @@ MAIN = ("plain", "oracle", "ours", "masked, found")
 BY_NAME = ("literal rule", "Coffee-style", "subspace: input and output")
 """What the papers describe by words; run where captions name the concept as well."""
 
+DEFAULTS = (BY_DEFAULT.name, PROBED_MORE.name)
+"""The commands' defaults, and what they were before, for twice as many probes; run on both logos."""
+
 HALF_FOUND = (
-    "ours, by default",
     "masked, missing 20 %",
     "masked, missing 20 %, guarded",
     "masked, missing 20 %, guarded + online",
 )
-"""The commands' defaults, and masks that miss pictures; run on both logos, not named."""
+"""Masks that miss pictures; run on both logos, not named."""
 
 
 def _varied(name: str, values: Sequence[Any]) -> list[Method]:
