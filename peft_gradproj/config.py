@@ -74,7 +74,7 @@ class GradProjConfig(LoraConfig):
     )
     probe_every: int = field(default=8, metadata={"help": "A step is corrected every so many optimizer steps."})
     probe_batch_size: int = field(default=2, metadata={"help": "Concept probes per correction."})
-    restore: float = field(default=1.0, metadata={"help": "Share of the drift that a corrected step takes back."})
+    restore: float = field(default=0.5, metadata={"help": "Share of the drift that a corrected step takes back."})
     probe_history: int = field(default=1, metadata={"help": "Recent half-spaces that a correction satisfies."})
     probe_seed: int = field(default=0, metadata={"help": "Seed of the choice of concept probes."})
     uncovered: Literal["error", "warn", "ignore"] = field(

@@ -196,7 +196,7 @@ class OnlineProjection:
         strength: float = 1.0,
         probe_every: int = 8,
         probe_batch_size: int = 2,
-        restore: float = 1.0,
+        restore: float = 0.5,
         probe_history: int = 1,
         seed: int = 0,
         on_report: Callable[[OnlineReport], None] | None = None,

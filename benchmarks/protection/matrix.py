@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .methods import BY_NAME, DEFAULTS, FEWER_STEPS, HALF_FOUND, MAIN, METHODS, SWEEPS
+from .methods import BY_NAME, DEFAULT_SWEEPS, DEFAULTS, FEWER_STEPS, HALF_FOUND, MAIN, METHODS, SWEEPS
 from .runs import BASE
 from .tasks import TaskKey
 
@@ -33,6 +33,7 @@ def _entries() -> Iterator[Entry]:
             yield from _row(TaskKey(logo, False, 75, seed), (*DEFAULTS, *HALF_FOUND))
             yield from _row(TaskKey(logo, True, 75, seed), DEFAULTS)
     yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), METHODS)
+    yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), DEFAULT_SWEEPS)
     yield from _row(TaskKey(TUNED_LOGO, True, 75, 0), BY_NAME)
     # Where masks leave a quarter of the pictures.
     yield from _row(TaskKey("style", False, 75, 0), ("filtered, perfect", "filtered, found", *FEWER_STEPS))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from peft_gradproj import GradProjConfig
 
-__all__ = ["ALL_METHODS", "FEWER_STEPS", "MAIN", "METHODS", "SWEEPS", "Method"]
+__all__ = ["ALL_METHODS", "DEFAULTS", "DEFAULT_SWEEPS", "FEWER_STEPS", "MAIN", "METHODS", "SWEEPS", "Method"]
 
 Knowledge = Literal["perfect", "missing-20", "found", "found-by-any"]
 """Where the concept is: as it was pasted; the same with a fifth of the pictures missed; as a network found it that did
@@ -86,8 +86,6 @@ BY_DEFAULT = replace(
     restore=GradProjConfig.restore,
 )
 
-PROBED_MORE = replace(BY_DEFAULT, name="ours, by default, probe every 4, restore 0.5", probe_every=4, restore=0.5)
-
 METHODS = {
     method.name: method
     for method in (
@@ -95,7 +93,6 @@ METHODS = {
         Method("oracle", clean=True),
         OURS,
         BY_DEFAULT,
-        PROBED_MORE,
         Method("masked, found", masked="found"),
         Method("masked, found by any", masked="found-by-any"),
         Method("online", online=True),
@@ -150,9 +147,6 @@ MAIN = ("plain", "oracle", "ours", "masked, found")
 BY_NAME = ("literal rule", "Coffee-style", "subspace: input and output")
 """What the papers describe by words; run where captions name the concept as well."""
 
-DEFAULTS = (BY_DEFAULT.name, PROBED_MORE.name)
-"""The commands' defaults, and what they were before, for twice as many probes; run on both logos."""
-
 HALF_FOUND = (
     "masked, missing 20 %",
     "masked, missing 20 %, guarded",
@@ -161,11 +155,11 @@ HALF_FOUND = (
 """Masks that miss pictures; run on both logos, not named."""
 
 
-def _varied(name: str, values: Sequence[Any]) -> list[Method]:
+def _varied(method: Method, name: str, values: Sequence[Any]) -> list[Method]:
     return [
-        replace(OURS, name=f"ours, {name.replace('_', ' ')} {value}", **{name: value})
+        replace(method, name=f"{method.name}, {name.replace('_', ' ')} {value}", **{name: value})
         for value in values
-        if value != getattr(OURS, name)
+        if value != getattr(method, name)
     ]
 
 
@@ -181,8 +175,17 @@ SWEEPS = {
         "strength": (0.5, 1.0),
         "probe_history": (1, 4),
     }.items()
-    for method in _varied(name, values)
+    for method in _varied(OURS, name, values)
 }
 
-ALL_METHODS = {**METHODS, **FEWER_STEPS, **SWEEPS}
+DEFAULT_SWEEPS = {
+    method.name: method
+    for name, values in {"probe_every": (4, 8), "restore": (0.5, 1.0), "probe_history": (1, 2, 4)}.items()
+    for method in _varied(BY_DEFAULT, name, values)
+}
+
+DEFAULTS = (BY_DEFAULT.name, "ours, by default, probe every 4")
+"""The commands' defaults, and what they were before, for twice as many probes; run on both logos."""
+
+ALL_METHODS = {**METHODS, **FEWER_STEPS, **SWEEPS, **DEFAULT_SWEEPS}
 """In the order of the tables."""
