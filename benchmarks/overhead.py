@@ -17,7 +17,7 @@ be interrupted and goes on where it was:
 
 In a round every arm takes the same step on the same batch, so that whatever else the machine is doing meets them
 alike, and what is reported is the median, over the rounds, of an arm's seconds over stock LoRA's. Corrected steps of
-the online projection, one in `probe_every`, are told apart and counted at that share. The probe batch is half of the
+the online projection are told apart and counted at the share that they have by default. The probe batch is half of the
 training batch, as the default of 2 is of a batch of 4: the online projection costs about
 (probe batch / batch) / probe_every.
 

@@ -24,6 +24,8 @@ ARMS = {
     "dora": "DoRA",
     "osf": "OSF on the attention, half of each spectrum (its default)",
 }
+CORRECTED_ARMS = ("online", "both")
+"""Those of whose steps the online projection corrects some."""
 MODELS = {
     "sd15": "UNet of Stable Diffusion 1.5, 860 M parameters",
     "llama1b": "Llama, 1.2 B parameters",
@@ -39,10 +41,10 @@ Results = dict[str, Cell]
 
 
 def ratios(cell: Cell, key: str = "seconds") -> dict[str, dict[str, Any]]:
-    """For each arm: its steps over stock's in the same round, at the share of corrected steps that a training has.
+    """For each arm: its steps over stock's in the same round, at the share of corrected steps that the defaults have.
 
     Args:
-        cell: Of step times; the last of `probe_every` steps is a corrected one.
+        cell: Of step times; the last of its own `probe_every` steps is a corrected one.
         key: `seconds` by the clock, or `processor_seconds`.
 
     Returns:
@@ -53,7 +55,9 @@ def ratios(cell: Cell, key: str = "seconds") -> dict[str, dict[str, Any]]:
         quotients = [t / s for t, s in zip(times, cell[key]["stock"], strict=True)]
         corrected = quotients[every - 1 :: every]
         plain = [q for i, q in enumerate(quotients) if (i + 1) % every]
-        middle = (statistics.median(plain) * (every - 1) + statistics.median(corrected)) / every
+        middle = statistics.median(plain if arm in CORRECTED_ARMS else quotients)
+        if arm in CORRECTED_ARMS:
+            middle += (statistics.median(corrected) - middle) / DEFAULT_EVERY
         found[arm] = {"ratio": middle, "plain": quartiles(plain), "corrected": quartiles(corrected)}
     return found
 
@@ -119,9 +123,10 @@ def step_times(results: Results) -> str | None:
             f"### {MODELS[model]}",
             "",
             f"Training on {cell['workload']}, in {cell['versions']['precision']}; {cell['probe_batch']} probes every "
-            f"{cell['probe_every']} steps, as the default of {DEFAULT_PROBES} is at a batch of "
-            f"{DEFAULT_PROBES * cell['batch'] // cell['probe_batch']}. In brackets the quartiles of the steps that are "
-            "not corrected, and of those that are.",
+            f"{DEFAULT_EVERY} steps, as the default of {DEFAULT_PROBES} is at a batch of "
+            f"{DEFAULT_PROBES * cell['batch'] // cell['probe_batch']}: of the rounds one in {cell['probe_every']} was "
+            f"corrected, and counts at one in {DEFAULT_EVERY}. In brackets the quartiles of the steps that are not "
+            "corrected, and of those that are.",
             "",
         ]
         rows = [row for names, cell in mine for row in step_rows(names, cell)]
@@ -142,7 +147,7 @@ def step_rows(names: list[str], cell: Cell) -> Iterable[list[str]]:
                 ARMS[arm],
                 f"{figures['ratio']:.3f}",
                 spread(figures["plain"]),
-                spread(figures["corrected"]) if arm in ("online", "both") else "",
+                spread(figures["corrected"]) if arm in CORRECTED_ARMS else "",
                 f"{processor[arm]['ratio']:.3f}",
                 str(len(cell["seconds"][arm])),
             ]
@@ -156,9 +161,7 @@ def batches(results: Results) -> str | None:
             online = ratios(cell)["online"]
             # In units of a training step on as many examples as there are probes.
             pass_cost = (online["corrected"][1] - online["plain"][1]) * cell["batch"] / cell["probe_batch"]
-            share = [
-                online["plain"][1] + pass_cost * DEFAULT_PROBES / b / cell["probe_every"] for b in TRAINING_BATCHES
-            ]
+            share = [online["plain"][1] + pass_cost * DEFAULT_PROBES / b / DEFAULT_EVERY for b in TRAINING_BATCHES]
             rows.append([MODELS[names[0]], f"{pass_cost:.2f}", *(f"{ratio:.2f}" for ratio in share)])
     if not rows:
         return None

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import overhead, overhead_page
+from peft_gradproj import GradProjConfig
 
 HERE = ["steps/*", "operators/llama1b/*", "parts/sd15/*", "fit/llama1b", "osf/llama1b"]
 """Cells of one process; the others start processes of their own."""
@@ -99,12 +100,19 @@ def test_memory_is_that_of_the_tensors_that_live_at_a_time():
     assert tracker.bytes == kept.nbytes
 
 
-def test_a_corrected_step_counts_at_its_share_of_a_training():
-    steps = {"stock": [1.0, 2.0, 1.0, 4.0] * 2, "online": [1.0, 2.0, 1.0, 6.0] * 2}
+def test_a_corrected_step_counts_at_its_share_of_a_training_by_default():
+    steps = {
+        "stock": [1.0, 2.0, 1.0, 4.0] * 2,
+        "online": [1.0, 2.0, 1.0, 6.0] * 2,
+        "subspace": [1.1, 2.4, 1.2, 6.0] * 2,
+    }
     figures = overhead_page.ratios({"probe_every": 4, "seconds": steps})
     assert figures["stock"]["ratio"] == 1
-    assert figures["online"]["ratio"] == pytest.approx(1 + 0.5 / 4)
+    assert figures["online"]["ratio"] == pytest.approx(1 + 0.5 / GradProjConfig.probe_every)
     assert figures["online"]["corrected"] == [1.5, 1.5, 1.5]
+    assert figures["subspace"]["ratio"] == pytest.approx(1.2), (
+        "the median of all rounds: none of its steps is corrected"
+    )
 
 
 def test_the_page_has_the_figures_and_says_what_is_missing(found, page):
