@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from peft_gradproj import GradProjConfig
 
-__all__ = ["ALL_METHODS", "DEFAULTS", "DEFAULT_SWEEPS", "FEWER_STEPS", "MAIN", "METHODS", "SWEEPS", "Method"]
+__all__ = ["ALL_METHODS", "DEFAULTS", "DEFAULT_SWEEPS", "FEWER_STEPS", "MAIN", "METHODS", "SWEEPS", "VARIED", "Method"]
 
 Knowledge = Literal["perfect", "missing-20", "found", "found-by-any"]
 """Where the concept is: as it was pasted; the same with a fifth of the pictures missed; as a network found it that did
@@ -71,6 +71,8 @@ class Method:
 
 OURS = Method("ours", masked="found", spaces=("input", "output"), online=True)
 
+_ONLINE_OPTIONS = ("strength", "rule", "probe_every", "probe_batch_size", "probe_history", "restore")
+
 BY_DEFAULT = replace(
     OURS,
     name="ours, by default",
@@ -78,12 +80,7 @@ BY_DEFAULT = replace(
     probes=64,
     basis_rank=16,
     basis_pairs=64,
-    strength=GradProjConfig.strength,
-    rule=GradProjConfig.rule,
-    probe_every=GradProjConfig.probe_every,
-    probe_batch_size=GradProjConfig.probe_batch_size,
-    probe_history=GradProjConfig.probe_history,
-    restore=GradProjConfig.restore,
+    **{name: getattr(GradProjConfig, name) for name in _ONLINE_OPTIONS},
 )
 
 METHODS = {
@@ -187,5 +184,8 @@ DEFAULT_SWEEPS = {
 DEFAULTS = (BY_DEFAULT.name, "ours, by default, probe every 4")
 """The commands' defaults, and what they were before, for twice as many probes; run on both logos."""
 
-ALL_METHODS = {**METHODS, **FEWER_STEPS, **SWEEPS, **DEFAULT_SWEEPS}
+VARIED = {**SWEEPS, **DEFAULT_SWEEPS}
+"""One setting of another method changed."""
+
+ALL_METHODS = {**METHODS, **FEWER_STEPS, **VARIED}
 """In the order of the tables."""

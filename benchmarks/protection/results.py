@@ -16,7 +16,7 @@ from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.evaluation.figures import Share
 
 from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
-from .methods import ALL_METHODS, MAIN, SWEEPS
+from .methods import ALL_METHODS, MAIN, VARIED
 from .runs import BASE, THREADS_PER_RUN, write_json
 from .tasks import TaskKey
 
@@ -188,7 +188,7 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
     names = {
         "content": content,
         "tables": [(title(key), table) for key, table in ordered],
-        "sweeps": set(SWEEPS),
+        "varied": VARIED,
         "in_short": list(in_short(rows)),
         "columns": IN_SHORT,
         "total": len(MATRIX),
@@ -283,7 +283,7 @@ def plot_leak_against_kept(rows: Iterable[Mapping[str, Any]], path: Path) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [row for row in rows if row["mean"]["kept"] is not None and row["method"] not in SWEEPS]
+    shown = [row for row in rows if row["mean"]["kept"] is not None and row["method"] not in VARIED]
     keys = sorted({_regime_of(row) for row in shown})
     columns = min(3, max(1, len(keys)))
     lines = math.ceil(max(1, len(keys)) / columns)
