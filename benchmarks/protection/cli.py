@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the page")
     parser.add_argument("--tasks", default="*", help="pattern of tasks, such as 'logo-*/named-75/*'")
-    parser.add_argument("--methods", default="*", help="pattern of methods")
+    parser.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN", help="patterns of methods")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
     parser.add_argument("--quick", action="store_true", help="tiny runs of the same code, whose figures mean nothing")
     parser.add_argument("--attacks", action="store_true", help="attack adapters instead of training them")
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     entries = ATTACKED if args.attacks else MATRIX
     folders = Folders(args.results / "protection", args.scratch)
     path = folders.attacks if args.attacks else folders.result
-    wanted = [e for e in entries if fnmatch(str(e.task), args.tasks) and fnmatch(e.method, args.methods)]
+    of_tasks = [e for e in entries if fnmatch(str(e.task), args.tasks)]
+    wanted = [e for e in of_tasks if any(fnmatch(e.method, pattern) for pattern in args.methods)]
     missing = [e for e in wanted if not path(e.task, e.method).exists()]
     if not args.report:
         run_all(missing, attack if args.attacks else run, settings, folders, args.workers)
