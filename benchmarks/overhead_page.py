@@ -122,8 +122,8 @@ def step_times(results: Results) -> str | None:
             "",
             f"### {MODELS[model]}",
             "",
-            f"Training on {cell['workload']}, in {cell['versions']['precision']}; probes in a correction: {cell['probe_batch']}, every "
-            f"{DEFAULT_EVERY} steps, as the default of {DEFAULT_PROBES} is at a batch of "
+            f"Training on {cell['workload']}, in {cell['versions']['precision']}; probes in a correction: "
+            f"{cell['probe_batch']}, every {DEFAULT_EVERY} steps, as the default of {DEFAULT_PROBES} is at a batch of "
             f"{DEFAULT_PROBES * cell['batch'] // cell['probe_batch']}: of the rounds one in {cell['probe_every']} was "
             f"corrected, and counts at one in {DEFAULT_EVERY}. In brackets the quartiles of the steps that are not "
             "corrected, and of those that are.",
@@ -171,8 +171,8 @@ def batches(results: Results) -> str | None:
             "## The online projection by training batch",
             "",
             f"Computed from the table above, for the default of {DEFAULT_PROBES} probes every {DEFAULT_EVERY} steps: a "
-            "correction costs what a training step on its probes would, and a little. What is below 1 is the noise of steps "
-            "that are not corrected.",
+            "correction costs what a training step on its probes would, and a little. What is below 1 is the noise of "
+            "steps that are not corrected.",
             "",
             *table(titles, rows),
         ]
