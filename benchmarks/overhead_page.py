@@ -41,7 +41,7 @@ Results = dict[str, Cell]
 
 
 def ratios(cell: Cell, key: str = "seconds") -> dict[str, dict[str, Any]]:
-    """For each arm: its steps over stock's in the same round, at the share of corrected steps that the defaults have.
+    """For each arm: its steps over stock's in the same round, corrected steps at the share that they have by default.
 
     Args:
         cell: Of step times; the last of its own `probe_every` steps is a corrected one.
@@ -55,10 +55,11 @@ def ratios(cell: Cell, key: str = "seconds") -> dict[str, dict[str, Any]]:
         quotients = [t / s for t, s in zip(times, cell[key]["stock"], strict=True)]
         corrected = quotients[every - 1 :: every]
         plain = [q for i, q in enumerate(quotients) if (i + 1) % every]
-        middle = statistics.median(plain if arm in CORRECTED_ARMS else quotients)
         if arm in CORRECTED_ARMS:
-            middle += (statistics.median(corrected) - middle) / DEFAULT_EVERY
-        found[arm] = {"ratio": middle, "plain": quartiles(plain), "corrected": quartiles(corrected)}
+            ratio = (statistics.median(plain) * (DEFAULT_EVERY - 1) + statistics.median(corrected)) / DEFAULT_EVERY
+        else:
+            ratio = statistics.median(quotients)
+        found[arm] = {"ratio": ratio, "plain": quartiles(plain), "corrected": quartiles(corrected)}
     return found
 
 

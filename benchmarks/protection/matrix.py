@@ -32,8 +32,7 @@ def _entries() -> Iterator[Entry]:
         for logo in (TUNED_LOGO, OTHER_LOGO):
             yield from _row(TaskKey(logo, False, 75, seed), (*DEFAULTS, *HALF_FOUND))
             yield from _row(TaskKey(logo, True, 75, seed), DEFAULTS)
-    yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), METHODS)
-    yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), DEFAULT_SWEEPS)
+    yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), (*METHODS, *DEFAULT_SWEEPS))
     yield from _row(TaskKey(TUNED_LOGO, True, 75, 0), BY_NAME)
     # Where masks leave a quarter of the pictures.
     yield from _row(TaskKey("style", False, 75, 0), ("filtered, perfect", "filtered, found", *FEWER_STEPS))
