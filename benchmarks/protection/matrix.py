@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .methods import BY_NAME, DEFAULT_SWEEPS, DEFAULTS, FEWER_STEPS, HALF_FOUND, MAIN, METHODS, SWEEPS
+from .methods import BY_DEFAULT, BY_NAME, DEFAULT_SWEEPS, DEFAULTS, FEWER_STEPS, HALF_FOUND, MAIN, METHODS, SWEEPS
 from .runs import BASE
 from .tasks import TaskKey
 
@@ -38,6 +38,9 @@ def _entries() -> Iterator[Entry]:
     yield from _row(TaskKey("style", False, 75, 0), ("filtered, perfect", "filtered, found", *FEWER_STEPS))
     # Where networks find the least.
     yield from _row(TaskKey("identity", False, 75, 0), ("masked, found by any",))
+    # The commands' defaults on what they were not chosen on.
+    for concept in ("style", "identity"):
+        yield from _row(TaskKey(concept, False, 75, 0), (BY_DEFAULT.name,))
     # What was not tuned on, first on one seed, then on all.
     for seed in SEEDS:
         for concept in ("style", "identity"):

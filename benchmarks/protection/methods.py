@@ -12,7 +12,18 @@ from typing import Any, Literal
 
 from peft_gradproj import GradProjConfig
 
-__all__ = ["ALL_METHODS", "DEFAULTS", "DEFAULT_SWEEPS", "FEWER_STEPS", "MAIN", "METHODS", "SWEEPS", "VARIED", "Method"]
+__all__ = [
+    "ALL_METHODS",
+    "BY_DEFAULT",
+    "DEFAULTS",
+    "DEFAULT_SWEEPS",
+    "FEWER_STEPS",
+    "MAIN",
+    "METHODS",
+    "SWEEPS",
+    "VARIED",
+    "Method",
+]
 
 Knowledge = Literal["perfect", "missing-20", "found", "found-by-any"]
 """Where the concept is: as it was pasted; the same with a fifth of the pictures missed; as a network found it that did
