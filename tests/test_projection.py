@@ -222,6 +222,15 @@ def test_leakage_of_a_zero_adapter_is_zero_and_of_one_inside_is_one():
     assert leakage(torch.eye(2, 4), torch.ones(3, 2), basis, space="input") == pytest.approx(1)
 
 
+@pytest.mark.parametrize("space", ["input", "output", "rank"])
+def test_leakage_of_parameters_in_training_keeps_nothing_for_a_backward(space):
+    a, b = (random(4, 4, seed=seed).requires_grad_() for seed in (0, 1))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        leakage(a, b, random_basis(4, 2, 2).requires_grad_(), space=space)
+    assert not saved
+
+
 # Bases
 
 
