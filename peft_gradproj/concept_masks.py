@@ -99,7 +99,7 @@ class ConceptMasks(Sequence[Image.Image]):
         return ConceptMasks([self.cells[i] for i in indices], [self.sizes[i] for i in indices], self.markers)
 
     def guarded(self, *, share: float = GUARDED_SHARE) -> ConceptMasks:
-        """Masks that, in pictures in which the concept was not found, cover where other pictures show it.
+        """Masks that, in pictures in which the concept was not found where others show it, cover that as well.
 
         See :func:`peft_gradproj.masks.guarded`. Places in pictures of different sizes are the same if they lie at the
         same share of width and height.
@@ -107,10 +107,13 @@ class ConceptMasks(Sequence[Image.Image]):
         Args:
             share: Of the pictures in which it was found; what fewer of them show it at is not covered.
         """
-        cells = [
-            marked if marked.any() else _resampled(covered[0].numpy(), marked.shape)[0, 0].numpy()
-            for marked, covered in zip(self.cells, guarded(self._grids(), share=share), strict=True)
-        ]
+        grids = self._grids()
+        cells = list(self.cells)
+        for number, covered in enumerate(guarded(grids, share=share)):
+            # What stays as it is stays so to the cell: grids are coarse.
+            if not torch.equal(covered, grids[number]):
+                marked = cells[number]
+                cells[number] = marked | _resampled(covered[0].numpy(), marked.shape)[0, 0].numpy()
         return ConceptMasks(cells, self.sizes, self.markers)
 
     def places(self) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -141,7 +144,7 @@ class MaskReport:
     found: int
     """In so many of them the concept was found."""
     guarded: int
-    """In so many others what shows it elsewhere is masked."""
+    """In so many it was not found where others show it, and that is masked as well."""
     across: tuple[float, float] | None
     """Where it was found across the middle eight in ten of them, as of an `Overlay`; `None` if in no picture."""
     down: tuple[float, float] | None
@@ -179,7 +182,7 @@ class MaskReport:
         if self.left_out:
             written += f", but for {self.left_out} pictures of which more than {self.leave_out_above:.1%} is masked"
         return (
-            f"found in {self.found} of {self.pictures} pictures, guarded against in {self.guarded} others; "
+            f"found in {self.found} of {self.pictures} pictures, guarded against in {self.guarded}; "
             f"{self.area:.1%} of their area is masked\n"
             f"{self._where()}"
             f"recall: {self.recall:.1%} of the concept's area (standard error {self.recall_error:.1%}) in "
@@ -233,7 +236,8 @@ def find_concept(
         steps: Training steps of each network.
         dilation: By how many latents to widen what was found. A latent depends on its neighbours' pixels, too, so that
             a margin is the safer choice; on small latents it takes much of the picture.
-        guard: Mask also, in pictures in which it was not found, where others show it (:meth:`ConceptMasks.guarded`).
+        guard: Mask also, in pictures in which it was not found where others show it, these places
+            (:meth:`ConceptMasks.guarded`).
         batch_size: Pictures that the VAE encodes at once.
         revision: Branch, tag or commit on the Hub, if the pipeline is loaded here.
         variant: Of its weights, such as `fp16`, likewise.
@@ -293,7 +297,7 @@ def find_concept(
     report = MaskReport(
         pictures=len(data),
         found=found.marked,
-        guarded=masks.marked - found.marked,
+        guarded=sum(not np.array_equal(*pair) for pair in zip(found.cells, masks.cells, strict=True)),
         across=across,
         down=down,
         area=float(np.mean(masks.areas())),

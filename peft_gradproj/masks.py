@@ -200,11 +200,12 @@ def mark_by_any(markers: Sequence[ConceptMarker], latents: Tensor) -> Tensor:
 
 
 def guarded(masks: Tensor, *, share: float = GUARDED_SHARE) -> Tensor:
-    """Masks that, in pictures in which the concept was not found, cover where other pictures show it.
+    """Masks that, in pictures in which the concept was not found where others show it, cover that as well.
 
-    Either it is not there, or it was missed; and what is missed is learned. A concept that always lies in one place, as
-    watermarks do, costs little to guard against. One that lies anywhere costs most of such pictures if it is large; a
-    small one lies nowhere often enough to be covered.
+    Either it is not there, or it was missed; and what is missed is learned. Marks elsewhere are kept, and do not stand
+    for it: they are mistakes more often than not. A concept that always lies in one place, as watermarks do, costs
+    little to guard against. One that lies anywhere costs most of such pictures if it is large; a small one lies nowhere
+    often enough to be covered.
 
     Args:
         masks: Of training pictures, shape `(N, 1, h, w)`.
@@ -216,8 +217,9 @@ def guarded(masks: Tensor, *, share: float = GUARDED_SHARE) -> Tensor:
     marked = masks.flatten(1).any(1)
     if not marked.any():
         return masks.clone()
-    usual = (masks[marked].bool().sum(0) >= share * int(marked.sum())).to(masks.dtype)
-    return torch.where(marked[:, None, None, None], masks, usual)
+    usual = masks[marked].bool().sum(0) >= share * int(marked.sum())
+    found = (masks.bool() & usual).flatten(1).any(1)
+    return torch.where(found[:, None, None, None], masks, torch.maximum(masks, usual.to(masks.dtype)))
 
 
 def places(masks: Tensor, *, quantile: float = 0.05) -> tuple[tuple[float, float], tuple[float, float]]:
