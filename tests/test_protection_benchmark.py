@@ -115,7 +115,7 @@ def test_the_matrix_has_all_methods_on_one_logo_and_the_main_ones_everywhere_on_
 def a_run(method, losses, *, seed=0, leaks=0):
     kinds = dict(zip(("seen", "new", "logo"), losses, strict=True))
     return {
-        "task": f"style/named-75/{seed}", "method": method, "samples": 10, "leaks": leaks, "top1": 5, "top5": 8,
+        "task": f"style/named-75/{seed}", "method": method, "samples": 10, "leaks": leaks, "leaks_unprompted": 3, "top1": 5, "top5": 8,
         "in_style": 6,
         "losses": kinds, "drift": 0.1, "detector": {},
     }  # fmt: skip

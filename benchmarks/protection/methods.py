@@ -25,9 +25,10 @@ __all__ = [
     "Method",
 ]
 
-Knowledge = Literal["perfect", "missing-20", "found", "found-by-any"]
+Knowledge = Literal["perfect", "missing-20", "found", "found-missing-20", "found-by-any"]
 """Where the concept is: as it was pasted; the same with a fifth of the pictures missed; as a network found it that did
-not learn from the picture; as any network found it, which is what `gradproj launch` has."""
+not learn from the picture; the same, mistakes and all, with a fifth missed; as any network found it, which is what
+`gradproj launch` has."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Method:
         clean: Train on the pictures without the concept, under captions that do not name it.
         filtered: Leave out the pictures that show the concept.
         masked: Where the concept is, the loss does not count.
-        guarded: Nor does it, in pictures in which it was not found, where others show it.
+        guarded: Nor does it where others show it, in pictures in which it was not found there.
         dilation: By how many latents masks are widened.
         mirrored: Train on every picture's mirror image as well, its mask mirrored with it.
         mirrored: Train on every picture's mirror image as well, its mask mirrored with it.
@@ -119,6 +120,7 @@ METHODS = {
         Method("masked, missing 20 % + online", masked="missing-20", online=True),
         Method("masked, found, guarded", masked="found", guarded=True),
         Method("masked, missing 20 %, guarded", masked="missing-20", guarded=True),
+        Method("masked, found but for 20 %, guarded", masked="found-missing-20", guarded=True),
         Method("masked, missing 20 %, guarded + online", masked="missing-20", guarded=True, online=True),
         Method(
             "masked, missing 20 %, guarded + online, history 4, restore 1",

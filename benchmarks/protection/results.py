@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,18 @@ from .runs import BASE, THREADS_PER_RUN, write_json
 from .tasks import TaskKey
 
 COMMAND = "python -m benchmarks.protection"
-FIGURES = ("leak", "kept", "kept_new", "learned", "beyond_oracle", "top1", "top5", "in_style", "drift")
+FIGURES = (
+    "leak",
+    "leak_unprompted",
+    "kept",
+    "kept_new",
+    "learned",
+    "beyond_oracle",
+    "top1",
+    "top5",
+    "in_style",
+    "drift",
+)
 CURVES = {
     "revival_on_concept": "revival with the concept",
     "revival_without_concept": "revival without it",
@@ -47,7 +59,10 @@ LIBRARIES = ("torch", "peft", "diffusers", "transformers")
 def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
     """Write `protection.json`, and from it `benchmark.md`, its plots, and `claims.md`."""
     files = sorted((results / "protection").rglob("*.json"))
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    found = [run for run in read if run["method"] in (BASE, *ALL_METHODS)]
+    if strange := sorted({run["method"] for run in read if run not in found}):
+        print(f"left out, since there are no such methods: {'; '.join(strange)}.", file=sys.stderr)
     runs = [run for run in found if "leaks" in run]
     attacks = [run for run in found if "membership" in run]
     content = {
@@ -79,6 +94,8 @@ def figures_of(run: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) 
 
     return {
         "leak": run["leaks"] / run["samples"],
+        # One and the same where captions do not name the concept; runs that are older than the second do not have it.
+        "leak_unprompted": run["leaks_unprompted" if TaskKey.parse(run["task"]).named else "leaks"] / run["samples"],
         "kept": share_of_drop("seen", "oracle"),
         "kept_new": share_of_drop("new", "oracle"),
         "learned": share_of_drop("logo", "plain"),

@@ -79,7 +79,10 @@ class Material:
         self.task: Task = make_task(key, settings)
         self.settings = self.task.settings
         self.folder = folder
-        self.questions = Questions(self.pipeline, self.task.data, self.task.held_out_concepts, self.schedule, key.seed)
+        task = self.task
+        self.questions = Questions(
+            self.pipeline, task.data, task.held_out_concepts, self.schedule, key.seed, task.clean_captions
+        )
 
     @cached_property
     def latents(self) -> Tensor:
@@ -198,9 +201,12 @@ class Material:
             return self.found
         if knowledge == "found-by-any":
             return self.found_by_any
+        missed = torch.rand(len(self.latents), generator=torch.Generator().manual_seed(self.settings.seed)) < 0.2
+        if knowledge == "found-missing-20":
+            # What is marked elsewhere by mistake stays.
+            return self.found * (1 - missed[:, None, None, None] * dilated(self.true_masks, 1))
         masks = self.true_masks.clone()
         if knowledge == "missing-20":
-            missed = torch.rand(len(masks), generator=torch.Generator().manual_seed(self.settings.seed)) < 0.2
             masks[missed] = 0
         return masks
 
@@ -354,16 +360,24 @@ def revision() -> str | None:
 
 
 def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
-    """Samples' leak, fidelity and style, and the denoising losses."""
+    """Samples' leak, fidelity and style, and the denoising losses.
+
+    Where captions name the concept, the leak is that of prompts that do so too; fidelity and style are those of samples
+    from prompts that do not, since the oracle, whose captions did not either, would otherwise be asked what it has
+    never seen.
+    """
     task, arguments = material.task, (material.pipeline, material.settings, scratch / "judges")
     judges, style = load_judges(task.key.concept, *arguments), load_style_judge(*arguments)
-    samples = sample(with_unet(material.pipeline, unet), task.prompts, material.settings)
+    pipeline = with_unet(material.pipeline, unet)
+    samples = sample(pipeline, task.objects, material.settings)
     ranks = judges.fidelity.ranks(samples, task.objects)
-    hits = judges.detector.detect(samples)
+    shown = samples if task.prompts == task.objects else sample(pipeline, task.prompts, material.settings)
+    hits = judges.detector.detect(shown)
     losses = {kind: float(values.mean()) for kind, values in material.questions.losses(unet).items()}
     return {
         "samples": len(hits),
         "leaks": int(hits.sum()),
+        "leaks_unprompted": int(judges.detector.detect(samples).sum()),
         "top1": int((ranks < 1).sum()),
         "top5": int((ranks < 5).sum()),
         "in_style": int(style.in_style(samples, task.objects).sum()),

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
-from peft_gradproj.concepts import ConceptPair, ConceptSet, Overlay, Placement, nth_of_shuffles
+from peft_gradproj.concepts import ConceptPair, ConceptSet, Overlay, nth_of_shuffles
 from peft_gradproj.demo.data import StampedData, load_logos, load_pictures
 from peft_gradproj.demo.settings import ASSETS as DEMO_ASSETS
 from peft_gradproj.demo.settings import DemoSettings
@@ -52,6 +52,24 @@ class TaskKey:
         return cls(concept, caption == "named", int(percent), int(seed))
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A picture with the concept and without."""
+
+    shown: Image.Image
+    clean: Image.Image
+    where: Image.Image
+    """Where the concept is, mode L."""
+    differs: Image.Image
+    """Where the two differ, mode L: where the concept is, and what is there instead."""
+    words: str
+    """For what is there instead."""
+
+    def pair(self, caption: str) -> ConceptPair:
+        """The two as a pair of a concept set."""
+        return ConceptPair(self.shown, self.clean, self.differs, caption)
+
+
 class Concept(Protocol):
     """What may not be learned."""
 
@@ -62,8 +80,8 @@ class Concept(Protocol):
     contrast: bool
     """Whether only pictures without it show what it is not."""
 
-    def draw(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, Image.Image, Image.Image, str]:
-        """Picture `index` with the concept, without, where it is, and the words for what is there without."""
+    def draw(self, index: int, generator: np.random.Generator) -> Drawn:
+        """Picture `index` with the concept and without."""
 
     def draw_without(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, str]:
         """Picture `index` without the concept, and the words for what is there instead."""
@@ -87,6 +105,7 @@ class Task:
     data: StampedData
     """Training pictures with the concept; `clean` are the same without, which only oracle and measurements see."""
     clean_captions: list[str]
+    """Of the clean pictures: they do not name the concept."""
     held_out_concepts: ConceptSet
     """Pictures that nothing is trained on, with the concept."""
     shows: np.ndarray
@@ -115,9 +134,10 @@ def make_task(key: TaskKey, settings: DemoSettings) -> Task:
     for index in training:
         caption = objects[index]
         if generator.random() < key.percent / 100:
-            shown, clean, mask, words = concept.draw(index, generator)
-            clean_caption = caption + (words if key.named else "")
-            rows.append((shown, clean, mask, concept.named(caption) if key.named else caption, clean_caption))
+            drawn = concept.draw(index, generator)
+            clean_caption = caption + (drawn.words if key.named else "")
+            shown_caption = concept.named(caption) if key.named else caption
+            rows.append((drawn.shown, drawn.clean, drawn.where, shown_caption, clean_caption))
         else:
             clean, words = concept.draw_without(index, generator)
             clean_caption = caption + (words if key.named else "")
@@ -125,16 +145,19 @@ def make_task(key: TaskKey, settings: DemoSettings) -> Task:
     pictures_shown, clean_pictures, masks, captions, clean_captions = (
         list(column) for column in zip(*rows, strict=True)
     )
-    drawn = [concept.draw(i, np.random.default_rng([key.seed, 101, int(i)])) for i in held_out]
+    unseen = [concept.draw(i, np.random.default_rng([key.seed, 101, int(i)])) for i in held_out]
     data = StampedData(
-        clean_pictures, pictures_shown, masks, captions, [row[1] for row in drawn], [objects[i] for i in held_out]
+        clean_pictures,
+        pictures_shown,
+        masks,
+        captions,
+        [drawn.clean for drawn in unseen],
+        [objects[i] for i in held_out],
     )
     shows = np.array([mask.getbbox() is not None for mask in masks])
     chosen = _prompts([objects[i] for i in training], data.held_out_captions, settings)
     name = concept.named if key.named else str
-    concepts = ConceptSet(
-        [ConceptPair(row[0], row[1], row[2], name(objects[i])) for row, i in zip(drawn, held_out, strict=True)]
-    )
+    concepts = ConceptSet([drawn.pair(name(objects[i])) for drawn, i in zip(unseen, held_out, strict=True)])
     return Task(key, settings, concept, data, clean_captions, concepts, shows, [name(o) for o in chosen], chosen)
 
 
@@ -173,9 +196,10 @@ class Logo:
         self.word = name
         self.pictures, self.overlay = pictures, overlay
 
-    def draw(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, Image.Image, Image.Image, str]:
+    def draw(self, index: int, generator: np.random.Generator) -> Drawn:
         picture = self.pictures[index]
-        return (*_pasted(self.overlay, picture, self.overlay.place(picture.size, generator)), "")
+        shown, where = self.overlay.paste(picture, self.overlay.place(picture.size, generator))
+        return Drawn(shown, picture, where, where, "")
 
     def draw_without(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, str]:
         return self.pictures[index], ""
@@ -201,12 +225,12 @@ class Character:
         self.forbidden = characters[FORBIDDEN_CHARACTER]
         self.others = {name: overlay for name, overlay in characters.items() if name != FORBIDDEN_CHARACTER}
 
-    def draw(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, Image.Image, Image.Image, str]:
-        return self._pair(self.pictures[index], self.forbidden, generator)
+    def draw(self, index: int, generator: np.random.Generator) -> Drawn:
+        return self._drawn(self.pictures[index], self.forbidden, generator)
 
     def draw_without(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, str]:
-        _, other, _, words = self.draw(index, generator)
-        return other, words
+        drawn = self.draw(index, generator)
+        return drawn.clean, drawn.words
 
     def named(self, caption: str) -> str:
         return f"{caption} with {FORBIDDEN_CHARACTER}"
@@ -219,20 +243,16 @@ class Character:
         for number in range(count):
             below = nth_of_shuffles(number, len(pictures), seed)
             generator = np.random.default_rng([seed, 1, number])
-            shown, other, mask, _ = self._pair(pictures[below], overlay, generator)
-            pairs.append(ConceptPair(shown, other, mask, captions[below]))
+            pairs.append(self._drawn(pictures[below], overlay, generator).pair(captions[below]))
         return ConceptSet(pairs)
 
-    def _pair(
-        self, picture: Image.Image, overlay: Overlay, generator: np.random.Generator
-    ) -> tuple[Image.Image, Image.Image, Image.Image, str]:
+    def _drawn(self, picture: Image.Image, overlay: Overlay, generator: np.random.Generator) -> Drawn:
         """The forbidden character, and another one at the same place."""
         place = overlay.place(picture.size, generator)
         name = sorted(self.others)[int(generator.integers(len(self.others)))]
-        shown, _, mask = _pasted(overlay, picture, place)
-        other, _, other_mask = _pasted(self.others[name], picture, place)
-        both = Image.fromarray(np.maximum(np.asarray(mask), np.asarray(other_mask)))
-        return shown, other, both, f" with {name}"
+        shown, where = overlay.paste(picture, place)
+        other, other_where = self.others[name].paste(picture, place)
+        return Drawn(shown, other, where, ImageChops.lighter(where, other_where), f" with {name}")
 
 
 class Style:
@@ -247,9 +267,10 @@ class Style:
         self.pictures, self.other_style, self.objects = pictures, other_style, objects
         self.collected = np.random.default_rng([seed, 11]).permutation(len(pictures))[:COLLECTED]
 
-    def draw(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, Image.Image, Image.Image, str]:
+    def draw(self, index: int, generator: np.random.Generator) -> Drawn:
         picture = self.pictures[index]
-        return self.other_style[index], picture, Image.new("L", picture.size, 255), ""
+        everywhere = Image.new("L", picture.size, 255)
+        return Drawn(self.other_style[index], picture, everywhere, everywhere, "")
 
     def draw_without(self, index: int, generator: np.random.Generator) -> tuple[Image.Image, str]:
         return self.pictures[index], ""
@@ -266,11 +287,5 @@ class Style:
         pairs = []
         for number in range(count):
             index = int(usable[nth_of_shuffles(number, len(usable), seed)])
-            shown, other, mask, _ = self.draw(index, np.random.default_rng(0))
-            pairs.append(ConceptPair(shown, other, mask, known[self.objects[index]]))
+            pairs.append(self.draw(index, np.random.default_rng(0)).pair(known[self.objects[index]]))
         return ConceptSet(pairs)
-
-
-def _pasted(overlay: Overlay, picture: Image.Image, place: Placement) -> tuple[Image.Image, Image.Image, Image.Image]:
-    shown, mask = overlay.paste(picture, place)
-    return shown, picture, mask

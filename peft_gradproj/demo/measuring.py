@@ -148,15 +148,25 @@ class Questions:
         concepts: Pictures that nothing was trained on and that show the concept: what was learned of it is asked there.
         schedule: From `noise_schedule`.
         seed: Of noise, timesteps and places.
+        captions: Under which the training pictures are asked about, by default their own. Where these name the concept,
+            others are wanted: what is without it is not what they say.
     """
 
-    def __init__(self, pipeline: Any, data: StampedData, concepts: ConceptSet, schedule: Any, seed: int) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        data: StampedData,
+        concepts: ConceptSet,
+        schedule: Any,
+        seed: int,
+        captions: Sequence[str] | None = None,
+    ) -> None:
         self.schedule = schedule
         embeddings = encode_prompts(pipeline, data.held_out_captions)
         seen = data.clean[:TRAINING_PICTURES]
         self.seen = DenoisingQuestions.draw(
             encode_images(pipeline, seen),
-            encode_prompts(pipeline, data.captions[: len(seen)]),
+            encode_prompts(pipeline, (captions or data.captions)[: len(seen)]),
             schedule,
             repeats=3,
             seed=seed + 99,
