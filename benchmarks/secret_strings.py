@@ -219,11 +219,14 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     if args.output.exists():
         found = json.loads(args.output.read_text())
-        if any(found[key] != about[key] for key in ("settings", "versions")):
-            raise SystemExit(f"{args.output} was made with other settings or versions; move it away.")
         runs = found["runs"]
     done = {(run["method"], run["seed"]) for run in runs}
     missing = [(name, seed) for name in METHODS for seed in args.seeds if (name, seed) not in done]
+    if runs and missing and any(found[key] != about[key] for key in ("settings", "versions")):
+        raise SystemExit(
+            f"{args.output} holds runs of other settings or versions, with which the {len(missing)} that are missing "
+            "cannot be compared; give another --output to make all of them anew."
+        )
     with pretrained() as base, tqdm(missing) as progress:
         for name, seed in progress:
             progress.set_description(f"seed {seed}, {name}")

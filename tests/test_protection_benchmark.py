@@ -25,7 +25,7 @@ from peft_gradproj.concept_fit import fit_concept
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
 from peft_gradproj.demo.training import History
-from peft_gradproj.diffusion_inputs import decode_latents, pictures_to_tensor
+from peft_gradproj.diffusion_inputs import decode_latents, encode_prompts, pictures_to_tensor
 
 SETTINGS = replace(DemoSettings(), pictures=80, held_out=20)
 CONCEPTS = ("logo-youtube", "style", "identity")
@@ -115,8 +115,8 @@ def test_the_matrix_has_all_methods_on_one_logo_and_the_main_ones_everywhere_on_
 def a_run(method, losses, *, seed=0, leaks=0):
     kinds = dict(zip(("seen", "new", "logo"), losses, strict=True))
     return {
-        "task": f"style/named-75/{seed}", "method": method, "samples": 10, "leaks": leaks, "leaks_unprompted": 3, "top1": 5, "top5": 8,
-        "in_style": 6,
+        "task": f"style/named-75/{seed}", "method": method, "samples": 10, "leaks": leaks, "leaks_unprompted": 3,
+        "top1": 5, "top5": 8, "in_style": 6,
         "losses": kinds, "drift": 0.1, "detector": {},
     }  # fmt: skip
 
@@ -133,7 +133,9 @@ def test_figures_are_relative_to_base_oracle_and_plain_on_the_same_task():
     assert found["ours"]["beyond_oracle"] == pytest.approx(-1 / 6)
     assert (found["oracle"]["beyond_oracle"], found["plain"]["beyond_oracle"]) == (0, 1)
     assert np.isnan(found[BASE]["beyond_oracle"])
-    assert found["ours"]["leak"] == pytest.approx(0.1)
+    assert (found["ours"]["leak"], found["ours"]["leak_unprompted"]) == (pytest.approx(0.1), pytest.approx(0.3))
+    unnamed = {**ours, "task": "style/unnamed-75/0"}
+    assert figures_of(unnamed, runs)["leak_unprompted"] == pytest.approx(0.1)
     assert np.isnan(found[BASE]["kept"])
     assert np.isnan(figures_of(ours, {"ours": ours})["kept"])
 
@@ -211,6 +213,43 @@ def test_mirrored_training_adds_each_pictures_mirror_image_under_its_caption_and
         shown = decode_latents(material.pipeline, twice.latents)
         as_they_are, mirrored = shown[:count], shown[count:]
         assert (mirrored - as_they_are.flip(-1)).abs().mean() < 0.25 * (mirrored - as_they_are).abs().mean()
+
+
+def test_masks_that_were_found_but_for_a_fifth_keep_their_mistakes_and_miss_the_concept_there(tmp_path):
+    material = Material(TaskKey.parse("logo-youtube/unnamed-75/0"), DemoSettings().quick(), tmp_path)
+    truth = material.true_masks
+    marks = torch.ones_like(truth)
+    material.found = marks
+    where = material.where("found-missing-20")
+    missed = (where == 0).flatten(1).any(1)
+    assert torch.equal(missed, (material.where("missing-20") != truth).flatten(1).any(1))
+    assert 0.1 < missed.float().mean() < 0.3
+    assert torch.equal(where[~missed], marks[~missed])
+    assert (where * truth)[missed].sum() == 0
+    assert where[missed].mean() > 0.5
+
+
+@pytest.mark.parametrize("text", ["logo-youtube/named-75/0", "identity/named-75/0"])
+def test_what_was_kept_is_asked_under_captions_that_do_not_name_the_concept(text, tmp_path):
+    material = Material(TaskKey.parse(text), DemoSettings().quick(), tmp_path)
+    task, asked = material.task, material.questions.seen
+    assert any(clean != caption for clean, caption in zip(task.clean_captions, task.data.captions, strict=True))
+    # Each picture is asked about several times, the first time in order.
+    expected = encode_prompts(material.pipeline, task.clean_captions)
+    assert torch.equal(asked.embeddings[: len(expected)], expected)
+
+
+def test_a_characters_mask_is_its_own_shape_and_its_pair_differs_where_either_stands():
+    task = make_task(TaskKey.parse("identity/unnamed-75/0"), DemoSettings().quick())
+    larger = 0
+    for index in range(8):
+        drawn = task.concept.draw(index, np.random.default_rng(index))
+        shown, clean, where, differs = map(np.asarray, (drawn.shown, drawn.clean, drawn.where, drawn.differs))
+        assert (differs >= where).all()
+        assert where.any()
+        assert np.array_equal(shown[differs == 0], clean[differs == 0])
+        larger += bool((differs > where).any())
+    assert larger
 
 
 def test_the_text_map_is_the_identity_until_it_is_adapted_and_the_penalty_sees_what_comes_closer_to_the_words():

@@ -32,22 +32,30 @@ from .runs import THREADS_PER_RUN, Folders, run
 from .tasks import TaskKey
 
 HERE = Path(__file__).resolve().parents[1]
+FOLDERS = {"scratch": HERE / "scratch", "results": HERE / "results", "docs": HERE.parent / "docs"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.protection", description=__doc__.splitlines()[0])
-    parser.add_argument("--scratch", type=Path, default=HERE / "scratch", help="folder of adapters and judges")
-    parser.add_argument(
-        "--results", type=Path, default=HERE / "results", help="folder of the runs and of their summary"
-    )
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="folder of the page")
+    parser.add_argument("--scratch", type=Path, help="folder of adapters and judges")
+    parser.add_argument("--results", type=Path, help="folder of the runs and of their summary; a new one runs all anew")
+    parser.add_argument("--docs", type=Path, help="folder of the pages")
     parser.add_argument("--tasks", default="*", help="pattern of tasks, such as 'logo-*/named-75/*'")
     parser.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN", help="patterns of methods")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
-    parser.add_argument("--quick", action="store_true", help="tiny runs of the same code, whose figures mean nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny runs of the same code, whose figures mean nothing; they have folders of their own",
+    )
     parser.add_argument("--attacks", action="store_true", help="attack adapters instead of training them")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, folder in FOLDERS.items():
+        # What tiny runs and judges find must never be taken for what whole ones do.
+        default = HERE / "scratch-quick" / name if args.quick else folder
+        setattr(args, name, getattr(args, name) or default)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

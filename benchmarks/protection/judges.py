@@ -5,6 +5,7 @@ Trained once on real pictures of all styles, as the base model's VAE shows them,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -46,6 +47,14 @@ def load_judges(concept: str, pipeline: Any, settings: DemoSettings, folder: Pat
     fidelity = make_once(folder / "fidelity.pt", lambda part: torch.save(_train_fidelity(pipeline, settings), part))
     # Written by this program; never files from elsewhere.
     return Judges(*(torch.load(path, weights_only=False) for path in (detector, fidelity)))
+
+
+def judges_digest(concept: str, folder: Path) -> str:
+    """Tells the judges of a concept, once they are trained, from others: rows that others looked at do not compare."""
+    digest = hashlib.sha256()
+    for name in (f"detector-{concept}.pt", "fidelity.pt", "styles.safetensors"):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 class StyleJudge:

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -73,6 +73,7 @@ def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
         "rows": rows_of(runs),
         "attacks": attack_rows_of(attacks),
         "detectors": detectors_of(runs),
+        "conditions": conditions_of(runs),
     }
     write_json(results / "protection.json", content, indent=1)
     write_pages(content, docs)
@@ -174,6 +175,20 @@ def detectors_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {TaskKey.parse(run["task"]).concept: run["detector"] for run in runs}
 
 
+def conditions_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
+    """Of each concept: in which precisions its runs were made, and by which judges; rows of several do not compare.
+
+    Runs from before judges were told apart do not say by which.
+    """
+    found: dict[str, dict[str, set[str]]] = {}
+    for run in runs:
+        conditions = found.setdefault(TaskKey.parse(run["task"]).concept, {"autocast": set(), "judges": set()})
+        conditions["autocast"].add(run["autocast"])
+        if "judges" in run:
+            conditions["judges"].add(run["judges"])
+    return {concept: {name: sorted(values) for name, values in kinds.items()} for concept, kinds in found.items()}
+
+
 def _deviation(values: list[float]) -> float:
     return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
@@ -214,11 +229,18 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "masks": list(_covered(rows)),
         "covering": COVERING,
         "attacked": len(ATTACKED),
+        "mixed": [
+            CONCEPTS_IN_WORDS[c] for c, kinds in content["conditions"].items() if max(map(len, kinds.values())) > 1
+        ],
         **lookups(content),
     }
     for page in ("benchmark.md", "claims.md"):
         text = environment.get_template(f"{page}.jinja").render(names)
         (docs / page).write_text(text, encoding="utf-8")
+
+
+def _mixed(conditions: Mapping[str, Sequence[str]]) -> bool:
+    return any(len(values) > 1 for values in conditions.values())
 
 
 def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:

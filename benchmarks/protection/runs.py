@@ -48,7 +48,7 @@ from peft_gradproj.online import detach_online_projection
 from peft_gradproj.probes import collect_concept_probes
 from peft_gradproj.projection import drift
 
-from .judges import load_judges, load_style_judge
+from .judges import judges_digest, load_judges, load_style_judge
 from .methods import ALL_METHODS, METHODS, Knowledge, Method
 from .once import make_once
 from .tasks import ANYWHERE, Task, TaskKey, make_task
@@ -366,7 +366,8 @@ def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
     from prompts that do not, since the oracle, whose captions did not either, would otherwise be asked what it has
     never seen.
     """
-    task, arguments = material.task, (material.pipeline, material.settings, scratch / "judges")
+    task, folder = material.task, scratch / "judges"
+    arguments = (material.pipeline, material.settings, folder)
     judges, style = load_judges(task.key.concept, *arguments), load_style_judge(*arguments)
     pipeline = with_unet(material.pipeline, unet)
     samples = sample(pipeline, task.objects, material.settings)
@@ -383,6 +384,7 @@ def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
         "in_style": int(style.in_style(samples, task.objects).sum()),
         "losses": losses,
         "drift": material.questions.drift(unet, material.pipeline.unet),
+        "judges": judges_digest(task.key.concept, folder),
         "detector": {
             "false_positives": asdict(judges.detector.errors.false_positives),
             "misses": asdict(judges.detector.errors.misses),
