@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.overhead_page import RESULTS, ratios
+from benchmarks.overhead_page import QUICK_RESULTS, RESULTS, ratios
 from peft_gradproj import (
     ConceptBasis,
     ConceptProbes,
@@ -592,7 +592,7 @@ def measure(wanted: list[str], output: Path, known: dict[str, Callable[[], dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="Where the cells are kept as JSON.")
+    parser.add_argument("--output", type=Path, help="Where the cells are kept as JSON.")
     parser.add_argument("--cells", nargs="+", default=["*"], metavar="PATTERN", help="Which; all by default.")
     parser.add_argument("--blocks", type=int, default=4, help="How often each arm takes `probe_every` steps.")
     parser.add_argument("--minutes", type=float, default=3, help="After these, a cell of step times is cut short.")
@@ -611,7 +611,8 @@ def main() -> None:
     elif args.list:
         print("\n".join(known))
     else:
-        measure(args.cells, args.output, known, again=args.again)
+        # Cells of narrow models must never be taken for those of whole ones.
+        measure(args.cells, args.output or (QUICK_RESULTS if args.quick else RESULTS), known, again=args.again)
 
 
 if __name__ == "__main__":
