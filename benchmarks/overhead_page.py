@@ -175,7 +175,8 @@ def batches(results: Results) -> str | None:
             "",
             f"Computed from the table above, for the default of {DEFAULT_PROBES} probes every {DEFAULT_EVERY} steps: "
             "by how much longer corrected steps take than others. A correction costs what a training step on its "
-            "probes would, and a little; where probes hold no targets, as the Llama's, a forward of the base model as well.",
+            "probes would, and a little; where probes hold no targets, as the Llama's, also a forward of the base "
+            "model.",
             "",
             *table(titles, rows),
         ]
