@@ -25,7 +25,7 @@ from peft_gradproj.concept_fit import fit_concept
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
 from peft_gradproj.demo.training import History
-from peft_gradproj.diffusion_inputs import decode_latents, encode_prompts, pictures_to_tensor
+from peft_gradproj.diffusion_inputs import encode_prompts, pictures_to_tensor
 
 SETTINGS = replace(DemoSettings(), pictures=80, held_out=20)
 CONCEPTS = ("logo-youtube", "style", "identity")
@@ -197,22 +197,6 @@ def test_any_network_marks_at_least_what_that_of_the_other_fold_does(tmp_path):
     assert found_by_any[::2].sum() > found[::2].sum()
     assert found_by_any[1::2].sum() > found[1::2].sum()
     assert torch.equal(1 - material.training_set(METHODS["masked, found by any"]).weights, found_by_any)
-
-
-def test_mirrored_training_adds_each_pictures_mirror_image_under_its_caption_and_mask(tmp_path):
-    material = Material(TaskKey.parse("logo-youtube/unnamed-75/0"), DemoSettings().quick(), tmp_path)
-    for name in ("oracle", "masked, perfect", "filtered, perfect"):
-        once = material.training_set(METHODS[name])
-        twice = material.training_set(replace(METHODS[name], mirrored=True))
-        count = len(once.latents)
-        assert len(twice.latents) == 2 * count
-        for kind in ("latents", "embeddings", "weights"):
-            assert torch.equal(getattr(twice, kind)[:count], getattr(once, kind))
-        assert torch.equal(twice.weights[count:], once.weights.flip(-1))
-        assert torch.equal(twice.embeddings[count:], once.embeddings)
-        shown = decode_latents(material.pipeline, twice.latents)
-        as_they_are, mirrored = shown[:count], shown[count:]
-        assert (mirrored - as_they_are.flip(-1)).abs().mean() < 0.25 * (mirrored - as_they_are).abs().mean()
 
 
 def test_masks_that_were_found_but_for_a_fifth_keep_their_mistakes_and_miss_the_concept_there(tmp_path):

@@ -42,8 +42,6 @@ class Method:
         masked: Where the concept is, the loss does not count.
         guarded: Nor does it where others show it, in pictures in which it was not found there.
         dilation: By how many latents masks are widened.
-        mirrored: Train on every picture's mirror image as well, its mask mirrored with it.
-        mirrored: Train on every picture's mirror image as well, its mask mirrored with it.
         placed: Whether the concept is pasted, for basis and probes, where the masks found it.
         spaces: Of the subspace projection.
         online: Whether probes correct the steps.
@@ -59,7 +57,6 @@ class Method:
     masked: Knowledge | None = None
     guarded: bool = False
     dilation: int = 0
-    mirrored: bool = False
     placed: bool = True
     spaces: tuple[str, ...] = ()
     online: bool = False

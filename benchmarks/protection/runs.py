@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from PIL import ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -213,23 +212,20 @@ class Material:
     def training_set(self, method: Method) -> TrainingSet:
         """What a method trains on."""
         data, task = self.task.data, self.task
-        pictures, captions = (data.clean, task.clean_captions) if method.clean else (data.pictures, data.captions)
-        latents = encode_images(self.pipeline, pictures) if method.clean else self.latents
-        embeddings, weights = encode_prompts(self.pipeline, captions), torch.ones_like(latents[:, :1])
+        if method.clean:
+            latents = encode_images(self.pipeline, data.clean)
+            return TrainingSet(
+                latents, encode_prompts(self.pipeline, task.clean_captions), torch.ones_like(latents[:, :1])
+            )
+        embeddings, weights = encode_prompts(self.pipeline, data.captions), torch.ones_like(self.latents[:, :1])
         if method.masked:
             masks = self.where(method.masked)
             weights = weights - dilated(guarded(masks) if method.guarded else masks, method.dilation)
-        keep = torch.arange(len(latents))
+        keep = torch.arange(len(self.latents))
         if method.filtered:
             marked = self.where(method.filtered).flatten(1).mean(1)
             keep = keep[marked < (0.5 if task.concept.everywhere else 0.05)]
-        latents, embeddings, weights = latents[keep], embeddings[keep], weights[keep]
-        if method.mirrored:
-            # Encoded anew: the latents of a mirror image are not quite the mirrored latents.
-            images = encode_images(self.pipeline, [ImageOps.mirror(pictures[i]) for i in keep])
-            latents, weights = torch.cat([latents, images]), torch.cat([weights, weights.flip(-1)])
-            embeddings = embeddings.repeat(2, 1, 1)
-        return TrainingSet(latents, embeddings, weights)
+        return TrainingSet(self.latents[keep], embeddings[keep], weights[keep])
 
     def config(self, method: Method, probes: ConceptProbes | None) -> Any:
         """The adapter's configuration."""
