@@ -133,9 +133,10 @@ def test_figures_are_relative_to_base_oracle_and_plain_on_the_same_task():
     assert found["ours"]["beyond_oracle"] == pytest.approx(-1 / 6)
     assert (found["oracle"]["beyond_oracle"], found["plain"]["beyond_oracle"]) == (0, 1)
     assert np.isnan(found[BASE]["beyond_oracle"])
-    assert (found["ours"]["leak"], found["ours"]["leak_unprompted"]) == (pytest.approx(0.1), pytest.approx(0.3))
-    unnamed = {**ours, "task": "style/unnamed-75/0"}
-    assert figures_of(unnamed, runs)["leak_unprompted"] == pytest.approx(0.1)
+    assert (found["ours"]["leak"], found["ours"]["leak_other"]) == (pytest.approx(0.1), pytest.approx(0.3))
+    unnamed = {**ours, "task": "style/unnamed-75/0", "leaks_prompted": 4}
+    assert figures_of(unnamed, runs)["leak_other"] == pytest.approx(0.4)
+    assert np.isnan(figures_of({**ours, "task": "style/unnamed-75/0"}, runs)["leak_other"])
     assert np.isnan(found[BASE]["kept"])
     assert np.isnan(figures_of(ours, {"ours": ours})["kept"])
 

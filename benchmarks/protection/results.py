@@ -24,7 +24,7 @@ from .tasks import TaskKey
 COMMAND = "python -m benchmarks.protection"
 FIGURES = (
     "leak",
-    "leak_unprompted",
+    "leak_other",
     "kept",
     "kept_new",
     "learned",
@@ -34,6 +34,8 @@ FIGURES = (
     "in_style",
     "drift",
 )
+OTHER_PROMPTS = {True: "unprompted", False: "prompted"}
+"""By whether captions name the concept, and with them the prompts of *leak*: how those of the other leak are called."""
 CURVES = {
     "revival_on_concept": "revival with the concept",
     "revival_without_concept": "revival without it",
@@ -95,8 +97,8 @@ def figures_of(run: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) 
 
     return {
         "leak": run["leaks"] / run["samples"],
-        # One and the same where captions do not name the concept; runs that are older than the second do not have it.
-        "leak_unprompted": run["leaks_unprompted" if TaskKey.parse(run["task"]).named else "leaks"] / run["samples"],
+        # Runs from before both were asked for have the one that is called the leak.
+        "leak_other": run.get(f"leaks_{OTHER_PROMPTS[TaskKey.parse(run['task']).named]}", math.nan) / run["samples"],
         "kept": share_of_drop("seen", "oracle"),
         "kept_new": share_of_drop("new", "oracle"),
         "learned": share_of_drop("logo", "plain"),
@@ -221,6 +223,7 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "content": content,
         "tables": [(title(key), table) for key, table in ordered],
         "varied": VARIED,
+        "other_prompts": OTHER_PROMPTS,
         "in_short": list(in_short(rows)),
         "columns": IN_SHORT,
         "total": len(MATRIX),

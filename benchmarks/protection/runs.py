@@ -358,23 +358,25 @@ def revision() -> str | None:
 def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
     """Samples' leak, fidelity and style, and the denoising losses.
 
-    Where captions name the concept, the leak is that of prompts that do so too; fidelity and style are those of samples
-    from prompts that do not, since the oracle, whose captions did not either, would otherwise be asked what it has
-    never seen.
+    The leak is that of prompts that name the concept if the captions do, and the other one is told as well. Fidelity
+    and style are always those of samples whose prompts do not name it: nor did the oracle's captions.
     """
     task, folder = material.task, scratch / "judges"
     arguments = (material.pipeline, material.settings, folder)
     judges, style = load_judges(task.key.concept, *arguments), load_style_judge(*arguments)
     pipeline = with_unet(material.pipeline, unet)
     samples = sample(pipeline, task.objects, material.settings)
+    prompted = sample(pipeline, [task.concept.named(caption) for caption in task.objects], material.settings)
+    leaks = {
+        "leaks_unprompted": int(judges.detector.detect(samples).sum()),
+        "leaks_prompted": int(judges.detector.detect(prompted).sum()),
+    }
     ranks = judges.fidelity.ranks(samples, task.objects)
-    shown = samples if task.prompts == task.objects else sample(pipeline, task.prompts, material.settings)
-    hits = judges.detector.detect(shown)
     losses = {kind: float(values.mean()) for kind, values in material.questions.losses(unet).items()}
     return {
-        "samples": len(hits),
-        "leaks": int(hits.sum()),
-        "leaks_unprompted": int(judges.detector.detect(samples).sum()),
+        "samples": len(samples),
+        "leaks": leaks["leaks_prompted" if task.key.named else "leaks_unprompted"],
+        **leaks,
         "top1": int((ranks < 1).sum()),
         "top5": int((ranks < 5).sum()),
         "in_style": int(style.in_style(samples, task.objects).sum()),
