@@ -16,6 +16,7 @@ from peft_gradproj._version import installed_versions
 from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.evaluation.figures import Share
 
+from . import attack_runs
 from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
 from .methods import ALL_METHODS, MAIN, VARIED
 from .runs import BASE, THREADS_PER_RUN, write_json
@@ -232,6 +233,8 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "masks": list(_covered(rows)),
         "covering": COVERING,
         "attacked": len(ATTACKED),
+        "attacks_made": sum(len(row["tasks"]) for row in content["attacks"]),
+        "attack_runs": attack_runs,
         "mixed": [
             CONCEPTS_IN_WORDS[c] for c, kinds in content["conditions"].items() if max(map(len, kinds.values())) > 1
         ],
