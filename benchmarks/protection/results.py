@@ -257,21 +257,47 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
     def has(method: str, concept: str = TUNED_LOGO, *, named: bool = False, percent: int = 75) -> bool:
         return (concept, named, percent, method) in rows
 
-    def value(method: str, name: str, concept: str = TUNED_LOGO, *, named: bool = False, percent: int = 75) -> str:
+    def value(
+        method: str,
+        name: str,
+        concept: str = TUNED_LOGO,
+        *,
+        named: bool = False,
+        percent: int = 75,
+        seed: int | None = None,
+    ) -> str:
         row = rows.get((concept, named, percent, method))
-        return (row and figure(row, name)) or NOT_RUN
+        if row is None or (seed is not None and str(seed) not in row["by_seed"]):
+            return NOT_RUN
+        if seed is not None:
+            row = {"mean": row["by_seed"][str(seed)], "deviation": dict.fromkeys(FIGURES)}
+        return figure(row, name) or NOT_RUN
 
     def seeds(method: str, concept: str = TUNED_LOGO) -> str:
         return ", ".join(map(str, rows[concept, False, 75, method]["seeds"]))
 
-    def leaks(method: str) -> str:
+    def by_seed(method: str, name: str) -> str:
         row = rows.get((TUNED_LOGO, False, 75, method))
-        return NOT_RUN if row is None else ", ".join(f"{figures['leak']:.2f}" for figures in row["by_seed"].values())
+        return NOT_RUN if row is None else ", ".join(f"{figures[name]:.2f}" for figures in row["by_seed"].values())
+
+    def ahead(first: str, second: str, name: str) -> str:
+        return _ahead(rows.values(), first, second, name)
 
     def attack(method: str, name: str) -> str:
         return f"{attacks[method][name]:.2f}" if method in attacks else NOT_RUN
 
-    return {"has": has, "value": value, "seeds": seeds, "leaks": leaks, "attack": attack}
+    return {"has": has, "value": value, "seeds": seeds, "by_seed": by_seed, "ahead": ahead, "attack": attack}
+
+
+def _ahead(rows: Iterable[Mapping[str, Any]], first: str, second: str, name: str) -> str:
+    """On how many of the tasks and seeds on which both were run the first is above the second, and by how much."""
+    found: dict[str, dict[tuple[Regime, str], float]] = {first: {}, second: {}}
+    for row in rows:
+        if row["method"] in found:
+            found[row["method"]] |= {(_regime_of(row), seed): f[name] for seed, f in row["by_seed"].items()}
+    both = [found[first][task] - found[second][task] for task in found[first].keys() & found[second].keys()]
+    above = [difference for difference in both if difference > 0]
+    return f"{len(above)} of {len(both)}" + (f", by {min(above):.2f} to {max(above):.2f}" if above else "")
 
 
 def in_short(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
