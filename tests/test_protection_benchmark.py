@@ -13,12 +13,21 @@ import pytest
 import torch
 
 from benchmarks.protection import runs
-from benchmarks.protection.cli import main
+from benchmarks.protection.cli import main, parse_args
 from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
 from benchmarks.protection.methods import ALL_METHODS, FEWER_STEPS, MAIN, METHODS
-from benchmarks.protection.results import IN_SHORT, figures_of, in_short, rows_of
-from benchmarks.protection.runs import BASE, Folders, Material, base_pipeline, run, text_penalty, with_text_map
+from benchmarks.protection.results import IN_SHORT, NOT_RUN, figures_of, in_short, lookups, rows_of, write_results
+from benchmarks.protection.runs import (
+    BASE,
+    Folders,
+    Material,
+    base_pipeline,
+    run,
+    text_penalty,
+    with_text_map,
+    write_json,
+)
 from benchmarks.protection.tasks import TaskKey, make_task
 from peft_gradproj import GradProjConfig
 from peft_gradproj.concept_fit import fit_concept
@@ -117,7 +126,7 @@ def a_run(method, losses, *, seed=0, leaks=0):
     return {
         "task": f"style/named-75/{seed}", "method": method, "samples": 10, "leaks": leaks, "leaks_unprompted": 3,
         "top1": 5, "top5": 8, "in_style": 6,
-        "losses": kinds, "drift": 0.1, "detector": {},
+        "losses": kinds, "drift": 0.1, "detector": dict.fromkeys(("false_positives", "misses"), {"hits": 0, "total": 10}),
     }  # fmt: skip
 
 
@@ -139,6 +148,46 @@ def test_figures_are_relative_to_base_oracle_and_plain_on_the_same_task():
     assert np.isnan(figures_of({**ours, "task": "style/unnamed-75/0"}, runs)["leak_other"])
     assert np.isnan(found[BASE]["kept"])
     assert np.isnan(figures_of(ours, {"ours": ours})["kept"])
+
+
+def test_prose_gets_the_figures_of_one_seed_and_how_often_a_method_is_ahead():
+    def on(task, method, seen, seed=0):
+        return {**a_run(method, (seen,) * 3), "task": f"{task}/{seed}"}
+
+    tasks = ("logo-youtube/unnamed-75", "style/named-75")
+    runs = [on(task, method, seen) for task in tasks for method, seen in ((BASE, 1.0), ("plain", 0.6), ("oracle", 0.0))]
+    runs += [on(tasks[0], method, seen, seed=1) for method, seen in ((BASE, 1.0), ("oracle", 0.0), ("ours", 0.5))]
+    runs += [on(tasks[0], "ours", 0.2), on(tasks[0], "masked, found", 0.1)]
+    runs += [on(tasks[1], "ours", 0.1), on(tasks[1], "masked, found", 0.3)]
+    found = lookups({"rows": rows_of(runs), "attacks": []})
+    assert [found["value"]("ours", "kept", seed=seed) for seed in (0, 1, 2)] == ["0.80", "0.50", NOT_RUN]
+    assert found["value"]("ours", "kept").startswith("0.65 ± ")
+    assert found["by_seed"]("ours", "kept") == "0.80, 0.50"
+    # Seed 1 has no masks to compare with.
+    assert found["ahead"]("masked, found", "ours", "kept") == "1 of 2, by 0.10 to 0.10"
+    assert found["ahead"]("ours", "masked, found", "kept") == "1 of 2, by 0.20 to 0.20"
+    assert found["ahead"]("plain", "oracle", "kept") == "0 of 2"
+
+
+def test_rows_of_several_judges_or_precisions_are_told_and_strange_methods_left_out(tmp_path, capsys):
+    methods = {BASE: 1.0, "plain": 0.5, "of old": 0.2}
+    runs = [{**a_run(name, (loss,) * 3), "autocast": "None", "judges": "a"} for name, loss in methods.items()]
+    for number, run_ in enumerate(runs):
+        write_json(tmp_path / "protection" / f"{number}.json", run_)
+    write_results(tmp_path, tmp_path / "docs", DemoSettings())
+    assert "of old" in capsys.readouterr().err
+    page = (tmp_path / "docs" / "benchmark.md").read_text()
+    assert "*Mixed*" not in page
+    assert "of old" not in page
+    write_json(tmp_path / "protection" / "1.json", {**runs[1], "judges": "b"})
+    write_results(tmp_path, tmp_path / "docs", DemoSettings())
+    assert "*Mixed*: not all runs on one style of two" in (tmp_path / "docs" / "benchmark.md").read_text()
+
+
+def test_tiny_runs_have_folders_of_their_own():
+    whole, tiny = parse_args([]), parse_args(["--quick"])
+    assert not {whole.results, whole.scratch, whole.docs} & {tiny.results, tiny.scratch, tiny.docs}
+    assert parse_args(["--quick", "--docs", "here"]).docs == Path("here")
 
 
 def test_rows_are_means_over_seeds():
