@@ -122,11 +122,11 @@ def test_the_matrix_has_all_methods_on_one_logo_and_the_main_ones_everywhere_on_
 
 
 def a_run(method, losses, *, seed=0, leaks=0):
-    kinds = dict(zip(("seen", "new", "logo"), losses, strict=True))
+    kinds, share = dict(zip(("seen", "new", "logo"), losses, strict=True)), {"hits": 0, "total": 10}
     return {
         "task": f"style/named-75/{seed}", "method": method, "samples": 10, "leaks": leaks, "leaks_unprompted": 3,
         "top1": 5, "top5": 8, "in_style": 6,
-        "losses": kinds, "drift": 0.1, "detector": dict.fromkeys(("false_positives", "misses"), {"hits": 0, "total": 10}),
+        "losses": kinds, "drift": 0.1, "detector": {"false_positives": share, "misses": share},
     }  # fmt: skip
 
 
