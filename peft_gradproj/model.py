@@ -47,7 +47,7 @@ class GradProjModel(LoraModel):
             _check_name("concept basis", basis.base_model, model, peft_config, ConceptBasisError)
             peft_config.report_uncovered([f"layer '{name}'" for name in targeted if name not in basis])
         probes = peft_config.concept_probes
-        if probes is not None and not peft_config.inference_mode:
+        if probes is not None:
             check_probes_fit(probes, model, targeted)
             _check_name("concept probes", probes.base_model, model, peft_config, ConceptDataError)
 
@@ -80,7 +80,8 @@ class GradProjModel(LoraModel):
         """Inject the adapter, then let its concept probes watch the optimizer; see [`~peft.LoraModel`]."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
-        if config.concept_probes is not None and not config.inference_mode:
+        # In inference mode too: a saved config says so, and add_adapter makes its adapter trainable all the same.
+        if config.concept_probes is not None:
             attach_online_projection(
                 model,
                 adapter_name,

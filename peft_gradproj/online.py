@@ -350,7 +350,7 @@ class OnlineProjection:
         self._counts.clear()
 
     def _notice_foreign_step(self) -> None:
-        if self._foreign_steps is None:
+        if self._foreign_steps is None or self._frozen():
             return
         self._foreign_steps += 1
         if self._foreign_steps == _STEPS_BEFORE_WARNING:
@@ -361,6 +361,12 @@ class OnlineProjection:
                 "trained, its optimizer holds other tensors (DeepSpeed, FSDP1), which is not supported.",
                 stacklevel=2,
             )
+
+    def _frozen(self) -> bool:
+        """Whether nobody trains the adapter, as far as it shows: FSDP1 leaves views where parameters were."""
+        layers = [layer for layer in (reference() for _, reference in self._layers) if layer is not None]
+        weights = [weight for layer in layers for weight in _weights_of(layer, self.adapter_name).values()]
+        return all(isinstance(weight, nn.Parameter) and not weight.requires_grad for weight in weights)
 
     # Parameters, through the modules: PEFT and FSDP replace Parameter objects
 

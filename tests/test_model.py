@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from conftest import SmallNet
+from distributed_case import base_net, small_probes
 from helpers import LAYERS, random_layer_basis, saved_leakage, small_net_basis, train, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import PeftType
@@ -186,6 +188,22 @@ def test_a_low_cpu_memory_load_is_constrained(tmp_path):
     torch.testing.assert_close(basis["query"].rank.mT @ a, basis["query"].rank.mT @ start, atol=1e-5, rtol=1e-5)
     loaded.save_pretrained(tmp_path / "again")
     assert saved_leakage(tmp_path / "again", basis) <= 1e-6
+
+
+def test_probes_cost_nothing_where_an_adapter_is_loaded_to_be_used(tmp_path):
+    get_peft_model(base_net(), gradproj_config(init_lora_weights=False)).save_pretrained(tmp_path)
+    outputs, pictures = [], torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for probes in (None, small_probes()):
+        config = GradProjConfig.from_pretrained(tmp_path, concept_probes=probes)
+        loaded = PeftModel.from_pretrained(base_net(), tmp_path, config=config)
+        assert not trainable(loaded)
+        other = SmallNet()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(other, torch.optim.SGD(other.parameters(), lr=1e-2), 25)
+        with torch.no_grad():
+            outputs.append(loaded(pictures))
+    assert torch.equal(*outputs)
 
 
 # What escapes is refused
