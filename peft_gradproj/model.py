@@ -31,6 +31,7 @@ class GradProjModel(LoraModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Called before anything is injected: an error here leaves the model as it was.
         super()._prepare_model(peft_config, model)
+        peft_config.report_escaping()
         targeted = self._targeted_names(peft_config, model)
         for name in targeted:
             check_supported(model.get_submodule(name), name)

@@ -8,11 +8,13 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from conftest import SmallNet
 from distributed_case import base_net, small_probes
 from helpers import LAYERS, random_layer_basis, saved_leakage, small_net_basis, train, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import PeftType
+from tiny_models import LLAMA_TARGETS, basis_for, tiny_llama
 from torch import nn
 
 from peft_gradproj import ConceptBasis, GradProjConfig, refresh_concept_basis
@@ -229,6 +231,35 @@ def test_probes_cost_nothing_where_an_adapter_is_loaded_to_be_used(tmp_path):
 def test_an_option_that_escapes_the_projection_is_refused_by_name(option):
     with pytest.raises(GradProjConfigError, match=next(iter(option))):
         gradproj_config(target_modules=["query"], **option)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("SEQ_CLS", "LlamaForSequenceClassification"),
+        ("TOKEN_CLS", "LlamaForTokenClassification"),
+        ("QUESTION_ANS", "LlamaForQuestionAnswering"),
+    ],
+)
+def test_a_head_that_peft_trains_by_itself_is_refused_and_recorded_on_request(task, kind):
+    model = getattr(transformers, kind)(tiny_llama().config)
+    options = {"target_modules": LLAMA_TARGETS, "concept_basis": basis_for(model, LLAMA_TARGETS), "task_type": task}
+    with pytest.raises(GradProjConfigError, match=f"modules_to_save.*{task}"):
+        get_peft_model(model, gradproj_config(**options))
+    with pytest.warns(UserWarning, match=f"modules_to_save.*{task}"):
+        adapted = get_peft_model(model, gradproj_config(**options, uncovered="warn"))
+    assert any(p.requires_grad and "modules_to_save" in name for name, p in adapted.named_parameters())
+    (part,) = adapted.peft_config["default"].uncovered_parts
+    assert "modules_to_save" in part
+
+
+def test_an_option_that_is_set_after_the_config_was_made_is_refused_before_anything_is_injected():
+    # As TRL does for tokens that it adds, and PEFT for the head of a classifier.
+    base, config = SmallNet(), gradproj_config(target_modules=["query"])
+    config.modules_to_save = ["head"]
+    with pytest.raises(GradProjConfigError, match="modules_to_save"):
+        get_peft_model(base, config)
+    assert not any("lora_" in name for name, _ in base.named_modules())
 
 
 def test_a_layer_that_the_basis_misses_is_refused_by_name_and_leaves_the_model_as_it_was():
