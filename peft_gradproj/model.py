@@ -16,7 +16,7 @@ from .basis import ConceptBasis, LayerBasis
 from .config import GradProjConfig
 from .errors import ConceptBasisError, ConceptDataError, GradProjConfigError, GradProjError
 from .layers import check_supported, constrain_adapter, is_sharded, projected_weights
-from .online import attach_online_projection
+from .online import attach_online_projection, detach_online_projection
 from .probes import check_probes_fit
 
 __all__ = ["GradProjModel", "refresh_concept_basis"]
@@ -82,7 +82,9 @@ class GradProjModel(LoraModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
         # In inference mode too: a saved config says so, and add_adapter makes its adapter trainable all the same.
-        if config.concept_probes is not None:
+        if config.concept_probes is None:
+            detach_online_projection(model, adapter_name)  # of an adapter that had the name before
+        else:
             attach_online_projection(
                 model,
                 adapter_name,
@@ -94,6 +96,7 @@ class GradProjModel(LoraModel):
                 restore=config.restore,
                 probe_history=config.probe_history,
                 seed=config.probe_seed,
+                config=config,
             )
 
     def _check_merge_allowed(self) -> None:

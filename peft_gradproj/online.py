@@ -175,6 +175,8 @@ class OnlineProjection:
         probe_history: So many of the last half-spaces are kept, and swept from the oldest to the newest.
         seed: Of the order in which probes are drawn.
         on_report: Called with each :class:`OnlineReport`.
+        config: The adapter's config; by default what `model.peft_config` holds. Once another config has its place, the
+            adapter is another one, and is not corrected.
 
     Raises:
         GradProjConfigError: If an option is out of range, or the model has no such adapter.
@@ -200,6 +202,7 @@ class OnlineProjection:
         probe_history: int = 1,
         seed: int = 0,
         on_report: Callable[[OnlineReport], None] | None = None,
+        config: Any = None,
     ) -> None:
         _check_options(rule, strength, probe_every, probe_batch_size, restore, probe_history)
         if rule == "orthogonal" and probes.loss_targets is None:
@@ -219,6 +222,8 @@ class OnlineProjection:
         self.on_report = on_report
         self.last = None
         self._model = weakref.ref(model)
+        config = _config_of(model, adapter_name) if config is None else config
+        self._config = None if config is None else weakref.ref(config)
         self._drawable = probes.weighted_indices()
         self._attached = False
         self._hook: Any = None
@@ -268,6 +273,13 @@ class OnlineProjection:
             self._hook = None
 
     @property
+    def outlived(self) -> bool:
+        """Whether the adapter is gone and another one has its name."""
+        model = self._model()
+        current = None if model is None else _config_of(model, self.adapter_name)
+        return self._config is not None and current is not None and self._config() is not current
+
+    @property
     def step(self) -> int:
         """Number of optimizer steps that were seen."""
         return max(self._counts.values(), default=self._first_count)
@@ -307,6 +319,9 @@ class OnlineProjection:
         self._pending = self._stepping = None
         model = self._model()
         if not self._attached or model is None:
+            return
+        if self.outlived:
+            self._give_way(model)
             return
         due = self._count(optimizer) % self.probe_every == 0
         parameters = self._parameters_of(optimizer, model, refresh=due)
@@ -348,6 +363,16 @@ class OnlineProjection:
         for optimizer in self._counts:
             optimizer.param_groups[0].pop(self._count_key, None)
         self._counts.clear()
+
+    def _give_way(self, model: nn.Module) -> None:
+        warnings.warn(
+            f"another adapter has taken the name {self.adapter_name!r}, so the concept probes of the former do not "
+            "correct its steps. To keep the concept out of it, give concept_probes in its config.",
+            stacklevel=2,
+        )
+        self.detach()
+        if _registry.get(model, {}).get(self.adapter_name) is self:
+            del _registry[model][self.adapter_name]
 
     def _notice_foreign_step(self) -> None:
         if self._foreign_steps is None or self._frozen():
@@ -649,6 +674,11 @@ def _check_options(
             raise GradProjConfigError(f"{name} is {count!r}; expected a whole number of at least 1.")
 
 
+def _config_of(model: nn.Module, adapter_name: str) -> Any:
+    """PEFT's config of an adapter, a new object with each adapter; `None` where the model does not hold it."""
+    return (getattr(model, "peft_config", None) or {}).get(adapter_name)
+
+
 def _weights_of(layer: Any, adapter_name: str) -> dict[str, nn.Parameter]:
     weights = {}
     for part in ("lora_A", "lora_B"):
@@ -768,5 +798,5 @@ def online_projections(model: nn.Module) -> dict[str, OnlineProjection]:
     """The projections of a model and of its parts, such as the base model within a `PeftModel`, by adapter."""
     found: dict[str, OnlineProjection] = {}
     for module in model.modules():
-        found.update(_registry.get(module, {}))
+        found.update({name: p for name, p in _registry.get(module, {}).items() if not p.outlived})
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from peft.utils import PeftType
 from tiny_models import LLAMA_TARGETS, basis_for, tiny_llama
 from torch import nn
 
-from peft_gradproj import ConceptBasis, GradProjConfig, refresh_concept_basis
+from peft_gradproj import ConceptBasis, GradProjConfig, online_projections, refresh_concept_basis
 from peft_gradproj.errors import ConceptBasisError, GradProjConfigError
 from peft_gradproj.layers import projected_weights
 
@@ -206,6 +207,27 @@ def test_probes_cost_nothing_where_an_adapter_is_loaded_to_be_used(tmp_path):
         with torch.no_grad():
             outputs.append(loaded(pictures))
     assert torch.equal(*outputs)
+
+
+def test_probes_of_an_adapter_that_is_gone_do_not_correct_the_next_of_its_name():
+    probes, options = small_probes(), {"probe_every": 1, "target_modules": ["query"]}
+    unloaded = get_peft_model(base_net(), gradproj_config(concept_probes=probes, **options)).unload()
+    ends = []
+    for base in (base_net(), unloaded):
+        torch.manual_seed(1)
+        plain = get_peft_model(base, LoraConfig(r=4, target_modules=["query"]))
+        assert online_projections(plain) == {}
+        with nullcontext() if base is not unloaded else pytest.warns(UserWarning, match="another adapter"):
+            train(plain, torch.optim.AdamW(trainable(plain), lr=1e-2), 3)
+        ends.append([p.detach() for p in trainable(plain)])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+    model = get_peft_model(base_net(), gradproj_config(concept_probes=probes, **options))
+    model.add_adapter("other", gradproj_config(**options))
+    model.delete_adapter("default")
+    model.add_adapter("default", gradproj_config(**options))
+    assert online_projections(model) == {}
+    assert not model.base_model.model._forward_pre_hooks
 
 
 # What escapes is refused

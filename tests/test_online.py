@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch.distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
+from peft.functional import delete_adapter
 from torch import Tensor, nn
 
 import peft_gradproj.online as online
@@ -853,6 +855,27 @@ def test_copies_and_pickles_of_the_model_are_not_corrected() -> None:
         net(task.x).square().mean().backward()
         torch.optim.SGD(parameters, lr=0.1).step()
     assert projection.step == 0
+
+
+def test_another_adapter_of_the_same_name_is_not_corrected() -> None:
+    ends = []
+    for protected in (False, True):
+        task = make_task()
+        if protected:
+            attach_online_projection(task.net, "default", task.probes, probe_every=1)
+        take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-2))
+        delete_adapter(task.net, "default", prefix="lora_")
+        torch.manual_seed(3)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "3"]), task.net, "default")
+        assert online_projections(task.net) == {}
+        optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
+        with pytest.warns(UserWarning, match="another adapter") if protected else nullcontext():
+            take_steps(task, optimizer, 3)
+        ends.append(copies(task.parameters()))
+        assert not task.net._forward_pre_hooks
+        assert list(optimizer.param_groups[0]) == list(torch.optim.AdamW(task.parameters()).param_groups[0])
+
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_attaching_twice_counts_once_and_detaching_ends_it() -> None:
