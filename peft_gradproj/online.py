@@ -234,7 +234,7 @@ class OnlineProjection:
         self._history: deque[_HalfSpace] = deque(maxlen=probe_history - 1)
         self._counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._first_count = 0
-        self._stepping: int | None = None
+        self._stepping: tuple[int, int] | None = None
         self._pending: _Pending | None = None
         self._foreign_steps: int | None = 0
         self._layers: list[tuple[str, weakref.ref[Any]]] = []
@@ -323,13 +323,14 @@ class OnlineProjection:
         if self.outlived:
             self._give_way(model)
             return
-        due = self._count(optimizer) % self.probe_every == 0
+        number = self._count(optimizer)
+        due = number % self.probe_every == 0
         parameters = self._parameters_of(optimizer, model, refresh=due)
         if not parameters:
             self._notice_foreign_step()
             return
         self._foreign_steps = None
-        self._stepping = id(optimizer)
+        self._stepping = id(optimizer), number
         if self.rule == "half-space" and needs_estimate(optimizer, parameters):
             self._estimate.update(parameters)
         if due:
@@ -342,10 +343,11 @@ class OnlineProjection:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Correct the step that was measured."""
         # A wrapper's step may enclose that of the optimizer it wraps: the innermost, which moved, is the one corrected.
-        if self._stepping != id(optimizer):
+        if self._stepping is None or self._stepping[0] != id(optimizer):
             return
+        # The number of before: by now, an adapter of this name in another model may have counted the step in the group.
+        _, step = self._stepping
         pending, self._pending, self._stepping = self._pending, None, None
-        step = self._count(optimizer)
         self._counts[optimizer] = optimizer.param_groups[0][self._count_key] = step + 1
         if pending is not None:
             with torch.no_grad():

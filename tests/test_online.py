@@ -649,6 +649,35 @@ def test_two_optimizers_of_one_adapter_are_both_corrected() -> None:
     assert [(r.step, *r.layers) for r in reports] == [(0, "0"), (0, "3"), (2, "0"), (2, "3")]
 
 
+def test_two_models_under_one_optimizer_count_its_steps_once() -> None:
+    def build(state: dict[str, Any] | None = None) -> tuple[list[Task], list[Any], list[Any], torch.optim.Optimizer]:
+        tasks, reports = [make_task(), make_task()], []
+        projections = [
+            attach_online_projection(task.net, "default", task.probes, probe_every=3, on_report=reports.append)
+            for task in tasks
+        ]
+        optimizer = torch.optim.AdamW([p for task in tasks for p in task.parameters()], lr=1e-3)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        return tasks, projections, reports, optimizer
+
+    def train_both(tasks: list[Task], optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            sum(task.loss() for task in tasks).backward()
+            optimizer.step()
+
+    tasks, projections, reports, optimizer = build()
+    train_both(tasks, optimizer, 5)
+    assert [report.step for report in reports] == [0, 0, 3, 3]
+    assert [projection.step for projection in projections] == [5, 5]
+
+    tasks, projections, reports, optimizer = build(optimizer.state_dict())
+    train_both(tasks, optimizer, 3)
+    assert [report.step for report in reports] == [6, 6]
+    assert [projection.step for projection in projections] == [8, 8]
+
+
 def test_an_adapter_that_is_inactive_or_frozen_is_left_alone() -> None:
     task = make_task(adapters=("default", "other"))
     parameters = task.parameters()
