@@ -8,7 +8,7 @@ from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from peft.utils import PeftType
 
 from .basis import ConceptBasis
@@ -23,6 +23,9 @@ __all__ = ["GradProjConfig", "own_settings"]
 
 _Path = str | os.PathLike[str]
 
+_TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""For these `get_peft_model` trains the model's head in full."""
+
 _SHOWN_PARTS = 8
 """So many uncovered parts are named in a message; a model may have hundreds of layers."""
 
@@ -32,7 +35,8 @@ class GradProjConfig(LoraConfig):
     """Configuration of a LoRA adapter whose training is projected away from a concept.
 
     Takes everything that [`~peft.LoraConfig`] takes, except what would escape the projection: DoRA, biases,
-    `modules_to_save`, trainable tokens or parameters, LoRA variants, and initialisations that change the base model.
+    `modules_to_save`, trainable tokens or parameters, LoRA variants, initialisations that change the base model, and
+    the task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS, for which PEFT trains the model's head.
 
     Args:
         concept_basis (`ConceptBasis`, path or Hub id, *optional*):
@@ -92,7 +96,7 @@ class GradProjConfig(LoraConfig):
         self.uncovered_parts: list[str] = []
         self._check_values()
         self._check_given()
-        self.report_uncovered(self._escaping_options())
+        self.report_escaping()
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that unpickles this, such as a spawned worker, may not know the type yet.
@@ -127,9 +131,23 @@ class GradProjConfig(LoraConfig):
         """Options that would train, or change, something that the projection does not reach."""
         plain_init = self.init_lora_weights in (True, False, "gaussian", "orthogonal")
         escaping = {name: bool(getattr(self, name, None)) for name in ESCAPING_OPTIONS}
+        if self.task_type in _TASKS_WITH_HEAD:
+            # Some of PEFT's classes set the option only after they have injected the adapter.
+            del escaping["modules_to_save"]
+            escaping[f"modules_to_save, which PEFT sets for task_type={TaskType(self.task_type).value!r}"] = True
         escaping[f"bias={self.bias!r}"] = self.bias != "none"
         escaping[f"init_lora_weights={self.init_lora_weights!r}"] = not plain_init
         return [name for name, given in escaping.items() if given]
+
+    def report_escaping(self) -> None:
+        """Refuse, warn of, or note options that escape the projection, as `uncovered` says.
+
+        Once when the config is made and once before an adapter is injected: PEFT and TRL set options in between.
+
+        Raises:
+            GradProjConfigError: If there are any and `uncovered="error"`; it names them.
+        """
+        self.report_uncovered(self._escaping_options())
 
     def report_uncovered(self, parts: list[str]) -> None:
         """Refuse, warn of, or note parts that escape the projection, as `uncovered` says.

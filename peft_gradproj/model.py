@@ -16,7 +16,7 @@ from .basis import ConceptBasis, LayerBasis
 from .config import GradProjConfig
 from .errors import ConceptBasisError, ConceptDataError, GradProjConfigError, GradProjError
 from .layers import check_supported, constrain_adapter, is_sharded, projected_weights
-from .online import attach_online_projection
+from .online import attach_online_projection, detach_online_projection
 from .probes import check_probes_fit
 
 __all__ = ["GradProjModel", "refresh_concept_basis"]
@@ -31,6 +31,7 @@ class GradProjModel(LoraModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Called before anything is injected: an error here leaves the model as it was.
         super()._prepare_model(peft_config, model)
+        peft_config.report_escaping()
         targeted = self._targeted_names(peft_config, model)
         for name in targeted:
             check_supported(model.get_submodule(name), name)
@@ -47,7 +48,7 @@ class GradProjModel(LoraModel):
             _check_name("concept basis", basis.base_model, model, peft_config, ConceptBasisError)
             peft_config.report_uncovered([f"layer '{name}'" for name in targeted if name not in basis])
         probes = peft_config.concept_probes
-        if probes is not None and not peft_config.inference_mode:
+        if probes is not None:
             check_probes_fit(probes, model, targeted)
             _check_name("concept probes", probes.base_model, model, peft_config, ConceptDataError)
 
@@ -80,7 +81,10 @@ class GradProjModel(LoraModel):
         """Inject the adapter, then let its concept probes watch the optimizer; see [`~peft.LoraModel`]."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
-        if config.concept_probes is not None and not config.inference_mode:
+        # In inference mode too: a saved config says so, and add_adapter makes its adapter trainable all the same.
+        if config.concept_probes is None:
+            detach_online_projection(model, adapter_name)  # of an adapter that had the name before
+        else:
             attach_online_projection(
                 model,
                 adapter_name,
@@ -92,6 +96,7 @@ class GradProjModel(LoraModel):
                 restore=config.restore,
                 probe_history=config.probe_history,
                 seed=config.probe_seed,
+                config=config,
             )
 
     def _check_merge_allowed(self) -> None:

@@ -175,6 +175,8 @@ class OnlineProjection:
         probe_history: So many of the last half-spaces are kept, and swept from the oldest to the newest.
         seed: Of the order in which probes are drawn.
         on_report: Called with each :class:`OnlineReport`.
+        config: The adapter's config; by default what `model.peft_config` holds. Once another config has its place, the
+            adapter is another one, and is not corrected.
 
     Raises:
         GradProjConfigError: If an option is out of range, or the model has no such adapter.
@@ -200,6 +202,7 @@ class OnlineProjection:
         probe_history: int = 1,
         seed: int = 0,
         on_report: Callable[[OnlineReport], None] | None = None,
+        config: Any = None,
     ) -> None:
         _check_options(rule, strength, probe_every, probe_batch_size, restore, probe_history)
         if rule == "orthogonal" and probes.loss_targets is None:
@@ -219,6 +222,8 @@ class OnlineProjection:
         self.on_report = on_report
         self.last = None
         self._model = weakref.ref(model)
+        config = _config_of(model, adapter_name) if config is None else config
+        self._config = None if config is None else weakref.ref(config)
         self._drawable = probes.weighted_indices()
         self._attached = False
         self._hook: Any = None
@@ -229,7 +234,7 @@ class OnlineProjection:
         self._history: deque[_HalfSpace] = deque(maxlen=probe_history - 1)
         self._counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._first_count = 0
-        self._stepping: int | None = None
+        self._stepping: tuple[int, int] | None = None
         self._pending: _Pending | None = None
         self._foreign_steps: int | None = 0
         self._layers: list[tuple[str, weakref.ref[Any]]] = []
@@ -266,6 +271,13 @@ class OnlineProjection:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+    @property
+    def outlived(self) -> bool:
+        """Whether the adapter is gone and another one has its name."""
+        model = self._model()
+        current = None if model is None else _config_of(model, self.adapter_name)
+        return self._config is not None and current is not None and self._config() is not current
 
     @property
     def step(self) -> int:
@@ -308,13 +320,17 @@ class OnlineProjection:
         model = self._model()
         if not self._attached or model is None:
             return
-        due = self._count(optimizer) % self.probe_every == 0
+        if self.outlived:
+            self._give_way(model)
+            return
+        number = self._count(optimizer)
+        due = number % self.probe_every == 0
         parameters = self._parameters_of(optimizer, model, refresh=due)
         if not parameters:
             self._notice_foreign_step()
             return
         self._foreign_steps = None
-        self._stepping = id(optimizer)
+        self._stepping = id(optimizer), number
         if self.rule == "half-space" and needs_estimate(optimizer, parameters):
             self._estimate.update(parameters)
         if due:
@@ -327,10 +343,11 @@ class OnlineProjection:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Correct the step that was measured."""
         # A wrapper's step may enclose that of the optimizer it wraps: the innermost, which moved, is the one corrected.
-        if self._stepping != id(optimizer):
+        if self._stepping is None or self._stepping[0] != id(optimizer):
             return
+        # The number of before: by now, an adapter of this name in another model may have counted the step in the group.
+        _, step = self._stepping
         pending, self._pending, self._stepping = self._pending, None, None
-        step = self._count(optimizer)
         self._counts[optimizer] = optimizer.param_groups[0][self._count_key] = step + 1
         if pending is not None:
             with torch.no_grad():
@@ -349,8 +366,18 @@ class OnlineProjection:
             optimizer.param_groups[0].pop(self._count_key, None)
         self._counts.clear()
 
+    def _give_way(self, model: nn.Module) -> None:
+        warnings.warn(
+            f"another adapter has taken the name {self.adapter_name!r}, so the concept probes of the former do not "
+            "correct its steps. To keep the concept out of it, give concept_probes in its config.",
+            stacklevel=2,
+        )
+        self.detach()
+        if _registry.get(model, {}).get(self.adapter_name) is self:
+            del _registry[model][self.adapter_name]
+
     def _notice_foreign_step(self) -> None:
-        if self._foreign_steps is None:
+        if self._foreign_steps is None or self._frozen():
             return
         self._foreign_steps += 1
         if self._foreign_steps == _STEPS_BEFORE_WARNING:
@@ -361,6 +388,12 @@ class OnlineProjection:
                 "trained, its optimizer holds other tensors (DeepSpeed, FSDP1), which is not supported.",
                 stacklevel=2,
             )
+
+    def _frozen(self) -> bool:
+        """Whether nobody trains the adapter, as far as it shows: FSDP1 leaves views where parameters were."""
+        layers = [layer for layer in (reference() for _, reference in self._layers) if layer is not None]
+        weights = [weight for layer in layers for weight in _weights_of(layer, self.adapter_name).values()]
+        return all(isinstance(weight, nn.Parameter) and not weight.requires_grad for weight in weights)
 
     # Parameters, through the modules: PEFT and FSDP replace Parameter objects
 
@@ -643,6 +676,11 @@ def _check_options(
             raise GradProjConfigError(f"{name} is {count!r}; expected a whole number of at least 1.")
 
 
+def _config_of(model: nn.Module, adapter_name: str) -> Any:
+    """PEFT's config of an adapter, a new object with each adapter; `None` where the model does not hold it."""
+    return (getattr(model, "peft_config", None) or {}).get(adapter_name)
+
+
 def _weights_of(layer: Any, adapter_name: str) -> dict[str, nn.Parameter]:
     weights = {}
     for part in ("lora_A", "lora_B"):
@@ -762,5 +800,5 @@ def online_projections(model: nn.Module) -> dict[str, OnlineProjection]:
     """The projections of a model and of its parts, such as the base model within a `PeftModel`, by adapter."""
     found: dict[str, OnlineProjection] = {}
     for module in model.modules():
-        found.update(_registry.get(module, {}))
+        found.update({name: p for name, p in _registry.get(module, {}).items() if not p.outlived})
     return found

@@ -15,7 +15,7 @@ from conftest import SmallNet
 from distributed_case import PROBE_OPTIONS, adapted_net, small_probes, train_alone
 from helpers import LAYERS, saved_leakage, small_net_basis, train, trainable
 from peft import PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from tiny_models import (
@@ -289,6 +289,34 @@ def test_fsdp2_retracts_its_shards_and_ends_as_one_process(two_processes):
 def test_probes_with_fsdp2_are_refused_on_every_rank(two_processes):
     for rank in (0, 1):
         assert "Train with DDP" in (two_processes / f"refusal-{rank}.txt").read_text()
+
+
+# Going on
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "probes", "fit"),
+    [
+        (tiny_unet, UNET_TARGETS, ConceptProbes(unet_inputs(4, seed=7)), fit_noise),
+        (tiny_llama, LLAMA_TARGETS, ConceptProbes({"input_ids": torch.arange(3, 11)[None]}), fit_tokens),
+    ],
+    ids=["diffusers", "transformers"],
+)
+def test_an_adapter_that_is_added_anew_from_its_folder_goes_on_with_its_probes(make, targets, probes, fit, tmp_path):
+    base = make()
+    config = GradProjConfig(r=4, target_modules=targets, concept_probes=probes, uncovered="ignore")
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    config = GradProjConfig.from_pretrained(tmp_path, concept_probes=probes)
+    assert config.inference_mode, "PEFT saves it so, and add_adapter makes the adapter trainable all the same"
+
+    base.requires_grad_(False)
+    base.add_adapter(config)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    set_peft_model_state_dict(base, {key.removeprefix("base_model.model."): value for key, value in saved.items()})
+    fit(base, 9)
+    report = online_projections(base)["default"].last
+    assert report.step == 8
+    assert report.removed_share > 0
 
 
 # One process

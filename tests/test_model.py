@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from conftest import SmallNet
+from distributed_case import base_net, small_probes
 from helpers import LAYERS, random_layer_basis, saved_leakage, small_net_basis, train, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import PeftType
+from tiny_models import LLAMA_TARGETS, basis_for, tiny_llama
 from torch import nn
 
-from peft_gradproj import ConceptBasis, GradProjConfig, refresh_concept_basis
+from peft_gradproj import ConceptBasis, GradProjConfig, online_projections, refresh_concept_basis
 from peft_gradproj.errors import ConceptBasisError, GradProjConfigError
 from peft_gradproj.layers import projected_weights
 
@@ -188,6 +193,43 @@ def test_a_low_cpu_memory_load_is_constrained(tmp_path):
     assert saved_leakage(tmp_path / "again", basis) <= 1e-6
 
 
+def test_probes_cost_nothing_where_an_adapter_is_loaded_to_be_used(tmp_path):
+    get_peft_model(base_net(), gradproj_config(init_lora_weights=False)).save_pretrained(tmp_path)
+    outputs, pictures = [], torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for probes in (None, small_probes()):
+        config = GradProjConfig.from_pretrained(tmp_path, concept_probes=probes)
+        loaded = PeftModel.from_pretrained(base_net(), tmp_path, config=config)
+        assert not trainable(loaded)
+        other = SmallNet()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(other, torch.optim.SGD(other.parameters(), lr=1e-2), 25)
+        with torch.no_grad():
+            outputs.append(loaded(pictures))
+    assert torch.equal(*outputs)
+
+
+def test_probes_of_an_adapter_that_is_gone_do_not_correct_the_next_of_its_name():
+    probes, options = small_probes(), {"probe_every": 1, "target_modules": ["query"]}
+    unloaded = get_peft_model(base_net(), gradproj_config(concept_probes=probes, **options)).unload()
+    ends = []
+    for base in (base_net(), unloaded):
+        torch.manual_seed(1)
+        plain = get_peft_model(base, LoraConfig(r=4, target_modules=["query"]))
+        assert online_projections(plain) == {}
+        with nullcontext() if base is not unloaded else pytest.warns(UserWarning, match="another adapter"):
+            train(plain, torch.optim.AdamW(trainable(plain), lr=1e-2), 3)
+        ends.append([p.detach() for p in trainable(plain)])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+    model = get_peft_model(base_net(), gradproj_config(concept_probes=probes, **options))
+    model.add_adapter("other", gradproj_config(**options))
+    model.delete_adapter("default")
+    model.add_adapter("default", gradproj_config(**options))
+    assert online_projections(model) == {}
+    assert not model.base_model.model._forward_pre_hooks
+
+
 # What escapes is refused
 
 
@@ -211,6 +253,35 @@ def test_a_low_cpu_memory_load_is_constrained(tmp_path):
 def test_an_option_that_escapes_the_projection_is_refused_by_name(option):
     with pytest.raises(GradProjConfigError, match=next(iter(option))):
         gradproj_config(target_modules=["query"], **option)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("SEQ_CLS", "LlamaForSequenceClassification"),
+        ("TOKEN_CLS", "LlamaForTokenClassification"),
+        ("QUESTION_ANS", "LlamaForQuestionAnswering"),
+    ],
+)
+def test_a_head_that_peft_trains_by_itself_is_refused_and_recorded_on_request(task, kind):
+    model = getattr(transformers, kind)(tiny_llama().config)
+    options = {"target_modules": LLAMA_TARGETS, "concept_basis": basis_for(model, LLAMA_TARGETS), "task_type": task}
+    with pytest.raises(GradProjConfigError, match=f"modules_to_save.*{task}"):
+        get_peft_model(model, gradproj_config(**options))
+    with pytest.warns(UserWarning, match=f"modules_to_save.*{task}"):
+        adapted = get_peft_model(model, gradproj_config(**options, uncovered="warn"))
+    assert any(p.requires_grad and "modules_to_save" in name for name, p in adapted.named_parameters())
+    (part,) = adapted.peft_config["default"].uncovered_parts
+    assert "modules_to_save" in part
+
+
+def test_an_option_that_is_set_after_the_config_was_made_is_refused_before_anything_is_injected():
+    # As TRL does for tokens that it adds, and PEFT for the head of a classifier.
+    base, config = SmallNet(), gradproj_config(target_modules=["query"])
+    config.modules_to_save = ["head"]
+    with pytest.raises(GradProjConfigError, match="modules_to_save"):
+        get_peft_model(base, config)
+    assert not any("lora_" in name for name, _ in base.named_modules())
 
 
 def test_a_layer_that_the_basis_misses_is_refused_by_name_and_leaves_the_model_as_it_was():

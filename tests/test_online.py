@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch.distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
+from peft.functional import delete_adapter
 from torch import Tensor, nn
 
 import peft_gradproj.online as online
@@ -647,6 +649,35 @@ def test_two_optimizers_of_one_adapter_are_both_corrected() -> None:
     assert [(r.step, *r.layers) for r in reports] == [(0, "0"), (0, "3"), (2, "0"), (2, "3")]
 
 
+def test_two_models_under_one_optimizer_count_its_steps_once() -> None:
+    def build(state: dict[str, Any] | None = None) -> tuple[list[Task], list[Any], list[Any], torch.optim.Optimizer]:
+        tasks, reports = [make_task(), make_task()], []
+        projections = [
+            attach_online_projection(task.net, "default", task.probes, probe_every=3, on_report=reports.append)
+            for task in tasks
+        ]
+        optimizer = torch.optim.AdamW([p for task in tasks for p in task.parameters()], lr=1e-3)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        return tasks, projections, reports, optimizer
+
+    def train_both(tasks: list[Task], optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            sum(task.loss() for task in tasks).backward()
+            optimizer.step()
+
+    tasks, projections, reports, optimizer = build()
+    train_both(tasks, optimizer, 5)
+    assert [report.step for report in reports] == [0, 0, 3, 3]
+    assert [projection.step for projection in projections] == [5, 5]
+
+    tasks, projections, reports, optimizer = build(optimizer.state_dict())
+    train_both(tasks, optimizer, 3)
+    assert [report.step for report in reports] == [6, 6]
+    assert [projection.step for projection in projections] == [8, 8]
+
+
 def test_an_adapter_that_is_inactive_or_frozen_is_left_alone() -> None:
     task = make_task(adapters=("default", "other"))
     parameters = task.parameters()
@@ -853,6 +884,27 @@ def test_copies_and_pickles_of_the_model_are_not_corrected() -> None:
         net(task.x).square().mean().backward()
         torch.optim.SGD(parameters, lr=0.1).step()
     assert projection.step == 0
+
+
+def test_another_adapter_of_the_same_name_is_not_corrected() -> None:
+    ends = []
+    for protected in (False, True):
+        task = make_task()
+        if protected:
+            attach_online_projection(task.net, "default", task.probes, probe_every=1)
+        take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-2))
+        delete_adapter(task.net, "default", prefix="lora_")
+        torch.manual_seed(3)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "3"]), task.net, "default")
+        assert online_projections(task.net) == {}
+        optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
+        with pytest.warns(UserWarning, match="another adapter") if protected else nullcontext():
+            take_steps(task, optimizer, 3)
+        ends.append(copies(task.parameters()))
+        assert not task.net._forward_pre_hooks
+        assert list(optimizer.param_groups[0]) == list(torch.optim.AdamW(task.parameters()).param_groups[0])
+
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_attaching_twice_counts_once_and_detaching_ends_it() -> None:
