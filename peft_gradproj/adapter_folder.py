@@ -374,8 +374,8 @@ def _alpha(tensors: Mapping[str, Tensor], key: str | None) -> float | None:
 def layer_leakage(pair: LoraPair, bases: Mapping[str, Tensor]) -> dict[str, float]:
     r"""Leakage of a layer in each checkable space that has a basis of the right width.
 
-    `input` and `output` as in :func:`peft_gradproj.projection.leakage`; `rank`: :math:`\|B R\|_F / \|B\|_F`, since
-    B starts at zero and its columns along R keep their start.
+    As in :func:`peft_gradproj.projection.leakage`. `rank` is at least :math:`\|B R\|_F / \|B\|_F`, since B starts at
+    zero and its columns along R keep their start.
 
     Args:
         pair: The layer's factors.
@@ -387,12 +387,14 @@ def layer_leakage(pair: LoraPair, bases: Mapping[str, Tensor]) -> dict[str, floa
         basis = bases.get(space)
         if basis is None or basis.ndim != 2 or basis.shape[0] != widths[space] or not basis.is_floating_point():
             continue
-        result[space] = _rank_leakage(pair, basis) if space == "rank" else leakage(pair.a, pair.b, basis, space=space)
+        share = leakage(pair.a, pair.b, basis, space=space)
+        # Not of B alone, which columns can inflate whose rows in A are zero. Written so that NaN stays.
+        result[space] = max(share, _share_of_b(pair.b, basis)) if space == "rank" else share
     return result
 
 
-def _rank_leakage(pair: LoraPair, basis: Tensor) -> float:
-    b = pair.b.double()
+def _share_of_b(b: Tensor, basis: Tensor) -> float:
+    b = b.double()
     total = b.norm()
     return float((b @ basis.double()).norm() / total) if total > 0 else 0.0
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import nan
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from torch import Tensor
 from .errors import ConceptBasisError
 
 __all__ = [
+    "LEAST_REMAINDER",
     "contrast_basis",
     "coordinates",
     "drift",
@@ -257,12 +259,24 @@ def coordinates(weight: Tensor, basis: Tensor, *, side: str) -> Tensor:
         return wide @ basis if side == "right" else basis.mT @ wide
 
 
+LEAST_REMAINDER = 1e-3
+r"""The least share of :math:`\sigma = \sum_i \|b_i\| \|a_i\|`, over columns of B and rows of A, that B A has to keep.
+
+What is less is what cancelling factors leave, and a leak could hide in how that is rounded. QR and products err in each
+row and column relative to its own size, so both norms of a leakage are known to :math:`c u \sigma`, with u = 1e-16 the
+rounding of float64 and c a small multiple of the widths at worst. The leakage is then known to c u / LEAST_REMAINDER,
+or c 1e-13: far below the tightest tolerance of `verify`, 1e-6. Honest adapters are far from the limit. The share is
+:math:`1 / \sqrt r` for r independent pairs, and float32 factors that cancelled to a thousandth would leak some 5e-6 by
+their rounding alone.
+"""
+
+
 def leakage(a: Tensor, b: Tensor, basis: Tensor, *, space: str) -> float:
     r"""Share of the adapter's update that lies in a concept basis.
 
     `input`: :math:`\|B A U\|_F / \|B A\|_F`; `output`: :math:`\|O^T B A\|_F / \|B A\|_F`;
-    `rank`: :math:`\|B R R^T A\|_F / \|B A\|_F`. The norms come from `r x r` cores,
-    :math:`\|B X\|_F^2 = tr(X^T (B^T B) X)`, so that :math:`\Delta W` is never built.
+    `rank`: :math:`\|B R R^T A\|_F / \|B A\|_F`. The norms come from `r x r` cores, :math:`\|B X\|_F = \|T X\|_F`
+    with the triangle :math:`T` of :math:`B = Q T`, so that :math:`\Delta W` is never built.
 
     Args:
         a: Shape `(r, d_in)`.
@@ -271,7 +285,8 @@ def leakage(a: Tensor, b: Tensor, basis: Tensor, *, space: str) -> float:
         space: `input`, `output` or `rank`.
 
     Returns:
-        A number in [0, 1]; 0 for an adapter that is zero. Rounding of `a` and `b` sets its floor.
+        A number in [0, 1]; 0 for an adapter that is zero. Rounding of `a` and `b` sets its floor. NaN where it cannot
+        be measured: the factors cancel until less than :data:`LEAST_REMAINDER` of them is left, or are not finite.
 
     Raises:
         ConceptBasisError: If the shapes do not fit.
@@ -287,23 +302,29 @@ def leakage(a: Tensor, b: Tensor, basis: Tensor, *, space: str) -> float:
             f"A {tuple(a.shape)}, B {tuple(b.shape)} and a basis of width {basis.shape[0]} do not fit in the {space} "
             f"space; expected width {width}."
         )
-    # float64: the cores hold squares, whose rounding in float32 would hide leaks below 1e-4. Scaling by the largest
-    # entry changes no ratio and keeps the squares of very small or large adapters representable.
+    # Scaling by the largest entry changes no ratio and keeps the squares of very small or large adapters representable.
     a, b, basis = _unit_scale(a.detach().double()), _unit_scale(b.detach().double()), basis.detach().double()
-    core_a, core_b = a @ a.mT, b.mT @ b
-    total = (core_a * core_b).sum()
-    if total <= 0:
-        return 0.0
+    triangle_a, triangle_b = _triangle(a.mT), _triangle(b)
+    total = (triangle_b @ triangle_a.mT).norm()
+    uncancelled = (b.norm(dim=0) * a.norm(dim=1)).sum()
+    # Written so that NaN is not taken for a number.
+    if not total > LEAST_REMAINDER * uncancelled:
+        return 0.0 if uncancelled == 0 else nan
     if space == "input":
-        inside = a @ basis
-        part = ((inside @ inside.mT) * core_b).sum()
+        part = triangle_b @ (a @ basis)
     elif space == "output":
-        inside = basis.mT @ b
-        part = ((inside.mT @ inside) * core_a).sum()
+        part = (basis.mT @ b) @ triangle_a.mT
     else:
-        inside_b, inside_a = b @ basis, basis.mT @ a
-        part = ((inside_b.mT @ inside_b) * (inside_a @ inside_a.mT)).sum()
-    return float((part.clamp_min(0.0) / total).sqrt())
+        part = (triangle_b @ basis) @ (triangle_a @ basis).mT
+    return float(part.norm() / total)
+
+
+def _triangle(tall: Tensor) -> Tensor:
+    r""":math:`T` of :math:`X = Q T` with orthonormal :math:`Q`, so that :math:`\|X Y\|_F = \|T Y\|_F`.
+
+    Not by :math:`X^T X`: its rounding is relative to squares, and would hide a leak of 1e-8 where nothing cancels.
+    """
+    return torch.linalg.qr(tall, mode="r").R
 
 
 def _unit_scale(tensor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from .adapter_folder import (
 )
 from .errors import AdapterFolderError, BehaviourError, ConceptBasisError, ConceptDataError
 from .escaping import ESCAPING_OPTIONS, PLAIN_NAME, regular_expressions
-from .projection import orthonormality_error, principal_cosines
+from .projection import LEAST_REMAINDER, orthonormality_error, principal_cosines
 from .untrusted import parse_json, printable, shown
 
 if TYPE_CHECKING:
@@ -807,7 +807,10 @@ def _check_leakage(
             worst = max(worst, value)
             # Written so that NaN fails.
             if not value <= allowed:
-                detail = f"{value:.3g} of the update lies in the {space} basis; expected at most {allowed:g}"
+                found = (
+                    f"{value:.3g} of the update lies in the {space} basis" if isfinite(value) else _unmeasured(space)
+                )
+                detail = f"{found}; expected at most {allowed:g}"
                 failures.append(Check(name, "orthogonality", False, detail, result.name, value, allowed))
     summary = f"at most {worst:.2g} of any layer's update lies in the basis: rounding error"
     if tolerance is not None:
@@ -815,6 +818,14 @@ def _check_leakage(
     if not any(result.leakage for result in results):
         failures.append(Check(name, "orthogonality", False, "no adapted layer could be measured against the basis"))
     return results, _gathered(name, "orthogonality", failures, summary, value=worst, tolerance=tolerance)
+
+
+def _unmeasured(space: str) -> str:
+    return (
+        f"how much of the update lies in the {space} basis cannot be measured, since A, B or the basis are not finite, "
+        f"or the update is less than {LEAST_REMAINDER:g} of factors that cancel; publish finite factors of the same "
+        "update that do not cancel, as its singular value decomposition has them"
+    )
 
 
 def _measured(layers: Mapping[str, LoraLayers], bases: Bases) -> Iterator[LayerResult]:

@@ -284,8 +284,18 @@ def _one_value(value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
-def _leak(tensors: dict[str, Tensor], size: float = 1e-4) -> None:
+def _leak(tensors: dict[str, Tensor], folder: Path, size: float = 1e-4) -> None:
     tensors[A] += size * torch.randn(tensors[A].shape, generator=torch.Generator().manual_seed(5))
+
+
+def _cancel(tensors: dict[str, Tensor], folder: Path) -> None:
+    """All but what lies along the concept cancels: float32 holds that, and the squares of float64 do not."""
+    a, b = torch.zeros_like(tensors[A]), torch.zeros_like(tensors[B])
+    a[:2, 0] = 1.0
+    a[0, 1:] = 2.0**-30 * load_file(folder / BASIS)[INPUT][1:, 0]
+    b[:, 0] = 2.0**30 * torch.randn(len(b), generator=torch.Generator().manual_seed(5))
+    b[:, 1] = -b[:, 0]
+    tensors.update({A: a, B: b})
 
 
 def _swap_file(name: str, *, sealed: bool) -> Callable[[Path], None]:
@@ -301,12 +311,12 @@ def _swap_file(name: str, *, sealed: bool) -> Callable[[Path], None]:
     return apply
 
 
-def _lying_publisher(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+def _lying_publisher(change: Callable[[dict[str, Tensor], Path], Any]) -> Callable[[Path], None]:
     """Publishes something else in earnest: every digest and claim fits what is there."""
 
     def apply(folder: Path) -> None:
         basis = ConceptBasis.load(folder)
-        edit_tensors(folder, WEIGHTS, change)
+        edit_tensors(folder, WEIGHTS, lambda tensors: change(tensors, folder))
         write_sidecars(folder, basis, settings={"strength": 1.0}, base_model="someone/model", revision="abc")
 
     return apply
@@ -587,6 +597,8 @@ NOT_VERIFIED = [
     Tampering("another revision", on_manifest(base_model={"id": "someone/model", "revision": "d"}),
               ("base model",), "revision of the base model differs"),
     Tampering("a small leak", _lying_publisher(_leak), ("leakage",), "of the update lies in the input basis"),
+    Tampering("an update of the concept that other rows hide by cancelling", _lying_publisher(_cancel),
+              ("leakage", "claims"), "less than 0.001 of factors that cancel; publish"),
     Tampering("leakage claimed too high", on_json(MANIFEST, lambda m: m["leakage"]["down.conv"].update(input=0.1)),
               ("claims",), "claims 0.1"),
     Tampering("leakage not claimed", on_manifest(leakage={}), ("claims",), "claims nothing"),

@@ -315,7 +315,7 @@ def test_a_link_within_the_folder_is_followed(tmp_path):
 @given(
     d_in=st.integers(1, 20), d_out=st.integers(1, 20), r=st.integers(1, 8), k=st.integers(1, 8), seed=st.integers(0, 99)
 )
-def test_layer_leakage_is_the_projection_modules_and_b_r_in_the_rank_space(d_in, d_out, r, k, seed):
+def test_layer_leakage_is_the_projection_modules_and_at_least_b_r_in_the_rank_space(d_in, d_out, r, k, seed):
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(r, d_in, generator=generator), torch.randn(d_out, r, generator=generator)
     bases = {
@@ -324,9 +324,9 @@ def test_layer_leakage_is_the_projection_modules_and_b_r_in_the_rank_space(d_in,
     }
     found = layer_leakage(LoraPair(a, b), {**bases, "gradient": torch.ones(3, 1)})
     assert set(found) == {"input", "rank", "output"}
-    for space in ("input", "output"):
-        assert found[space] == pytest.approx(leakage(a, b, bases[space], space=space))
-    assert found["rank"] == pytest.approx(float((b @ bases["rank"]).norm() / b.norm()), abs=1e-6)
+    shares = {space: leakage(a, b, bases[space], space=space) for space in bases}
+    share_of_b = float((b @ bases["rank"]).norm() / b.norm())
+    assert found == pytest.approx({**shares, "rank": max(shares["rank"], share_of_b)}, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("fit", ["[]", "{", '{"a": 1, "a": 2}'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -189,7 +190,10 @@ def direct_leakage(a: Tensor, b: Tensor, basis: Tensor, space: str) -> float:
 )
 def test_leakage_through_small_cores_is_the_direct_one(r, d_in, d_out, k, space, dtype, scale, seed):
     a, b = random(r, d_in, seed=seed).mul(scale).to(dtype), random(d_out, r, seed=seed + 1).to(dtype)
-    assume(bool(a.any()) and bool(b.any()))
+    # By chance, those of a width of one or two may cancel.
+    assume(
+        float((b.double() @ a.double()).norm()) > 0.01 * float((b.double().norm(dim=0) * a.double().norm(dim=1)).sum())
+    )
     basis = random_basis({"input": d_in, "output": d_out, "rank": r}[space], k, seed + 2, torch.float32)
     assert leakage(a, b, basis, space=space) == pytest.approx(direct_leakage(a, b, basis, space), rel=1e-6, abs=1e-7)
 
@@ -206,6 +210,70 @@ def test_leakage_of_a_projected_adapter_is_rounding(r, d, k, dtype, seed):
     assert leakage(leaking, b, basis, space="input") == pytest.approx(
         direct_leakage(leaking, b, basis, "input"), rel=1e-3
     )
+
+
+def exact_leakage(a: Tensor, b: Tensor, basis: Tensor, space: str) -> float:
+    """Without rounding until the last division, whatever cancels."""
+
+    def times(left: list[list[Fraction]], right: list[list[Fraction]]) -> list[list[Fraction]]:
+        return [[sum(map(Fraction.__mul__, row, column)) for column in zip(*right, strict=True)] for row in left]
+
+    a, b, basis = ([[Fraction(x) for x in row] for row in matrix.tolist()] for matrix in (a, b, basis))
+    update = times(b, a)
+    part = times(update, basis) if space == "input" else times([list(row) for row in zip(*basis, strict=True)], update)
+    squares = [sum(x * x for row in matrix for x in row) for matrix in (part, update)]
+    return math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    rest=st.one_of(st.just(0.0), st.integers(-60, 0).map(lambda n: 2.0**n)),
+    along=st.integers(-60, 0).map(lambda n: 2.0**n),
+    r=st.integers(2, 4),
+    space=st.sampled_from(["input", "output"]),
+    dtype=st.sampled_from([torch.float64, *DTYPES[1:]]),
+    seed=seeds,
+)
+def test_a_leak_is_seen_or_not_measurable_however_far_the_factors_cancel(rest, along, r, space, dtype, seed):
+    # Rows that cancel but for `along` of them in the concept and `rest` of them elsewhere, in coordinates of their own,
+    # so that any dtype holds both; and B inflated by as much.
+    a = torch.zeros(r, 6, dtype=torch.float64)
+    a[:, 0] = 1.0
+    a[:, 1:3] = along * random(r, 2, seed=seed)
+    a[:, 3:] = rest * random(r, 3, seed=seed + 1)
+    b = random(5, r, seed=seed + 2)
+    # Exactly: integers, of which the last column is what the others leave.
+    b = (16 * b).round()
+    b[:, -1] = -b[:, :-1].sum(dim=1)
+    b = b / along
+    basis = torch.zeros(6, 2)
+    basis[1:3] = random_basis(2, 2, seed + 3, torch.float32)
+    a, b = (a.to(dtype), b.to(dtype)) if space == "input" else (b.mT.to(dtype), a.mT.to(dtype))
+    assume(bool(torch.isfinite(a).all() and torch.isfinite(b).all()))
+    found = leakage(a, b, basis, space=space)
+    exact = exact_leakage(a, b, basis, space)
+    assert math.isnan(found) or found == pytest.approx(exact, rel=1e-6, abs=1e-9)
+    if rest == along == 1.0:
+        assert not math.isnan(found)
+
+
+@few
+@given(r=st.integers(2, 64), near=st.integers(0, 40), dtype=dtypes, scale=st.sampled_from([1e-4, 1, 1e4]), seed=seeds)
+def test_leakage_of_nearly_dependent_rows_is_measured_if_they_do_not_cancel(r, near, dtype, scale, seed):
+    # As of a trained adapter whose rows have become nearly alike: of a B of its own, nothing cancels.
+    basis = random_basis(20, 3, seed, torch.float64 if dtype == torch.float64 else torch.float32)
+    a = random(1, 20, seed=seed + 1) + 2.0**-near * random(r, 20, seed=seed + 2)
+    a = remove_component(a.to(dtype), basis, side="right")
+    b = (scale * random(16, r, seed=seed + 3)).to(dtype)
+    assert leakage(a, b, basis, space="input") <= 2 * math.sqrt(r) * ROUNDING[dtype]
+
+
+def test_factors_that_cancel_to_nothing_cannot_be_measured():
+    a, b = random(1, 6, seed=0), random(5, 1, seed=1)
+    cancelling = torch.cat([a, a]), torch.cat([b, -b], dim=1)
+    assert math.isnan(leakage(*cancelling, torch.eye(6)[:, :1], space="input"))
+    a[0, 0] = torch.nan
+    assert math.isnan(leakage(a, b, torch.eye(6)[:, :1], space="input"))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

@@ -298,6 +298,23 @@ def test_a_leak_above_the_rounding_of_the_dtype_is_found(tmp_path_factory, size,
         assert {check.layer for check in report.failures} == {"down.attn.to_q"}
 
 
+def test_a_column_of_b_that_does_nothing_does_not_hide_what_is_along_the_rank_basis(tmp_path):
+    layers = {name: LayerBasis(rank=torch.eye(4)[:, :1]) for name in SHAPES}
+    basis = ConceptBasis(layers, "logo", base_model="someone/model", revision="abc")
+    honest_folder(tmp_path, basis=basis)
+
+    def change(tensors):
+        a, b = (f"base_model.model.down.attn.to_q.lora_{part}.weight" for part in "AB")
+        tensors[a][1:] = 0.0
+        tensors[b][:, 0], tensors[b][:, 1:] = 1.0, 1e8
+
+    edit_tensors(tmp_path, WEIGHTS, change)
+    write_sidecars(tmp_path, basis, settings={"strength": 1.0}, base_model="someone/model", revision="abc")
+    (failure,) = verify_adapter(tmp_path).failures
+    assert (failure.name, failure.layer) == ("leakage", "down.attn.to_q")
+    assert failure.value == pytest.approx(1.0)
+
+
 def test_b_along_the_rank_basis_must_be_zero_even_where_a_is(tmp_path):
     basis = random_basis(["rank"])
     honest_folder(tmp_path, basis=basis)
