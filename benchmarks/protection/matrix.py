@@ -31,7 +31,7 @@ def _entries() -> Iterator[Entry]:
                 yield from _row(TaskKey(logo, named, 75, seed), MAIN)
         for logo in (TUNED_LOGO, OTHER_LOGO):
             yield from _row(TaskKey(logo, False, 75, seed), (*DEFAULTS, *HALF_FOUND))
-            yield from _row(TaskKey(logo, True, 75, seed), DEFAULTS)
+            yield from _row(TaskKey(logo, True, 75, seed), (BY_DEFAULT.name,))
     yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), (*METHODS, *DEFAULT_SWEEPS))
     yield from _row(TaskKey(TUNED_LOGO, True, 75, 0), BY_NAME)
     # Where masks leave a quarter of the pictures.

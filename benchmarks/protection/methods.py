@@ -195,7 +195,7 @@ DEFAULT_SWEEPS = {
 }
 
 DEFAULTS = (BY_DEFAULT.name, "ours, by default, probe every 4")
-"""The commands' defaults, and what they were before, for twice as many probes; run on both logos."""
+"""The commands' defaults, and what they were before, for twice as many probes; run on both logos, not named."""
 
 VARIED = {**SWEEPS, **DEFAULT_SWEEPS}
 """One setting of another method changed."""
