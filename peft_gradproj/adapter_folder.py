@@ -439,8 +439,8 @@ def write_sidecars(
         The manifest's path.
 
     Raises:
-        AdapterFolderError: If the folder has no weights, they cannot be read, something is not JSON-able, or a basis
-            lies in a folder that is not to publish one.
+        AdapterFolderError: If the folder has no weights, they cannot be read or are too large to be verified, something
+            is not JSON-able, or a basis lies in a folder that is not to publish one.
     """
     folder = Path(folder)
     if publish_basis not in ("full", "digest"):
@@ -451,6 +451,12 @@ def write_sidecars(
             f"{folder} holds a {BASIS_NAME} that is not to be published with this adapter; move it out of the folder "
             "and save again."
         )
+    for path in (folder / name for name in WEIGHT_NAMES):
+        if path.is_file() and path.stat().st_size > size_limit(path.name):
+            raise AdapterFolderError(
+                f"{path} has {path.stat().st_size:,} bytes; at most {size_limit(path.name):,} can be verified. Save "
+                "the adapter in half precision, with a lower rank or in fewer layers."
+            )
     sources = _read_bound(folder, (*WEIGHT_NAMES, ADAPTER_CONFIG_NAME))
     if not any(name in sources for name in WEIGHT_NAMES):
         raise AdapterFolderError(f"{folder} holds no {' or '.join(WEIGHT_NAMES)}; save the adapter there first.")

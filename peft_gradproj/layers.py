@@ -209,7 +209,6 @@ class GradientConstraint:
     def __init__(self, a: ProjectedWeight, b: ProjectedWeight, basis: Tensor, strength: float) -> None:
         self.a, self.b, self.basis, self.strength = a, b, basis, strength
         self._start: Tensor | None = None
-        self.restart()
 
     def _flat(self) -> Tensor:
         return torch.cat([_whole(m.weight).float().flatten() for m in (self.a, self.b)]).unsqueeze(1)
@@ -220,20 +219,25 @@ class GradientConstraint:
         return self.basis
 
     def restart(self) -> None:
-        """Take the present coordinates as the ones to keep."""
-        if not (self.a.weight.is_meta or self.b.weight.is_meta):
-            self._start = coordinates(self._flat(), self._on_device(), side="left")
+        """Keep, from the next step on, the coordinates that A and B have before it."""
+        self._start = None
 
     def remember(self) -> None:
-        """Note the coordinates before a step, at strength below 1."""
-        if self.strength < 1.0:
-            self.restart()
+        """Note the coordinates before a step: of the first one, and at strength below 1 of each."""
+        # Not earlier: DDP broadcasts the weights of the first process, and transformers loads a saved adapter into one
+        # that is injected already, both past `load_state_dict`. Not of each step: what low precision rounds away of
+        # the corrections would add up.
+        if self._start is None or self.strength < 1.0:
+            self._start = coordinates(self._flat(), self._on_device(), side="left")
 
     @torch.no_grad()
     def retract(self) -> None:
         """Move A and B back along the basis."""
+        if self._start is None:
+            return
+        flat = self._flat()
         flat = remove_component(
-            self._flat(), self._on_device(), side="left", strength=self.strength, target=self._start
+            flat, self._on_device(), side="left", strength=self.strength, target=self._start.to(flat.device)
         ).squeeze(1)
         split = self.a.weight.numel()
         _overwrite(self.a.weight, flat[:split].reshape(self.a.weight.shape))

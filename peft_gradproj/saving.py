@@ -143,9 +143,18 @@ def write_config_sidecars(config: GradProjConfig, folder: str | os.PathLike[str]
 
 
 def write_sidecars_of_weights(config: GradProjConfig, folder: str | os.PathLike[str]) -> None:
-    """Write the sidecars of `config` if there are weights in `folder` to bind them to."""
+    """Write the sidecars of `config` if there are weights in `folder` to bind them to; a failure is a warning."""
     if has_adapter_weights(folder):
-        write_config_sidecars(config, folder)
+        try:
+            write_config_sidecars(config, folder)
+        except (AdapterFolderError, OSError) as error:
+            # The weights are there, and other adapters may be waiting to be saved. No training run that has taken days
+            # is to end at a checkpoint for want of a manifest.
+            warnings.warn(
+                f"the weights were saved in '{os.fspath(folder)}', but no gradproj.json that fits them, so that they "
+                f"cannot be verified: {error}",
+                stacklevel=2,
+            )
     elif Path(folder, "adapter_model.bin").is_file():
         warnings.warn(
             f"'{os.fspath(folder)}' holds the adapter as a pickle, which cannot be verified, so no gradproj.json was "

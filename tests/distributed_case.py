@@ -27,9 +27,11 @@ def small_probes() -> ConceptProbes:
     return collect_concept_probes(base_net(), [({"sample": pictures}, None)])
 
 
-def adapted_net(spaces: tuple[str, ...] = ("input", "output"), **options: Any) -> Any:
+def adapted_net(spaces: tuple[str, ...] = ("input", "output"), seed: int | None = None, **options: Any) -> Any:
     basis = small_net_basis(spaces)
     base = base_net()
+    if seed is not None:
+        torch.manual_seed(seed)
     config = GradProjConfig(r=4, lora_alpha=8, target_modules=list(LAYERS), concept_basis=basis, **options)
     return get_peft_model(base, config)
 

@@ -224,6 +224,22 @@ def test_transformers_deletes_switches_and_reloads_adapters(tmp_path):
     torch.testing.assert_close(model(tokens).logits, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("spaces", [("input", "output"), ("rank",), ("gradient",)], ids=", ".join)
+def test_what_transformers_loads_to_train_on_is_where_training_goes_on(tmp_path, spaces):
+    base = tiny_llama()
+    fresh, basis = copy.deepcopy(base), basis_for(base, LLAMA_TARGETS, spaces=spaces)
+    base.add_adapter(GradProjConfig(r=4, target_modules=LLAMA_TARGETS, concept_basis=basis))
+    fit_tokens(base)
+    base.save_pretrained(tmp_path)
+    tokens = torch.randint(3, 32, (1, 6))
+    expected = base.eval()(tokens).logits
+    fresh.load_adapter(str(tmp_path), peft_config=GradProjConfig.from_pretrained(tmp_path), is_trainable=True)
+    optimizer = torch.optim.SGD(trainable(fresh), lr=0.0)
+    fresh(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(fresh.eval()(tokens).logits, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_a_model_without_our_adapter_is_saved_as_ever(tmp_path):
     from peft import LoraConfig
 
@@ -260,6 +276,15 @@ def test_ddp_with_probes_ends_alike_on_both_ranks_and_as_one_process_with_the_jo
         assert (parameter - start[name]).norm() > 1e-3, f"{name} was not trained"
         torch.testing.assert_close(first[name], parameter, atol=2e-5, rtol=1e-4)
     assert saved_leakage(two_processes / "ddp", small_net_basis()) <= FLOORS[torch.float32]
+
+
+def test_ddp_of_processes_that_were_seeded_apart_ends_alike_in_every_space(two_processes):
+    first, second = (load_file(two_processes / f"apart-{rank}.safetensors") for rank in (0, 1))
+    starts = [load_file(two_processes / f"apart-start-{rank}.safetensors") for rank in (0, 1)]
+    assert any(not torch.equal(starts[0][name], starts[1][name]) for name in first), "they were seeded alike"
+    for name in first:
+        assert torch.equal(first[name], second[name])
+        assert (first[name] - starts[0][name]).norm() > 1e-3, f"{name} was not trained"
 
 
 def test_the_probes_matter_in_the_ddp_comparison():

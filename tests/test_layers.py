@@ -103,6 +103,23 @@ def test_what_lies_along_a_rank_or_gradient_basis_keeps_its_start(space):
     torch.testing.assert_close(along(), start, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "floor"), [(torch.float32, 2.0), (torch.bfloat16, 0.02)])
+def test_what_rounding_leaves_along_a_gradient_basis_does_not_add_up(dtype, floor):
+    model, basis = adapted(("gradient",))
+    model.to(dtype)
+    layer = model.base_model.model.query
+
+    def along() -> torch.Tensor:
+        flat = torch.cat([getattr(layer, f"lora_{part}")["default"].weight.float().flatten() for part in "AB"])
+        return basis["query"].gradient.mT @ flat.detach()
+
+    start = along()
+    # Steps so short that rounding loses most of what corrects one: it would be some 5 and .1 roundings.
+    train(model, torch.optim.SGD(trainable(model), lr=1e-2), steps=200, dtype=dtype)
+    rounding = torch.finfo(dtype).eps * layer.lora_A["default"].weight.float().norm()
+    assert (along() - start).norm() <= floor * rounding
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.25, 0.75])
 def test_a_soft_strength_scales_the_component_of_a_step(strength):
     soft, basis = adapted(strength=strength)

@@ -16,8 +16,17 @@ from helpers import LAYERS, saved_leakage, small_net_basis, train, trainable
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from published_folders import CONFIG, MANIFEST, edit_json
 from safetensors.torch import load_file, save_file
+from tiny_models import LLAMA_TARGETS, basis_for, tiny_llama
 
-from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, LayerBasis, save_sidecars, verify_adapter
+from peft_gradproj import (
+    ConceptBasis,
+    ConceptProbes,
+    GradProjConfig,
+    LayerBasis,
+    adapter_folder,
+    save_sidecars,
+    verify_adapter,
+)
 from peft_gradproj.errors import AdapterFolderError
 
 STOCK_LOAD = """
@@ -48,6 +57,31 @@ def trained(config=None, base=None):
     model = get_peft_model(base or SmallNet(), config)
     train(model, torch.optim.AdamW(trainable(model), lr=1e-2), 10)
     return model, basis
+
+
+@pytest.mark.parametrize("saver", ["peft", "transformers"])
+def test_an_adapter_that_is_too_large_to_be_verified_is_saved_with_a_warning(tmp_path, monkeypatch, saver):
+    monkeypatch.setattr(adapter_folder, "MAX_FILE_BYTES", 1000)
+    if saver == "peft":
+        model, basis = trained()
+        model.add_adapter("second", GradProjConfig(r=4, target_modules=list(LAYERS), concept_basis=basis))
+        folders = [tmp_path, tmp_path / "second"]
+    else:
+        model, folders = tiny_llama(), [tmp_path]
+        basis = basis_for(model, LLAMA_TARGETS)
+        model.add_adapter(GradProjConfig(r=4, target_modules=LLAMA_TARGETS, concept_basis=basis))
+    with pytest.warns(UserWarning, match=r"at most 1,000 can be verified\. Save the adapter in half precision"):
+        model.save_pretrained(tmp_path)
+    expected = model.state_dict()
+    for folder in folders:
+        saved = load_file(folder / "adapter_model.safetensors")
+        assert saved
+        for key, value in saved.items():
+            name = "default" if folder == tmp_path else folder.name
+            key = key if saver == "peft" else key.removeprefix("base_model.model.")
+            torch.testing.assert_close(value, expected[key.replace(".weight", f".{name}.weight")])
+        assert (folder / CONFIG).is_file()
+        assert not (folder / MANIFEST).exists()
 
 
 def test_the_saved_config_has_exactly_loras_keys_and_type(tmp_path):

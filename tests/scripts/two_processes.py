@@ -1,4 +1,4 @@
-"""Trains in two gloo processes: DDP, FSDP2, and FSDP2 with probes. Usage: two_processes.py OUTPUT_FOLDER.
+"""Trains in two gloo processes: DDP, DDP seeded apart, FSDP2, and FSDP2 with probes. Usage: two_processes.py FOLDER.
 
 One program for all, since its imports take longer than its training. Each rank writes what it ended with.
 """
@@ -50,6 +50,13 @@ def train_ddp(rank: int, folder: Path) -> None:
         model.save_pretrained(folder / "ddp")
 
 
+def train_ddp_seeded_apart(rank: int, folder: Path) -> None:
+    model = adapted_net(("input", "rank", "output", "gradient"), seed=rank)
+    save_file(raw_weights(model), folder / f"apart-start-{rank}.safetensors")
+    train(model, rank, DistributedDataParallel(model))
+    save_file(raw_weights(model), folder / f"apart-{rank}.safetensors")
+
+
 def sharded(model: nn.Module) -> nn.Module:
     for layer in ("query", "key"):
         fully_shard(model.get_submodule(f"base_model.model.{layer}"))
@@ -78,7 +85,7 @@ def refuse_probes_with_fsdp(rank: int, folder: Path) -> None:
 def run(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
-    for part in (train_ddp, train_fsdp, refuse_probes_with_fsdp):
+    for part in (train_ddp, train_ddp_seeded_apart, train_fsdp, refuse_probes_with_fsdp):
         part(rank, folder)
         dist.barrier()
     dist.destroy_process_group()
