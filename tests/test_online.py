@@ -839,6 +839,47 @@ def test_recomputed_targets_give_the_same_run() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*ends, strict=True))
 
 
+def _trained_beside_a_style(*, stored: bool) -> tuple[float, float]:
+    """The drift that is measured at last, and the share of a frozen adapter's effect that is undone.
+
+    The training asks for the model as it starts, with the frozen adapter, and some noise: nothing is to be learned.
+    """
+    task = make_task(started=False, adapters=("style", "default"))
+    for layer in (task.net[0], task.net[3]):
+        layer.set_adapter(["style", "default"])
+    for parameter in task.parameters("style"):
+        parameter.requires_grad_(False)
+        parameter.add_(0.3 * torch.randn(parameter.shape))
+    x, base = torch.randn(24, 12), task.probes.targets
+    with torch.no_grad():
+        styled, wanted = task.net(task.concept), task.net(x) + 0.05 * torch.randn(24, 4)
+    probes = task.probes if stored else ConceptProbes(task.probes.inputs, None, task.probes.weights)
+    projection = attach_online_projection(task.net, "default", probes, probe_every=1)
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (task.net(x) - wanted).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        left = (task.net(task.concept) - base).norm() / (styled - base).norm()
+    return projection.last.drift, 1.0 - float(left)
+
+
+def test_a_frozen_adapter_beside_is_no_drift_where_targets_are_recomputed() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="beside adapter")
+        drift, undone = _trained_beside_a_style(stored=False)
+    assert 0.0 < drift < 5e-3
+    assert abs(undone) < 0.05
+
+
+def test_stored_targets_beside_a_frozen_adapter_are_pointed_out_once() -> None:
+    with pytest.warns(UserWarning, match="'style'.*store_targets=False") as caught:
+        _, undone = _trained_beside_a_style(stored=True)
+    assert len([warning for warning in caught if "'style'" in str(warning.message)]) == 1
+    assert undone > 0.2, "else there would be nothing to warn of"
+
+
 # The literal rule
 
 
