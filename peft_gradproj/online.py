@@ -42,6 +42,7 @@ from .optimizer_metric import RunningSecondMoment, needs_estimate, optimizer_met
 from .probes import (
     ConceptProbes,
     ProbeBatch,
+    active_beside,
     adapters_disabled,
     broadcast_weights,
     call_model,
@@ -237,6 +238,7 @@ class OnlineProjection:
         self._stepping: tuple[int, int] | None = None
         self._pending: _Pending | None = None
         self._foreign_steps: int | None = 0
+        self._noticed_others = False
         self._layers: list[tuple[str, weakref.ref[Any]]] = []
         self._find_layers(model)
         if not self._layers:
@@ -389,6 +391,24 @@ class OnlineProjection:
                 stacklevel=2,
             )
 
+    def _notice_others(self, model: nn.Module) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if self._noticed_others:
+            return
+        layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+        others = sorted({repr(name) for layer in layers for name in active_beside(layer, self.adapter_name)})
+        if others:
+            self._noticed_others = True
+            warnings.warn(
+                f"beside adapter {self.adapter_name!r}, {', '.join(others)} is active, and the targets of the concept "
+                "probes are stored. They are the base model's, so what the others change counts as drift, and "
+                f"{self.adapter_name!r} learns to undo it. Collect the probes with store_targets=False to compare "
+                "with the model without this adapter alone, or merge the others into the base model before "
+                "collecting.",
+                stacklevel=2,
+            )
+
     def _frozen(self) -> bool:
         """Whether nobody trains the adapter, as far as it shows: FSDP1 leaves views where parameters were."""
         layers = [layer for layer in (reference() for _, reference in self._layers) if layer is not None]
@@ -533,10 +553,13 @@ class OnlineProjection:
         if self.rule == "orthogonal":
             assert batch.loss_targets is not None
             return batch.loss_targets
-        return self._base_output(model, batch) if batch.targets is None else batch.targets
+        if batch.targets is not None:
+            self._notice_others(model)
+            return batch.targets
+        return self._base_output(model, batch, only=self.adapter_name)
 
-    def _base_output(self, model: nn.Module, batch: ProbeBatch) -> Tensor:
-        with torch.no_grad(), adapters_disabled(model):
+    def _base_output(self, model: nn.Module, batch: ProbeBatch, *, only: str | None = None) -> Tensor:
+        with torch.no_grad(), adapters_disabled(model, only=only):
             return call_model(model, batch.inputs, self.probes.run_model)
 
     def _terms(self, output: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

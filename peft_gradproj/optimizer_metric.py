@@ -108,7 +108,7 @@ def optimizer_metric(
         learning rate 0, are missing.
     """
     groups = _groups(optimizer)
-    rates = {name: float(groups[id(p)].get("lr", 1.0)) for name, p in parameters.items()}
+    rates = {name: _rate(groups[id(p)]) for name, p in parameters.items()}
     fastest = max(rates.values(), default=0.0)
     diagonals = _diagonals(optimizer, parameters, groups, estimate)
     return {
@@ -116,6 +116,13 @@ def optimizer_metric(
         for name, diagonal in diagonals.items()
         if rates[name] > 0
     }
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    """The group's learning rate; 1 for an optimizer that finds its own (Adafactor of transformers), alike for all."""
+    rate = group.get("lr")
+    # With relative_step the entry is None, or what a scheduler noted there, which may be 0.
+    return 1.0 if rate is None or group.get("relative_step") else float(rate)
 
 
 def _diagonals(

@@ -41,6 +41,7 @@ __all__ = [
     "ConceptProbes",
     "ProbeBatch",
     "RunModel",
+    "active_beside",
     "adapters_disabled",
     "call_model",
     "check_probes_fit",
@@ -87,8 +88,9 @@ class ConceptProbes:
         inputs: The model's keyword arguments, each a tensor with shape `(n, *)`. Nested arguments are nested mappings
             or names with dots: `{"added_cond_kwargs.text_embeds": x}` is passed as `added_cond_kwargs={"text_embeds":
             x}`.
-        targets: The base model's outputs, shape `(n, *)`; `None` to recompute them with the adapters off, at the cost
-            of a further forward on each batch (language models, whose logits are large).
+        targets: The base model's outputs, shape `(n, *)`; `None` to recompute them with the trained adapter off,
+            at the cost of a further forward on each batch: for language models, whose logits are large, and where
+            another adapter is active beside the one that is trained.
         weights: Non-negative, not all zero. The first dimension is `n`, or 1 for weights that all probes share; the
             others are aligned with the output's from the left and broadcast, so that `(n,)`, `(n, tokens)` and
             `(n, 1, height, width)` are all understood. `None` weighs everything alike.
@@ -413,23 +415,42 @@ def call_model(model: nn.Module, inputs: dict[str, Any], run_model: RunModel | N
     return model_output(model(**inputs) if run_model is None else run_model(model, inputs))
 
 
+def active_beside(layer: Any, adapter_name: str) -> list[str]:
+    """The adapters of a layer that are active and another one than this."""
+    held = {name for part in layer.adapter_layer_names for name in getattr(layer, part)}
+    return [name for name in layer.active_adapters if name in held and name != adapter_name]
+
+
 @contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The base model, whatever adapters are injected; `requires_grad` and what was disabled before are restored."""
+def adapters_disabled(model: nn.Module, *, only: str | None = None) -> Iterator[None]:
+    """The base model, whatever adapters are injected; `requires_grad` and what was active before are restored.
+
+    Args:
+        model: The model.
+        only: An adapter; others that are active stay so.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     enabled = [layer for layer in layers if not layer.disable_adapters]
+    others = [[] if only is None else active_beside(layer, only) for layer in enabled]
+    active = [list(layer.active_adapters) for layer in enabled]
     # PEFT's switch also switches requires_grad, of frozen adapters too, hence the copy.
     flags = [(p, p.requires_grad) for layer in enabled for p in layer.parameters()]
     try:
-        for layer in enabled:
-            layer.enable_adapters(False)
+        for layer, kept, names in zip(enabled, others, active, strict=True):
+            if not kept:
+                layer.enable_adapters(False)
+            elif only in names:
+                layer.set_adapter(kept)
         yield
     finally:
-        for layer in enabled:
-            layer.enable_adapters(True)
+        for layer, kept, names in zip(enabled, others, active, strict=True):
+            if not kept:
+                layer.enable_adapters(True)
+            elif only in names:
+                layer.set_adapter(names)
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)

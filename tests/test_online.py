@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from peft.functional import delete_adapter
 from torch import Tensor, nn
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 import peft_gradproj.online as online
 from peft_gradproj.config import GradProjConfig
@@ -59,6 +60,8 @@ OPTIMIZERS: dict[str, Optimizers] = {
     "rmsprop centered momentum": lambda p: torch.optim.RMSprop(p, lr=1e-4, centered=True, momentum=0.9),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "adafactor of transformers": Adafactor,
+    "adafactor of transformers, scheduled": lambda p: AdafactorSchedule(Adafactor(p)).optimizer,
 }
 
 
@@ -321,13 +324,17 @@ def test_older_half_spaces_are_swept_before_the_newest() -> None:
 # Protection
 
 
-def _trained(steps: int = 150, **options: Any) -> tuple[float, float]:
+def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=5e-3)
+
+
+def _trained(steps: int = 150, make_optimizer: Optimizers = _adamw, **options: Any) -> tuple[float, float]:
     """Drift and wanted loss after training on both objectives; plain without options."""
     task = make_task(started=False)
     if options:
         task.probes.loss_targets = task.unwanted.clone()
         attach_online_projection(task.net, "default", task.probes, probe_batch_size=PROBES, **options)
-    take_steps(task, torch.optim.AdamW(task.parameters(), lr=5e-3), steps)
+    take_steps(task, make_optimizer(task.parameters()), steps)
     with torch.no_grad():
         return float(task.drift()), float(task.wanted_loss())
 
@@ -343,6 +350,15 @@ def test_under_pressure_the_drift_stays_small_and_the_rest_is_learned() -> None:
     assert literal_drift > 5 * drift, "the paper's rule leaks"
     assert plain_loss < 0.4 * start
     assert loss < 0.6 * start
+
+
+def test_adafactor_with_a_learning_rate_of_its_own_is_protected() -> None:
+    plain_drift, _ = _trained(300, Adafactor)
+    drift, loss = _trained(300, Adafactor, probe_every=2)
+
+    assert plain_drift > 0.05
+    assert drift < 0.02 * plain_drift
+    assert loss < float(make_task(started=False).wanted_loss().detach())
 
 
 def test_a_unet_with_a_diffusers_adapter_is_protected() -> None:
@@ -821,6 +837,47 @@ def test_recomputed_targets_give_the_same_run() -> None:
         ends.append(copies(task.parameters()))
 
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*ends, strict=True))
+
+
+def _trained_beside_a_style(*, stored: bool) -> tuple[float, float]:
+    """The drift that is measured at last, and the share of a frozen adapter's effect that is undone.
+
+    The training asks for the model as it starts, with the frozen adapter, and some noise: nothing is to be learned.
+    """
+    task = make_task(started=False, adapters=("style", "default"))
+    for layer in (task.net[0], task.net[3]):
+        layer.set_adapter(["style", "default"])
+    for parameter in task.parameters("style"):
+        parameter.requires_grad_(False)
+        parameter.add_(0.3 * torch.randn(parameter.shape))
+    x, base = torch.randn(24, 12), task.probes.targets
+    with torch.no_grad():
+        styled, wanted = task.net(task.concept), task.net(x) + 0.05 * torch.randn(24, 4)
+    probes = task.probes if stored else ConceptProbes(task.probes.inputs, None, task.probes.weights)
+    projection = attach_online_projection(task.net, "default", probes, probe_every=1)
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (task.net(x) - wanted).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        left = (task.net(task.concept) - base).norm() / (styled - base).norm()
+    return projection.last.drift, 1.0 - float(left)
+
+
+def test_a_frozen_adapter_beside_is_no_drift_where_targets_are_recomputed() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="beside adapter")
+        drift, undone = _trained_beside_a_style(stored=False)
+    assert 0.0 < drift < 5e-3
+    assert abs(undone) < 0.05
+
+
+def test_stored_targets_beside_a_frozen_adapter_are_pointed_out_once() -> None:
+    with pytest.warns(UserWarning, match="'style'.*store_targets=False") as caught:
+        _, undone = _trained_beside_a_style(stored=True)
+    assert len([warning for warning in caught if "'style'" in str(warning.message)]) == 1
+    assert undone > 0.2, "else there would be nothing to warn of"
 
 
 # The literal rule

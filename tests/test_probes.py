@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -354,6 +355,31 @@ def test_switching_adapters_off_restores_every_flag() -> None:
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     assert not flags["linear.lora_A.default.weight"]
     assert flags["linear.lora_B.default.weight"]
+
+
+@pytest.mark.parametrize("beside", [["style"], ["style", "default"], ["default"]], ids=str)
+def test_switching_one_adapter_off_leaves_those_beside_it(beside: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for adapter, targets in (("style", ["0", "1"]), ("default", ["1"])):
+        config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        inject_adapter_in_model(config, model, adapter)
+    x = torch.randn(3, 4)
+    others = [name for name in beside if name != "default"]
+    with torch.no_grad(), nullcontext() if others else adapters_disabled(model):
+        for layer in model:
+            layer.set_adapter(others or beside)
+        expected = model(x)
+    for layer in model:
+        layer.set_adapter(beside)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    flags, before = [p.requires_grad for p in model.parameters()], model(x)
+
+    with adapters_disabled(model, only="default"):
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [layer.active_adapters for layer in model] == [beside, beside]
 
 
 def test_adapters_that_were_off_stay_off() -> None:
