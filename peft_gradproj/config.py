@@ -129,7 +129,16 @@ class GradProjConfig(LoraConfig):
         escaping = {name: bool(getattr(self, name, None)) for name in ESCAPING_OPTIONS}
         escaping[f"bias={self.bias!r}"] = self.bias != "none"
         escaping[f"init_lora_weights={self.init_lora_weights!r}"] = not plain_init
-        return [name for name, given in escaping.items() if given]
+        parts = [name for name, given in escaping.items() if given]
+        basis: ConceptBasis | None = self.concept_basis  # type: ignore[attr-defined]
+        ranked = [name for name, layer in (basis or {}).items() if layer.rank is not None]
+        if ranked and self.init_lora_weights in (False, "orthogonal"):
+            # The constraint keeps what B starts with; only if that is zero, a verifier can tell that it was kept.
+            parts.append(
+                f"the rank space, of layer '{ranked[0]}' among {len(ranked)}, with init_lora_weights="
+                f"{self.init_lora_weights!r} (B would not start at zero along it; expected True or 'gaussian')"
+            )
+        return parts
 
     def report_uncovered(self, parts: list[str]) -> None:
         """Refuse, warn of, or note parts that escape the projection, as `uncovered` says.

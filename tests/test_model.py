@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import PeftType
 from torch import nn
 
-from peft_gradproj import ConceptBasis, GradProjConfig, refresh_concept_basis
+from peft_gradproj import ConceptBasis, GradProjConfig, refresh_concept_basis, verify_adapter
 from peft_gradproj.errors import ConceptBasisError, GradProjConfigError
 from peft_gradproj.layers import projected_weights
 
@@ -211,6 +211,27 @@ def test_a_low_cpu_memory_load_is_constrained(tmp_path):
 def test_an_option_that_escapes_the_projection_is_refused_by_name(option):
     with pytest.raises(GradProjConfigError, match=next(iter(option))):
         gradproj_config(target_modules=["query"], **option)
+
+
+@pytest.mark.parametrize("init", [False, "orthogonal"])
+def test_a_b_that_does_not_start_at_zero_is_refused_with_a_rank_basis_and_with_no_other(init):
+    with pytest.raises(
+        GradProjConfigError, match=rf"rank space, of layer 'conv' among 4, with .*={init!r}.*'gaussian'"
+    ):
+        gradproj_config(small_net_basis(("input", "rank")), init_lora_weights=init)
+    with pytest.warns(UserWarning, match="B would not start at zero"):
+        config = gradproj_config(small_net_basis(("rank",)), init_lora_weights=init, uncovered="warn")
+    assert "rank space" in config.uncovered_parts[0]
+    gradproj_config(small_net_basis(("input", "output", "gradient")), init_lora_weights=init)
+
+
+@pytest.mark.parametrize("init", [True, "gaussian"])
+def test_a_b_that_starts_at_zero_verifies_with_a_rank_basis(tmp_path, init):
+    model = get_peft_model(SmallNet(), gradproj_config(small_net_basis(("rank",)), init_lora_weights=init))
+    train(model, OPTIMIZERS["AdamW"](trainable(model)), 5)
+    model.save_pretrained(tmp_path)
+    report = verify_adapter(tmp_path)
+    assert report.ok, report.render()
 
 
 def test_a_layer_that_the_basis_misses_is_refused_by_name_and_leaves_the_model_as_it_was():
