@@ -137,7 +137,16 @@ class GradProjConfig(LoraConfig):
             escaping[f"modules_to_save, which PEFT sets for task_type={TaskType(self.task_type).value!r}"] = True
         escaping[f"bias={self.bias!r}"] = self.bias != "none"
         escaping[f"init_lora_weights={self.init_lora_weights!r}"] = not plain_init
-        return [name for name, given in escaping.items() if given]
+        parts = [name for name, given in escaping.items() if given]
+        basis: ConceptBasis | None = self.concept_basis  # type: ignore[attr-defined]
+        ranked = [name for name, layer in (basis or {}).items() if layer.rank is not None]
+        if ranked and self.init_lora_weights in (False, "orthogonal"):
+            # The constraint keeps what B starts with; only if that is zero, a verifier can tell that it was kept.
+            parts.append(
+                f"the rank space, of layer '{ranked[0]}' among {len(ranked)}, with init_lora_weights="
+                f"{self.init_lora_weights!r} (B would not start at zero along it; expected True or 'gaussian')"
+            )
+        return parts
 
     def report_escaping(self) -> None:
         """Refuse, warn of, or note options that escape the projection, as `uncovered` says.

@@ -523,7 +523,7 @@ class OnlineProjection:
         try:
             with (
                 torch.random.fork_rng([device] if device.type == forked else [], device_type=forked),
-                evaluation_mode(model),
+                evaluation_mode(model, keep_checkpointing=True),
                 # Without the cache, whose entries may stem from a training forward or from under no_grad.
                 torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False),
                 torch.enable_grad(),

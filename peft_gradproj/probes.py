@@ -21,7 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .base_models import identify, layer_widths
 from .errors import ConceptDataError
@@ -457,19 +458,62 @@ def adapters_disabled(model: nn.Module, *, only: str | None = None) -> Iterator[
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off; the training flag of every single module is restored."""
+def evaluation_mode(model: nn.Module, *, keep_checkpointing: bool = False) -> Iterator[None]:
+    """Dropout off; the training flag of every single module is restored.
+
+    Args:
+        model: The model.
+        keep_checkpointing: Whether layers of transformers go on to checkpoint their activations, which they do in
+            training mode only; diffusers' do it in either. For passes with gradients, which have to be taken inside.
+    """
     # A 4-bit layer of bitsandbytes stays in training mode, in which it computes the same: in evaluation mode, some CPUs
     # pack its weights for good at the first pass without gradients, and no later pass lets gradients through.
     packing = sys.modules["bitsandbytes"].nn.Linear4bit if "bitsandbytes" in sys.modules else ()
     flags = [(module, module.training) for module in model.modules()]
+    checkpointing: set[nn.Module] = set()
+    with ExitStack() as stack:
+        if keep_checkpointing:
+            checkpointing = {module for module, training in flags if training and _checkpoints_in_training(module)}
+            for layer in checkpointing:
+                stack.enter_context(_checkpointing_in_evaluation(layer))
+        try:
+            for module, _ in flags:
+                module.training = isinstance(module, packing) or module in checkpointing
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
+def _checkpoints_in_training(module: nn.Module) -> bool:
+    kind = getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", ())
+    return isinstance(module, kind) and bool(getattr(module, "gradient_checkpointing", False))
+
+
+@contextmanager
+def _checkpointing_in_evaluation(layer: Any) -> Iterator[None]:
+    """A layer that says it trains, so that it checkpoints, and computes what it checkpoints as in evaluation.
+
+    Its own code may ask for dropout by its own flag, as OPT's and BART's layers do.
+    """
+
+    def evaluated(forward: Callable[..., Any], *args: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = True
+
+    def checkpointed(forward: Callable[..., Any], *args: Any) -> Any:
+        # Whatever was set for training: gradients of single tensors cannot be asked for through the reentrant kind.
+        return checkpoint(evaluated, forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+    trained_with = layer._gradient_checkpointing_func
+    layer._gradient_checkpointing_func = checkpointed
     try:
-        for module, _ in flags:
-            module.training = isinstance(module, packing)
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        layer._gradient_checkpointing_func = trained_with
 
 
 def collect_concept_probes(

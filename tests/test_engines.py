@@ -30,6 +30,7 @@ from tiny_models import (
     unet_inputs,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import OPTConfig, OPTForCausalLM
 
 from peft_gradproj import (
     ConceptProbes,
@@ -362,6 +363,61 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         assert tensors_leakage(ends[-1], basis) <= FLOORS[torch.float32]
     for key, value in ends[0].items():
         torch.testing.assert_close(ends[1][key], value, atol=1e-5, rtol=1e-4)
+
+
+def kept_for_backward(run):
+    """Bytes that autograd keeps of what `run` computes."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept)
+
+
+def dropping_opt():
+    """A language model whose layers ask for dropout by their own training flag."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_attention_heads": 2}
+    return OPTForCausalLM(
+        OPTConfig(vocab_size=32, num_hidden_layers=4, max_position_embeddings=64, dropout=0.5, **sizes)
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_probes_of_transformers_models_are_checkpointed_as_training_is_and_tell_the_same(reentrant):
+    tokens = torch.randint(3, 32, (4, 32), generator=torch.Generator().manual_seed(1))
+    kept, ends = {}, {}
+    for checkpointing in (False, True):
+        base = dropping_opt()
+        probes = collect_concept_probes(base, [({"input_ids": tokens}, None)])
+        options = {"concept_probes": probes, "probe_every": 1, "probe_batch_size": 4, "uncovered": "ignore"}
+        model = get_peft_model(base, GradProjConfig(r=2, target_modules=["q_proj", "fc1"], **options))
+        if checkpointing:
+            how = {"use_reentrant": reentrant}
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+            base.enable_input_require_grads()
+        model.train()
+        flags = {name: module.training for name, module in model.named_modules()}
+        optimizer = torch.optim.SGD(trainable(model), lr=1.0)
+        losses = []
+        for _ in range(4):
+            kept["training", checkpointing] = kept_for_backward(
+                lambda model=model, losses=losses: losses.append(model(input_ids=tokens, labels=tokens).loss)
+            )
+            losses[-1].backward()
+            kept["probes", checkpointing] = kept_for_backward(optimizer.step)
+            optimizer.zero_grad()
+        assert {name: module.training for name, module in model.named_modules()} == flags
+        ends[checkpointing] = [torch.tensor(online_projections(model)["default"].last.drift), *raw(model).values()]
+    assert kept["training", True] < 0.5 * kept["training", False]
+    assert kept["probes", True] <= kept["training", True]
+    assert ends[True][0] > 1e-6
+    for checkpointed, plain in zip(ends[True], ends[False], strict=True):
+        torch.testing.assert_close(checkpointed, plain, atol=1e-6, rtol=1e-4)
 
 
 def test_a_compiled_model_trains_as_an_eager_one():

@@ -18,7 +18,7 @@ from peft.utils import PeftType
 from tiny_models import LLAMA_TARGETS, basis_for, tiny_llama
 from torch import nn
 
-from peft_gradproj import ConceptBasis, GradProjConfig, online_projections, refresh_concept_basis
+from peft_gradproj import ConceptBasis, GradProjConfig, online_projections, refresh_concept_basis, verify_adapter
 from peft_gradproj.errors import ConceptBasisError, GradProjConfigError
 from peft_gradproj.layers import projected_weights
 
@@ -282,6 +282,27 @@ def test_an_option_that_is_set_after_the_config_was_made_is_refused_before_anyth
     with pytest.raises(GradProjConfigError, match="modules_to_save"):
         get_peft_model(base, config)
     assert not any("lora_" in name for name, _ in base.named_modules())
+
+
+@pytest.mark.parametrize("init", [False, "orthogonal"])
+def test_a_b_that_does_not_start_at_zero_is_refused_with_a_rank_basis_and_with_no_other(init):
+    with pytest.raises(
+        GradProjConfigError, match=rf"rank space, of layer 'conv' among 4, with .*={init!r}.*'gaussian'"
+    ):
+        gradproj_config(small_net_basis(("input", "rank")), init_lora_weights=init)
+    with pytest.warns(UserWarning, match="B would not start at zero"):
+        config = gradproj_config(small_net_basis(("rank",)), init_lora_weights=init, uncovered="warn")
+    assert "rank space" in config.uncovered_parts[0]
+    gradproj_config(small_net_basis(("input", "output", "gradient")), init_lora_weights=init)
+
+
+@pytest.mark.parametrize("init", [True, "gaussian"])
+def test_a_b_that_starts_at_zero_verifies_with_a_rank_basis(tmp_path, init):
+    model = get_peft_model(SmallNet(), gradproj_config(small_net_basis(("rank",)), init_lora_weights=init))
+    train(model, OPTIMIZERS["AdamW"](trainable(model)), 5)
+    model.save_pretrained(tmp_path)
+    report = verify_adapter(tmp_path)
+    assert report.ok, report.render()
 
 
 def test_a_layer_that_the_basis_misses_is_refused_by_name_and_leaves_the_model_as_it_was():
