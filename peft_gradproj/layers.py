@@ -132,6 +132,12 @@ class ProjectedWeight(nn.Module):
             if side in self.keeps:
                 setattr(self, f"start_{side}", coordinates(matrix, basis, side=side))
 
+    def keeps_something(self, side: Side) -> bool:
+        """Whether what is kept along a side's basis is more than the rounding of the weight as it is."""
+        start = getattr(self, f"start_{side}")
+        floor = 10 * torch.finfo(self.weight.dtype).eps * _whole(self.weight).norm()
+        return start is not None and bool(start.norm() > floor)
+
     @torch.no_grad()
     def remember(self) -> None:
         """Note the coordinates before a step, which the soft constraint is relative to."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -196,7 +198,8 @@ def refresh_concept_basis(model: nn.Module, basis: ConceptBasis, adapter_name: s
 
     Both spaces depend on A and B, so that a basis of theirs ages while the adapter is trained: fit it anew every so
     many steps with `fit_concept_basis(model, ..., spaces=("rank",), adapter_name=...)`. From here on, what A and B
-    are along the new basis is kept.
+    are along the new basis is kept. Where B is no longer zero there, no verifier can tell that it was kept: the adapter
+    does not verify, which is recorded in what is published, with a warning.
 
     Args:
         model: The model with the adapter: a `PeftModel`, or one that an adapter was added to.
@@ -220,6 +223,21 @@ def refresh_concept_basis(model: nn.Module, basis: ConceptBasis, adapter_name: s
     for name, layer_basis in basis.items():
         constrain_adapter(layers[name], adapter_name, name, layer_basis, strength=config.strength, initial=False)
     config.concept_basis = _refreshed(config.concept_basis, basis)
+    _record_refreshed_rank_spaces(config, {name: layers[name].lora_B[adapter_name] for name in basis})
+
+
+def _record_refreshed_rank_spaces(config: GradProjConfig, factors: Mapping[str, Any]) -> None:
+    """Note that B, by layer, is not zero along a new rank basis, if it is not: the user's own doing, and no error."""
+    started = [name for name, b in factors.items() if b.keeps_something("right")]
+    part = "the rank space (its basis was refreshed in training, when B was not zero along the new one)"
+    if started and part not in config.uncovered_parts:
+        config.uncovered_parts.append(part)
+        warnings.warn(
+            f"B is not zero along the new rank basis of layer '{started[0]}' and {len(started) - 1} more, so that "
+            "this adapter will not verify, which is recorded in what is published. Refresh before B is trained, or "
+            "train with the input and output spaces alone, to have it verified.",
+            stacklevel=3,
+        )
 
 
 def _refreshed(old: ConceptBasis | None, new: ConceptBasis) -> ConceptBasis:

@@ -161,7 +161,8 @@ def test_refreshed_rank_bases_are_kept_from_then_on():
     model = get_peft_model(SmallNet(), gradproj_config(small_net_basis(("input", "rank"))))
     train(model, OPTIMIZERS["AdamW"](trainable(model)), 5)
     new = small_net_basis(("rank",), seed=7)
-    refresh_concept_basis(model, new)
+    with pytest.warns(UserWarning, match="will not verify"):
+        refresh_concept_basis(model, new)
     module = model.base_model.model.query.lora_A["default"]
     start = (new["query"].rank.mT @ module.weight).detach()
     train(model, OPTIMIZERS["AdamW"](trainable(model)), 10)
@@ -169,6 +170,24 @@ def test_refreshed_rank_bases_are_kept_from_then_on():
     kept = model.peft_config["default"].concept_basis["query"]
     assert torch.equal(kept.rank, new["query"].rank)
     assert (module.weight @ kept.input).norm() <= 1e-6 * module.weight.norm()
+
+
+def test_a_rank_basis_that_was_refreshed_in_training_is_told_of_in_what_is_published(tmp_path):
+    model = get_peft_model(SmallNet(), gradproj_config(small_net_basis(("input", "rank"))))
+    for step, seed in enumerate((5, 6, 7)):
+        # The first before any training, when B is zero in all directions.
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            refresh_concept_basis(model, small_net_basis(("rank",), seed=seed))
+        assert ["layer 'conv' and 3 more" in str(w.message) for w in told] == [True] * (step == 1)
+        train(model, OPTIMIZERS["AdamW"](trainable(model)), 5)
+        model.save_pretrained(tmp_path / str(step))
+    first, *others = (verify_adapter(tmp_path / str(step)) for step in range(3))
+    assert first.ok, first.render()
+    for report in others:
+        assert {check.name for check in report.failures} == {"coverage", "leakage"}
+        (told,) = (check.layer for check in report.failures if check.name == "coverage")
+        assert "refreshed in training" in told
 
 
 def test_a_refresh_that_would_move_the_verifiable_spaces_is_refused():
