@@ -279,9 +279,12 @@ def test_ddp_with_probes_ends_alike_on_both_ranks_and_as_one_process_with_the_jo
     assert saved_leakage(two_processes / "ddp", small_net_basis()) <= FLOORS[torch.float32]
 
 
-def test_ddp_of_processes_that_were_seeded_apart_ends_alike_in_every_space(two_processes):
-    first, second = (load_file(two_processes / f"apart-{rank}.safetensors") for rank in (0, 1))
-    starts = [load_file(two_processes / f"apart-start-{rank}.safetensors") for rank in (0, 1)]
+@pytest.mark.parametrize("run", ["apart", "unsent"])
+def test_ddp_of_processes_that_were_seeded_apart_ends_alike_in_every_space_and_without_sending_bases(
+    two_processes, run
+):
+    first, second = (load_file(two_processes / f"{run}-{rank}.safetensors") for rank in (0, 1))
+    starts = [load_file(two_processes / f"{run}-start-{rank}.safetensors") for rank in (0, 1)]
     assert any(not torch.equal(starts[0][name], starts[1][name]) for name in first), "they were seeded alike"
     for name in first:
         assert torch.equal(first[name], second[name])

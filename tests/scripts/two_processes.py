@@ -51,10 +51,14 @@ def train_ddp(rank: int, folder: Path) -> None:
 
 
 def train_ddp_seeded_apart(rank: int, folder: Path) -> None:
-    model = adapted_net(("input", "rank", "output", "gradient"), seed=rank)
-    save_file(raw_weights(model), folder / f"apart-start-{rank}.safetensors")
-    train(model, rank, DistributedDataParallel(model))
-    save_file(raw_weights(model), folder / f"apart-{rank}.safetensors")
+    for name, spaces, options in (
+        ("apart", ("input", "rank", "output", "gradient"), {}),
+        ("unsent", ("input", "output", "gradient"), {"broadcast_buffers": False}),
+    ):
+        model = adapted_net(spaces, seed=rank)
+        save_file(raw_weights(model), folder / f"{name}-start-{rank}.safetensors")
+        train(model, rank, DistributedDataParallel(model, **options))
+        save_file(raw_weights(model), folder / f"{name}-{rank}.safetensors")
 
 
 def sharded(model: nn.Module) -> nn.Module:
