@@ -222,10 +222,10 @@ def main() -> None:
         runs = found["runs"]
     done = {(run["method"], run["seed"]) for run in runs}
     missing = [(name, seed) for name in METHODS for seed in args.seeds if (name, seed) not in done]
-    if runs and missing and any(found[key] != about[key] for key in ("settings", "versions")):
+    # Whoever has other versions is shown what is there; only what he adds could not be compared with it.
+    if runs and (found["settings"] != about["settings"] or (missing and found["versions"] != about["versions"])):
         raise SystemExit(
-            f"{args.output} holds runs of other settings or versions, with which the {len(missing)} that are missing "
-            "cannot be compared; give another --output to make all of them anew."
+            f"{args.output} holds runs of other settings or versions; give another --output to make all of them anew."
         )
     with pretrained() as base, tqdm(missing) as progress:
         for name, seed in progress:

@@ -54,7 +54,9 @@ def test_pictures_differ_from_the_oracles_where_the_mask_is_and_nowhere_else(con
     ):  # fmt: skip
         changed = (np.asarray(shown) != np.asarray(clean)).any(-1)
         assert changed.any() == shows
-        assert not changed[np.asarray(mask) == 0].any()
+        assert changed[np.asarray(mask) > 0].any() == shows
+        # The character that stands there instead is larger in places: see the test of its drawing.
+        assert concept == "identity" or not changed[np.asarray(mask) == 0].any()
         assert (caption != clean_caption) == (named and shows)
     assert np.mean(task.shows) == pytest.approx(0.75, abs=0.15)
 

@@ -50,6 +50,12 @@ def test_runs_are_added_as_they_are_done_and_none_is_run_twice_or_beside_others(
     assert "| ours |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="other settings"):
         benchmark("--steps", 3)
+    output.write_text(json.dumps({**written, "versions": {**written["versions"], "python": "3.10.0"}}))
+    benchmark()
+    assert "| ours |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="other settings or versions; give another --output"):
+        benchmark("--seeds", 0, 1)
+    assert started == ["base", "plain", "ours", "ours"]
 
 
 @pytest.mark.parametrize(("drop", "spellings_left"), [(None, 2), ("first", 1), ("both", 0)])
