@@ -35,7 +35,7 @@ from .basis import ConceptBasis
 from .clock import Clock
 from .concepts import ConceptSet, Overlay, nth_of_shuffles
 from .contrast import ContrastBatches
-from .diffusion_inputs import latent_weights, pictures_to_tensor
+from .diffusion_inputs import mask_weights
 from .errors import ConceptDataError
 from .fitting import fit_concept_basis
 from .observation import find_layers
@@ -517,7 +517,7 @@ class _Batches(Iterable[_Batch]):
         masks = [example.mask for example in examples if example.mask is not None]
         weights = None
         if masks:
-            weights = latent_weights((pictures_to_tensor(masks) + 1) / 2, (latents.shape[-2], latents.shape[-1]))
+            weights = mask_weights(masks, latents)
         return _Batch(inputs, without, weights, family.loss_target(latents, noise, timesteps))
 
     def probes(self) -> _Sized:

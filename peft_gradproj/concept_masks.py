@@ -31,7 +31,7 @@ from .clock import Clock
 from .concept_fit import Concept, iter_concept_examples
 from .concept_markers import ConceptMarkers
 from .concepts import ConceptSet, Overlay, nth_of_shuffles
-from .diffusion_inputs import dilated, latent_weights, pictures_to_tensor
+from .diffusion_inputs import dilated, mask_weights
 from .errors import ConceptDataError
 from .masks import GUARDED_SHARE, ConceptMarker, fit_markers, guarded, places
 from .pipelines import PictureEncoder, checked_resolution, load_encoder
@@ -437,7 +437,7 @@ def _encoded(
 
 
 def _latent_masks(masks: Sequence[Image.Image], latents: Tensor) -> Tensor:
-    weights = latent_weights((pictures_to_tensor(masks) + 1) / 2, (latents.shape[-2], latents.shape[-1]), dilation=0)
+    weights = mask_weights(masks, latents)
     # A faint overlay is as much the concept as an opaque one.
     return (weights / weights.amax((1, 2, 3), keepdim=True).clamp_min(1e-6)).to(latents.device)
 

@@ -33,6 +33,7 @@ __all__ = [
     "encode_images",
     "encode_prompts",
     "latent_weights",
+    "mask_weights",
     "noise_schedule",
     "noised_inputs",
     "pictures_to_tensor",
@@ -97,6 +98,18 @@ def latent_weights(masks: Tensor, size: tuple[int, int], *, dilation: int = 0) -
     return dilated(F.adaptive_max_pool2d(masks, size), dilation)
 
 
+def mask_weights(masks: Sequence[Image.Image], latents: Tensor, *, dilation: int = 0) -> Tensor:
+    """:func:`latent_weights` of mode L masks of one size, float32 on the CPU, shape `(N, 1, h, w)`.
+
+    Args:
+        masks: N of them; white is 1.
+        latents: Of whose height and width the weights are, shape `(*, h, w)`.
+        dilation: See :func:`latent_weights`.
+    """
+    size = (latents.shape[-2], latents.shape[-1])
+    return latent_weights((pictures_to_tensor(masks) + 1) / 2, size, dilation=dilation)
+
+
 def dilated(masks: Tensor, by: int) -> Tensor:
     """Masks `(N, 1, h, w)`, widened by so many places on all sides."""
     return F.max_pool2d(masks, 2 * by + 1, stride=1, padding=by) if by else masks
@@ -146,9 +159,7 @@ def encode_concept_set(pipeline: Any, concepts: ConceptSet, *, batch_size: int =
     with_concept = encode_images(pipeline, [pair.with_concept for pair in concepts], batch_size=batch_size)
     others = [pair.without for pair in concepts if pair.without is not None]
     without = encode_images(pipeline, others, batch_size=batch_size) if concepts.paired else None
-    masks = (pictures_to_tensor([pair.mask for pair in concepts]) + 1) / 2
-    size = (with_concept.shape[-2], with_concept.shape[-1])
-    weights = latent_weights(masks, size, dilation=dilation).to(with_concept.device)
+    weights = mask_weights([pair.mask for pair in concepts], with_concept, dilation=dilation).to(with_concept.device)
     return LatentPairs(with_concept, without, weights, encode_prompts(pipeline, [pair.prompt for pair in concepts]))
 
 

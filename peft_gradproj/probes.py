@@ -435,23 +435,27 @@ def adapters_disabled(model: nn.Module, *, only: str | None = None) -> Iterator[
 
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     enabled = [layer for layer in layers if not layer.disable_adapters]
-    others = [[] if only is None else active_beside(layer, only) for layer in enabled]
-    active = [list(layer.active_adapters) for layer in enabled]
+    # Each layer whose adapters change, those of them that stay active, and all that were.
+    switched = []
+    for layer in enabled:
+        kept, names = ([] if only is None else active_beside(layer, only)), list(layer.active_adapters)
+        if not kept or only in names:
+            switched.append((layer, kept, names))
     # PEFT's switch also switches requires_grad, of frozen adapters too, hence the copy.
     flags = [(p, p.requires_grad) for layer in enabled for p in layer.parameters()]
     try:
-        for layer, kept, names in zip(enabled, others, active, strict=True):
-            if not kept:
-                layer.enable_adapters(False)
-            elif only in names:
+        for layer, kept, _ in switched:
+            if kept:
                 layer.set_adapter(kept)
+            else:
+                layer.enable_adapters(False)
         yield
     finally:
-        for layer, kept, names in zip(enabled, others, active, strict=True):
-            if not kept:
-                layer.enable_adapters(True)
-            elif only in names:
+        for layer, kept, names in switched:
+            if kept:
                 layer.set_adapter(names)
+            else:
+                layer.enable_adapters(True)
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
@@ -470,12 +474,10 @@ def evaluation_mode(model: nn.Module, *, keep_checkpointing: bool = False) -> It
     # pack its weights for good at the first pass without gradients, and no later pass lets gradients through.
     packing = sys.modules["bitsandbytes"].nn.Linear4bit if "bitsandbytes" in sys.modules else ()
     flags = [(module, module.training) for module in model.modules()]
-    checkpointing: set[nn.Module] = set()
+    checkpointing = {m for m, training in flags if keep_checkpointing and training and _checkpoints_in_training(m)}
     with ExitStack() as stack:
-        if keep_checkpointing:
-            checkpointing = {module for module, training in flags if training and _checkpoints_in_training(module)}
-            for layer in checkpointing:
-                stack.enter_context(_checkpointing_in_evaluation(layer))
+        for layer in checkpointing:
+            stack.enter_context(_checkpointing_in_evaluation(layer))
         try:
             for module, _ in flags:
                 module.training = isinstance(module, packing) or module in checkpointing

@@ -22,7 +22,7 @@ from peft_gradproj.demo.precision import autocast_dtype
 from peft_gradproj.demo.sampling import sample
 from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.demo.training import adapted
-from peft_gradproj.diffusion_inputs import encode_images, encode_prompts, latent_weights, pictures_to_tensor
+from peft_gradproj.diffusion_inputs import encode_images, encode_prompts, mask_weights
 from peft_gradproj.evaluation.attacks import invert_concept, revive, revive_with_probes, search_prompts
 from peft_gradproj.evaluation.denoising import denoising_loss
 from peft_gradproj.evaluation.figures import Estimate
@@ -174,13 +174,12 @@ class Attacker:
         """Whether pictures that were trained on are told from others by where the concept is, by two attacks."""
         material, task = self.material, self.task
         showing = torch.from_numpy(task.shows).nonzero()[:, 0][: len(self.pairs)]
-        where = (pictures_to_tensor([task.data.masks[i] for i in showing.tolist()]) + 1) / 2
-        size = (material.latents.shape[-2], material.latents.shape[-1])
+        masks, captions = ([column[i] for i in showing.tolist()] for column in (task.data.masks, task.data.captions))
         members = (
             material.latents[showing],
-            encode_prompts(material.pipeline, [task.data.captions[i] for i in showing.tolist()]),
+            encode_prompts(material.pipeline, captions),
             # As wide as those of the pairs.
-            latent_weights(where, size, dilation=1),
+            mask_weights(masks, material.latents, dilation=1),
         )
         others = self.pairs.with_concept, self.pairs.embeddings, self.pairs.weights
         unet = copy.deepcopy(self.unet)

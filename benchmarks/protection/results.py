@@ -6,8 +6,9 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -245,10 +246,6 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         (docs / page).write_text(text, encoding="utf-8")
 
 
-def _mixed(conditions: Mapping[str, Sequence[str]]) -> bool:
-    return any(len(values) > 1 for values in conditions.values())
-
-
 def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
     """How prose asks for single figures, of tasks that show the concept in 75 % of the pictures unless it says so."""
     rows = {(*_regime_of(row), row["method"]): row for row in content["rows"]}
@@ -280,12 +277,10 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         row = rows.get((TUNED_LOGO, False, 75, method))
         return NOT_RUN if row is None else ", ".join(f"{figures[name]:.2f}" for figures in row["by_seed"].values())
 
-    def ahead(first: str, second: str, name: str) -> str:
-        return _ahead(rows.values(), first, second, name)
-
     def attack(method: str, name: str) -> str:
         return f"{attacks[method][name]:.2f}" if method in attacks else NOT_RUN
 
+    ahead = partial(_ahead, content["rows"])
     return {"has": has, "value": value, "seeds": seeds, "by_seed": by_seed, "ahead": ahead, "attack": attack}
 
 

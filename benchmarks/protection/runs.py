@@ -34,10 +34,9 @@ from peft_gradproj.diffusion_inputs import (
     encode_concept_set,
     encode_images,
     encode_prompts,
-    latent_weights,
+    mask_weights,
     noise_schedule,
     noised_inputs,
-    pictures_to_tensor,
     training_target,
 )
 from peft_gradproj.files import write_atomically
@@ -78,10 +77,9 @@ class Material:
         self.task: Task = make_task(key, settings)
         self.settings = self.task.settings
         self.folder = folder
-        task = self.task
-        self.questions = Questions(
-            self.pipeline, task.data, task.held_out_concepts, self.schedule, key.seed, task.clean_captions
-        )
+        # What was kept is asked about clean pictures: as the oracle saw them, without the concept's name.
+        asked = replace(self.task.data, captions=self.task.clean_captions)
+        self.questions = Questions(self.pipeline, asked, self.task.held_out_concepts, self.schedule, key.seed)
 
     @cached_property
     def latents(self) -> Tensor:
@@ -91,8 +89,7 @@ class Material:
     @cached_property
     def true_masks(self) -> Tensor:
         """Where the concept really is, `(N, 1, h, w)`: 1 where a latent's own pixels show any of it."""
-        pixels = (pictures_to_tensor(self.task.data.masks) + 1) / 2
-        return (latent_weights(pixels, (self.latents.shape[-2], self.latents.shape[-1]), dilation=0) > 0).float()
+        return (mask_weights(self.task.data.masks, self.latents) > 0).float()
 
     @cached_property
     def found(self) -> Tensor:

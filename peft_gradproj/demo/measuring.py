@@ -19,8 +19,7 @@ from ..diffusion_inputs import (
     encode_concept_set,
     encode_images,
     encode_prompts,
-    latent_weights,
-    pictures_to_tensor,
+    mask_weights,
 )
 from ..evaluation.denoising import DenoisingQuestions, denoising_losses
 from ..evaluation.detector import ConceptDetector
@@ -60,9 +59,7 @@ def mask_shares(masks: Tensor, data: StampedData) -> dict[str, float]:
 
     Neighbours of stamped latents are not counted among the others, since masks are widened on purpose.
     """
-    size = (masks.shape[-2], masks.shape[-1])
-    stamps = (pictures_to_tensor(data.masks) + 1) / 2
-    stamped, near = (latent_weights(stamps, size, dilation=d) > 0.5 for d in (0, 2))
+    stamped, near = (mask_weights(data.masks, masks, dilation=d) > 0.5 for d in (0, 2))
     return {"stamped": float(masks[stamped].mean()), "elsewhere": float(masks[~near].mean())}
 
 
@@ -148,25 +145,15 @@ class Questions:
         concepts: Pictures that nothing was trained on and that show the concept: what was learned of it is asked there.
         schedule: From `noise_schedule`.
         seed: Of noise, timesteps and places.
-        captions: Under which the training pictures are asked about, by default their own. Where these name the concept,
-            others are wanted: what is without it is not what they say.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,
-        data: StampedData,
-        concepts: ConceptSet,
-        schedule: Any,
-        seed: int,
-        captions: Sequence[str] | None = None,
-    ) -> None:
+    def __init__(self, pipeline: Any, data: StampedData, concepts: ConceptSet, schedule: Any, seed: int) -> None:
         self.schedule = schedule
         embeddings = encode_prompts(pipeline, data.held_out_captions)
         seen = data.clean[:TRAINING_PICTURES]
         self.seen = DenoisingQuestions.draw(
             encode_images(pipeline, seen),
-            encode_prompts(pipeline, (captions or data.captions)[: len(seen)]),
+            encode_prompts(pipeline, data.captions[: len(seen)]),
             schedule,
             repeats=3,
             seed=seed + 99,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..concept_fit import ConceptExample
-from ..diffusion_inputs import latent_weights, pictures_to_tensor
+from ..diffusion_inputs import mask_weights
 from ..errors import ConceptDataError
 from ..pipelines import PipelineFamily
 from ..probes import evaluation_mode
@@ -71,7 +71,7 @@ class TimestepQuestions:
         masks = [example.mask for example in examples if example.mask is not None]
         weights = None
         if len(masks) == len(examples):
-            weights = latent_weights((pictures_to_tensor(masks) + 1) / 2, (latents.shape[-2], latents.shape[-1]))
+            weights = mask_weights(masks, latents)
         return cls(
             examples=examples,
             latents=latents,
