@@ -112,8 +112,7 @@ class ConceptMasks(Sequence[Image.Image]):
         for number, covered in enumerate(guarded(grids, share=share)):
             # What stays as it is stays so to the cell: grids are coarse.
             if not torch.equal(covered, grids[number]):
-                marked = cells[number]
-                cells[number] = marked | _resampled(covered[0].numpy(), marked.shape)[0, 0].numpy()
+                cells[number] = _resampled(covered[0].numpy(), cells[number].shape)[0, 0].numpy()
         return ConceptMasks(cells, self.sizes, self.markers)
 
     def places(self) -> tuple[tuple[float, float], tuple[float, float]]:
