@@ -12,7 +12,7 @@ from peft import LoraConfig, TaskType
 from peft.utils import PeftType
 
 from .basis import ConceptBasis
-from .errors import ConceptBasisError, GradProjConfigError
+from .errors import AdapterFolderError, ConceptBasisError, GradProjConfigError
 from .escaping import ESCAPING_OPTIONS
 from .files import read_json_object
 from .probes import ConceptProbes
@@ -238,11 +238,19 @@ class GradProjConfig(LoraConfig):
                 give them again to go on with online projection.
 
         Raises:
-            AdapterFolderError: If there is no manifest, or it is malformed.
+            AdapterFolderError: If there is no manifest, it is malformed, or there is no `adapter_config.json`, which
+                diffusers does not write.
         """
         from .saving import load_settings
 
         found = load_settings(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "adapter_config.json")):
+            raise AdapterFolderError(
+                f"'{folder}' has a gradproj.json but no adapter_config.json, as diffusers saves adapters. Make a "
+                "GradProjConfig with the options of the training, add it with add_adapter, and load the weights with "
+                "peft.set_peft_model_state_dict."
+            )
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **{**found, **kwargs})
 
 

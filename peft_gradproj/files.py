@@ -133,8 +133,19 @@ def write_tensor_file(
     if path.is_dir():
         path = path / name
     metadata = {key: value for key, value in header.items() if value is not None}
-    write_atomically(path, save(dict(tensors), metadata=metadata))
+    write_atomically(path, save(_unshared(tensors), metadata=metadata))
     return path
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, of those that lie in the same memory all but the first copied: safetensors refuses them."""
+    storages: set[int] = set()
+    unshared = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        unshared[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return unshared
 
 
 def read_tensor_file(path: Path, error: type[GradProjError], *, version: str, writer: str) -> TensorFile:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from .adapter_folder import write_sidecars
@@ -298,7 +298,9 @@ class LaunchedRun:
             names = ("adapter_name", "is_trainable", "config")
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             if given.get("is_trainable"):
-                config = given.get("config") or LoraConfig.from_pretrained(model_id)
+                # As PEFT looks for it: in a subfolder, at a revision, with a token.
+                found = {name: value for name, value in given.items() if name not in names}
+                config = given.get("config") or PeftConfig.from_pretrained(model_id, **found)
                 kwargs = {**kwargs, **given, "config": self.converted(config, model)}
                 args = args[len(names) :]
             return original.__func__(cls, model, model_id, *args, **kwargs)  # type: ignore[attr-defined]

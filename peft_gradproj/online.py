@@ -361,7 +361,8 @@ class OnlineProjection:
 
     def _count(self, optimizer: torch.optim.Optimizer) -> int:
         # In a group of the optimizer, which every training loop saves and restores: a resumed run goes on with it.
-        return int(optimizer.param_groups[0].get(self._count_key, self._first_count))
+        # An adapter of this name in another model, once detached, takes the number out of the group; the own one stays.
+        return int(optimizer.param_groups[0].get(self._count_key, self._counts.get(optimizer, self._first_count)))
 
     def _forget_counts(self) -> None:
         for optimizer in self._counts:
@@ -545,7 +546,7 @@ class OnlineProjection:
         if not output.requires_grad:
             raise OnlineProjectionError(
                 f"the model's output on the concept probes does not depend on adapter {self.adapter_name!r}: run_model "
-                "must neither detach it nor run under no_grad."
+                "must neither detach it nor run under no_grad, and checkpointing needs use_reentrant=False."
             )
         return output
 

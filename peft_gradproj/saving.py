@@ -161,6 +161,12 @@ def write_sidecars_of_weights(config: GradProjConfig, folder: str | os.PathLike[
             "written. Save it with safe_serialization=True.",
             stacklevel=2,
         )
+    elif any(Path(folder).glob("adapter_model-*-of-*.safetensors")):
+        warnings.warn(
+            f"'{os.fspath(folder)}' holds the adapter in several files, which cannot be verified, so no gradproj.json "
+            "was written. Save it with a larger max_shard_size.",
+            stacklevel=2,
+        )
 
 
 def complete_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> None:

@@ -288,6 +288,12 @@ def test_saved_and_loaded_it_is_bit_identical(tmp_path_factory, shapes, space, c
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_layers_that_share_a_basis_are_saved_as_if_each_had_its_own(tmp_path):
+    shared = LayerBasis(input=orthonormal(6, 2))
+    basis = ConceptBasis({"query": shared, "key": shared})
+    assert ConceptBasis.load(basis.save(tmp_path / "basis.safetensors")) == basis
+
+
 def test_the_file_has_the_documented_keys_and_header(tmp_path):
     with safe_open(two_layers(base_model="base").save(tmp_path / "b.safetensors"), "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118

@@ -539,3 +539,12 @@ def test_a_pickled_adapter_gets_no_manifest_and_says_so(tmp_path):
     with pytest.warns(UserWarning, match="safe_serialization"):
         model.save_pretrained(tmp_path, safe_serialization=False)
     assert not (tmp_path / "gradproj.json").exists()
+
+
+def test_an_adapter_in_several_files_gets_no_manifest_and_says_so(tmp_path):
+    model = tiny_llama()
+    model.add_adapter(GradProjConfig(r=4, target_modules=LLAMA_TARGETS, concept_basis=basis_for(model, LLAMA_TARGETS)))
+    with pytest.warns(UserWarning, match="max_shard_size"):
+        model.save_pretrained(tmp_path, max_shard_size="2KB")
+    assert len(list(tmp_path.glob("adapter_model-*.safetensors"))) > 1
+    assert not (tmp_path / "gradproj.json").exists()

@@ -136,6 +136,17 @@ def test_language_models_with_get_peft_model_and_a_trainable_from_pretrained(tmp
 # In this process: what is refused, and what is restored
 
 
+def test_an_adapter_in_a_subfolder_is_trained_on_with_projection(tmp_path):
+    basis = basis_for(tiny_llama(), LLAMA_TARGETS)
+    config = LoraConfig(r=4, lora_alpha=24, target_modules=LLAMA_TARGETS)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "inner")
+    with run_for(concept_basis=basis).watching():
+        model = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True, subfolder="inner")
+    resumed = model.peft_config["default"]
+    assert isinstance(resumed, GradProjConfig)
+    assert resumed.lora_alpha == 24
+
+
 def run_for(**given) -> LaunchedRun:
     return LaunchedRun.from_options(given)
 

@@ -693,6 +693,11 @@ def test_two_models_under_one_optimizer_count_its_steps_once() -> None:
     assert [report.step for report in reports] == [6, 6]
     assert [projection.step for projection in projections] == [8, 8]
 
+    detach_online_projection(tasks[0].net, "default")
+    train_both(tasks, optimizer, 2)
+    assert [report.step for report in reports] == [6, 6, 9], "the other one goes on"
+    assert projections[1].step == 10
+
 
 def test_an_adapter_that_is_inactive_or_frozen_is_left_alone() -> None:
     task = make_task(adapters=("default", "other"))

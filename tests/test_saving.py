@@ -214,6 +214,13 @@ def test_a_folder_without_a_manifest_gives_no_gradproj_config(tmp_path):
         GradProjConfig.from_pretrained(tmp_path)
 
 
+def test_weights_that_diffusers_saved_give_no_config_but_say_how_to_go_on(tmp_path):
+    trained()[0].save_pretrained(tmp_path)
+    (tmp_path / CONFIG).unlink()
+    with pytest.raises(AdapterFolderError, match="add_adapter"):
+        GradProjConfig.from_pretrained(tmp_path)
+
+
 def test_sidecars_of_a_model_without_a_gradproj_adapter_are_refused(tmp_path):
     plain = get_peft_model(SmallNet(), LoraConfig(r=4, target_modules=["query"]))
     with pytest.raises(AdapterFolderError, match="GradProjConfig"):
