@@ -397,6 +397,11 @@ def mask(
     guard: Annotated[
         bool, typer.Option("--guard", help="Mask also, where it was not found, the places at which others show it.")
     ] = False,
+    remove_phrase: Annotated[
+        list[str] | None,
+        typer.Option(help="A phrase that names it, or a file of them, to take out of the captions; may be repeated."),
+    ] = None,
+    caption_column: CaptionColumnOption = "text",
     leave_out_above: Annotated[
         float, typer.Option(help="Do not write pictures of which more than this share is masked, as by a style.")
     ] = 1.0,
@@ -408,7 +413,7 @@ def mask(
     as_json: JsonOption = False,
 ) -> None:
     """Find a concept in your training pictures, and write a copy of them with masks, where the loss need not count."""
-    from .concept_fit import load_concept
+    from .concept_fit import load_concept, read_phrases
     from .masked_data import mask_table
     from .training_data import TrainingData, load_table
 
@@ -438,6 +443,8 @@ def mask(
         steps=steps,
         dilation=dilation,
         guard=guard,
+        caption_column=caption_column,
+        remove_phrases=[phrase for given in remove_phrase or () for phrase in read_phrases(given)],
         leave_out_above=leave_out_above,
         batch_size=batch_size,
         revision=revision,

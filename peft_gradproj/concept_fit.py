@@ -15,7 +15,6 @@ Both halves of a pair have the same noise, the same timestep and the same crop.
 from __future__ import annotations
 
 import os
-import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from .fitting import fit_concept_basis
 from .observation import find_layers
 from .pipelines import PipelineFamily, checked_resolution, load_pipeline
 from .probes import ConceptProbes, adapters_disabled, collect_concept_probes, evaluation_mode
-from .training_data import Frame, TrainingData, draw_frame, load_table, read_pictures
+from .training_data import Frame, TrainingData, draw_frame, load_table, read_pictures, without_phrase
 
 __all__ = [
     "Concept",
@@ -462,9 +461,9 @@ class _WordExamples(_PlainExamples):
 
 def _with_and_without(caption: str, phrase: str) -> tuple[str, str]:
     """A caption that has the phrase, and the same without it."""
-    without, found = re.subn(rf"(^|[\s,;]+){re.escape(phrase)}(?!\w)", "", caption, flags=re.IGNORECASE)
+    without, found = without_phrase(caption, phrase)
     if found:
-        return caption, without.strip(" ,;")
+        return caption, without
     # Behind: text encoders are causal, so that the caption's own embeddings stay the same.
     return (f"{caption}, {phrase}" if caption else phrase), caption
 

@@ -169,6 +169,8 @@ class MaskReport:
     """So many pictures are not in that copy, since too much of them is masked."""
     leave_out_above: float = 1.0
     """The share of a picture, in [0, 1], above which that is too much."""
+    captions_changed: int = 0
+    """From so many of the pictures' captions a phrase was taken out."""
     folder: str | None = None
     """Where a copy of the pictures with the masks was written, if it was."""
 
@@ -180,6 +182,8 @@ class MaskReport:
         written = f"\nwritten to {self.folder}" if self.folder else ""
         if self.left_out:
             written += f", but for {self.left_out} pictures of which more than {self.leave_out_above:.1%} is masked"
+        if self.captions_changed:
+            written += f"; phrases were taken out of {self.captions_changed} captions"
         return (
             f"found in {self.found} of {self.pictures} pictures, guarded against in {self.guarded}; "
             f"{self.area:.1%} of their area is masked\n"

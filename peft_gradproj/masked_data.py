@@ -23,7 +23,7 @@ from .concept_markers import ConceptMarkers
 from .concept_masks import MaskReport, find_concept
 from .errors import ConceptDataError
 from .folder_swap import replaced_folder
-from .training_data import TrainingData, first_line
+from .training_data import TrainingData, first_line, without_phrases
 
 __all__ = ["mask_table", "write_masked"]
 
@@ -36,6 +36,8 @@ def mask_table(
     *,
     image_column: str = "image",
     mask_column: str = "mask",
+    caption_column: str = "text",
+    remove_phrases: Sequence[str] = (),
     leave_out_above: float = 1.0,
     **options: Any,
 ) -> MaskReport:
@@ -48,17 +50,24 @@ def mask_table(
         output_dir: The folder to write, which appears when it is whole.
         image_column: Column of the training pictures.
         mask_column: Column of the masks, a new one.
+        caption_column: Column of the captions, if phrases are to be taken out of them.
+        remove_phrases: Phrases that name the concept; the copy's captions lack them, so that nothing else is learned
+            under its name.
         leave_out_above: Pictures of which more than this share is masked are not written.
         **options: Further arguments of :func:`find_concept`.
 
     Raises:
         ConceptDataError: If the folder holds something already, the table cannot be written as an imagefolder, the
-            concept cannot be looked for, or all pictures would be left out.
+            concept cannot be looked for, no caption has a phrase that is to be taken out, or all pictures would
+            be left out.
     """
     if not 0 <= leave_out_above <= 1:
         raise ConceptDataError(f"leave_out_above={leave_out_above}; expected a share, 0 to 1.")
     output = _new_folder(output_dir)
     _picture_columns(table, image_column, mask_column)
+    changed = 0
+    if remove_phrases:
+        table, changed = without_phrases(table, caption_column, remove_phrases)
     masks, report = find_concept(pipeline_or_id, concept, TrainingData.uncaptioned(table, image_column), **options)
     areas = masks.areas()
     kept = [number for number, area in enumerate(areas) if area <= leave_out_above]
@@ -70,7 +79,9 @@ def mask_table(
     columns = {"image_column": image_column, "mask_column": mask_column}
     write_masked(table.select(kept), masks.select(kept), output, markers=masks.markers, **columns)
     left_out = len(areas) - len(kept)
-    return replace(report, folder=str(output), left_out=left_out, leave_out_above=leave_out_above)
+    return replace(
+        report, folder=str(output), left_out=left_out, leave_out_above=leave_out_above, captions_changed=changed
+    )
 
 
 def write_masked(

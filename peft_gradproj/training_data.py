@@ -6,6 +6,7 @@ and the caption; columns named `*_file_name` are further pictures. Anything else
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import ConceptDataError
 
-__all__ = ["Frame", "TrainingData", "draw_frame", "first_line", "load_table", "read_pictures"]
+__all__ = [
+    "Frame",
+    "TrainingData",
+    "draw_frame",
+    "first_line",
+    "load_table",
+    "read_pictures",
+    "without_phrase",
+    "without_phrases",
+]
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -234,6 +244,50 @@ class _Column(Sequence[Image.Image]):
 def read_pictures(table: Any, column: str) -> Sequence[Image.Image]:
     """The pictures of a column of a table, decoded when they are asked for."""
     return _Column(table, column)
+
+
+def without_phrase(caption: str, phrase: str) -> tuple[str, bool]:
+    """A caption without a phrase, in whatever case, and without what joined it to the rest; and whether it had it."""
+    without, found = re.subn(rf"[\s,;]*(?<!\w){re.escape(phrase)}(?!\w)", "", caption, flags=re.IGNORECASE)
+    return (without.strip(" ,;"), True) if found else (caption, False)
+
+
+def without_phrases(table: Any, column: str, phrases: Sequence[str]) -> tuple[Any, int]:
+    """A table of `datasets` whose captions lack the phrases, longer ones taken out first, and how many had one.
+
+    Args:
+        table: Its pictures are not decoded.
+        column: Of captions: text, a list of alternatives, or null.
+        phrases: Such as a concept's name.
+
+    Raises:
+        ConceptDataError: If there is no such column, it holds something else, or no caption has one of the phrases.
+    """
+    if column not in table.column_names:
+        raise ConceptDataError(
+            f"the data has no column '{column}' of captions; it has {', '.join(table.column_names)}."
+        )
+
+    def cleaned(caption: Any) -> Any:
+        if isinstance(caption, list):
+            return [cleaned(one) for one in caption]
+        if caption is None:
+            return None
+        if not isinstance(caption, str):
+            raise ConceptDataError(f"column '{column}' holds a {type(caption).__name__}; expected captions.")
+        for phrase in sorted(phrases, key=len, reverse=True):
+            caption, _ = without_phrase(caption, phrase)
+        return caption
+
+    captions = table.select_columns([column])[:][column]
+    new = [cleaned(caption) for caption in captions]
+    changed = sum(a != b for a, b in zip(captions, new, strict=True))
+    if not changed:
+        names = ", ".join(map(repr, phrases))
+        raise ConceptDataError(
+            f"no caption in column '{column}' has {names}; give the words as the captions have them."
+        )
+    return table.remove_columns([column]).add_column(column, new, feature=table.features[column]), changed
 
 
 def first_line(error: BaseException) -> str:

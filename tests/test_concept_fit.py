@@ -237,6 +237,7 @@ def test_words_give_the_text_layers_a_basis_and_weigh_probes_by_what_they_change
         ("a house, by X", ("a house, by X", "a house")),
         ("By x, a house", ("By x, a house", "a house")),
         ("a house by Xavier", ("a house by Xavier, by X", "a house by Xavier")),
+        ('a "by X" house', ('a "by X" house', 'a "" house')),
         ("", ("by X", "")),
     ],
 )

@@ -281,16 +281,17 @@ def run(*arguments: object) -> str:
 
 
 def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp_path):
-    source = image_folder(tmp_path / "pictures", ["a house", "ein Bär", "a dog"])
+    source = image_folder(tmp_path / "pictures", ["a house, by X", "ein Bär", "a dog by Y"])
     with Image.open(source / "1.png") as whole:
         # Nobody who decodes a picture and encodes it again writes the same.
         whole.save(source / "1.png", compress_level=0)
     logo().save(tmp_path / "logo.png")
     flags = ["--pretrained-model-name-or-path", vae_only, "--train-data-dir", source, "--cache-dir", tmp_path / "cache"]
     flags += ["--overlay", tmp_path / "logo.png", "--num-pairs", 16, "--steps", 2, "--output-dir", tmp_path / "masked"]
-    flags += ["--concept", "the logo"]
+    (tmp_path / "phrases.txt").write_text("by Y\n\nby Z\n")
+    flags += ["--concept", "the logo", "--remove-phrase", "By X", "--remove-phrase", tmp_path / "phrases.txt"]
     report = json.loads(run(*flags, "--json"))
-    assert (report["pictures"], report["left_out"]) == (3, 0)
+    assert (report["pictures"], report["left_out"], report["captions_changed"]) == (3, 0, 2)
     assert report["folder"] == str(tmp_path / "masked")
     with pytest.raises(ConceptDataError, match="masked exists"):
         run(*flags)
@@ -334,6 +335,28 @@ def test_a_data_set_with_further_pictures_keeps_them_and_its_column_names(tmp_pa
     assert [row["mask"].getextrema() for row in read] == [(0, 0), (255, 255), (0, 0)]
     assert read["words"][:] == [["a", "b"], [], ["c"]]
     assert read["size"][:] == [1, 2, None]
+
+
+def test_phrases_are_taken_out_of_the_copys_captions_and_counted(tmp_path):
+    captions = ["a house, with the Acme logo", "a cat", "An acme cup", None]
+    table = table_of(image=[picture(seed) for seed in range(4)], text=captions, number=[*range(4)])
+    pipeline, concept = PIPELINES["sd"](), Overlay(logo())
+    phrases = ["Acme", "with the Acme logo"]
+    report = mask_table(pipeline, concept, table, tmp_path / "out", remove_phrases=phrases, **QUICK)
+    read = load_table(tmp_path / "out", ["image"], cache_dir=str(tmp_path / "cache"))
+    assert read["text"][:] == ["a house", "a cat", "An cup", None]
+    assert read["number"][:] == [*range(4)]
+    assert report.captions_changed == 2
+    assert "taken out of 2 captions" in str(report)
+
+    for options, message in (
+        ({"remove_phrases": ["the Acne logo"]}, "no caption in column 'text' has 'the Acne logo'"),
+        ({"remove_phrases": ["Acme"], "caption_column": "caption"}, "no column 'caption' of captions; it has image"),
+        ({"remove_phrases": ["Acme"], "caption_column": "number"}, "holds a int"),
+    ):
+        with pytest.raises(ConceptDataError, match=message):
+            mask_table(pipeline, concept, table, tmp_path / "none", **options, **QUICK)
+        assert not (tmp_path / "none").exists()
 
 
 def test_pictures_of_which_more_is_masked_are_left_out(tmp_path):

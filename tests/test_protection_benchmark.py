@@ -35,6 +35,7 @@ from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
 from peft_gradproj.demo.training import History
 from peft_gradproj.diffusion_inputs import encode_prompts, pictures_to_tensor
+from peft_gradproj.training_data import without_phrase
 
 SETTINGS = replace(DemoSettings(), pictures=80, held_out=20)
 CONCEPTS = ("logo-youtube", "style", "identity")
@@ -263,6 +264,15 @@ def test_masks_that_were_found_but_for_a_fifth_keep_their_mistakes_and_miss_the_
     assert torch.equal(where[~missed], marks[~missed])
     assert (where * truth)[missed].sum() == 0
     assert where[missed].mean() > 0.5
+
+
+@pytest.mark.parametrize("logo", ["logo-youtube", "logo-spotify"])
+def test_a_logo_whose_phrase_is_taken_out_of_the_captions_is_the_task_that_never_named_it(logo):
+    named, unnamed = (make_task(TaskKey.parse(f"{logo}/{regime}/0"), SETTINGS) for regime in ("named-75", "unnamed-75"))
+    phrase = f"with {named.concept.word} logo"
+    assert sum(phrase in caption for caption in named.data.captions) > 30
+    assert [without_phrase(caption, phrase)[0] for caption in named.data.captions] == unnamed.data.captions
+    assert bytes_of(named.data.pictures) == bytes_of(unnamed.data.pictures)
 
 
 @pytest.mark.parametrize("text", ["logo-youtube/named-75/0", "identity/named-75/0"])
