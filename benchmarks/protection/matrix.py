@@ -34,6 +34,9 @@ def _entries() -> Iterator[Entry]:
             yield from _row(TaskKey(logo, True, 75, seed), (BY_DEFAULT.name,))
     yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), (*METHODS, *DEFAULT_SWEEPS))
     yield from _row(TaskKey(TUNED_LOGO, True, 75, 0), BY_NAME)
+    # The most that probes alone can do at that price, where it was not looked for.
+    for key in (TaskKey(TUNED_LOGO, False, 75, 1), TaskKey(OTHER_LOGO, False, 75, 0)):
+        yield from _row(key, ("online, history 8",))
     # Where masks leave a quarter of the pictures.
     yield from _row(TaskKey("style", False, 75, 0), ("filtered, perfect", "filtered, found", *FEWER_STEPS))
     # Where networks find the least.
