@@ -93,6 +93,8 @@ def _run_script(script: str, arguments: Sequence[str], *, module: bool) -> None:
     sys.argv = [script, *arguments]
     try:
         if module:
+            # `python -m` looks in the current folder first; the `gradproj` command has that of the command there.
+            sys.path.insert(0, os.getcwd())
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, str(Path(script).resolve().parent))

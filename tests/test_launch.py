@@ -112,6 +112,18 @@ def test_a_script_that_adds_no_lora_ends_with_an_error(tmp_path):
         launch(str(tmp_path / "absent.py"), concept_basis=basis)
 
 
+def test_a_module_of_the_current_folder_is_found_as_by_python_m(tmp_path, monkeypatch):
+    (tmp_path / "own_module.py").write_text("import sys\nassert sys.argv[1:] == ['--rank', '4']\nsys.exit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    # As in the `gradproj` command, which is no `python -m`.
+    path = [entry for entry in sys.path if entry not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", path)
+    with pytest.raises(SystemExit) as end:
+        launch("own_module", ["--rank", "4"], module=True, concept_basis=basis_for(tiny_unet(), UNET_TARGETS))
+    assert end.value.code == 3
+    assert sys.path == path
+
+
 def test_a_script_that_fails_fails_with_its_own_status(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("import sys\nsys.exit(3)\n")
