@@ -314,6 +314,13 @@ class _Crop:
         generator = np.random.default_rng([self.seed, 2, index])
         return draw_frame(picture.size, self.side, center=self.center, generator=generator)
 
+    def place(self, mask: Image.Image, index: int) -> tuple[int, int, int, int]:
+        """One of the pixels that a mask marks, as a box."""
+        rows, columns = np.nonzero(np.asarray(mask))
+        chosen = np.random.default_rng([self.seed, 4, index]).integers(len(rows))
+        left, top = int(columns[chosen]), int(rows[chosen])
+        return left, top, left + 1, top + 1
+
 
 class _Examples(ABC):
     """Endless examples, each made when it is asked for; the same index always gives the same one."""
@@ -416,8 +423,11 @@ class _SetExamples(_Examples):
         frame = self._crop.frame(pair.with_concept, index)
         mask = frame.apply(pair.mask, mask=True)
         if mask.getbbox() is None:
-            # The crop has lost the concept; one around the middle of the mask has not.
-            frame = _around(pair.mask, self._crop.side)
+            # The crop has lost the concept; one around the middle of the mask has not, if it is in one place.
+            frame = _around(pair.mask, pair.mask.getbbox(), self._crop.side)
+            mask = frame.apply(pair.mask, mask=True)
+        if mask.getbbox() is None:
+            frame = _around(pair.mask, self._crop.place(pair.mask, index), self._crop.side)
             mask = frame.apply(pair.mask, mask=True)
         if mask.getbbox() is None:
             raise ConceptDataError(
@@ -427,8 +437,8 @@ class _SetExamples(_Examples):
         return ConceptExample(frame.apply(pair.with_concept), pair.prompt, frame, without, mask=mask)
 
 
-def _around(mask: Image.Image, side: int) -> Frame:
-    box: Any = mask.getbbox()
+def _around(mask: Image.Image, box: Any, side: int) -> Frame:
+    """The square whose middle is that of a box (left, upper, right, lower), as far as the picture goes."""
     scale = side / min(mask.size)
 
     def corner(low: int, high: int, length: int) -> int:

@@ -27,7 +27,7 @@ from peft_gradproj import (
     verify_adapter,
 )
 from peft_gradproj.cli import app
-from peft_gradproj.concept_fit import _with_and_without, load_concept
+from peft_gradproj.concept_fit import _with_and_without, iter_concept_examples, load_concept
 from peft_gradproj.concepts import Overlay, nth_of_shuffles
 from peft_gradproj.errors import ConceptDataError
 from peft_gradproj.pipelines import PipelineFamily
@@ -307,6 +307,21 @@ def test_a_crop_that_loses_the_concept_is_moved_to_it():
     options = {**SMALL, "num_pairs": 4, "center_crop": True, "target_modules": ["to_out.0"]}
     _, probes, _ = fit_concept(PIPELINES["sd"](), concept, data(), **options)
     assert (probes.weights.amax((1, 2, 3)) == 1).all()
+
+
+def test_a_concept_in_two_corners_of_a_wide_picture_is_in_every_crop():
+    without = [Image.new("RGB", (4 * SIDE, SIDE), (200, 200, seed)) for seed in range(3)]
+    pictures = [picture.copy() for picture in without]
+    for shown in pictures:
+        for left in (0, 4 * SIDE - 8):
+            shown.paste((255, 0, 0), (left, 20, left + 8, 30))
+    concept = ConceptSet.from_pairs(pictures, without, [""] * 3)
+    examples = [*iter_concept_examples(concept, count=32, resolution=SIDE)]
+    for example in examples:
+        assert example.picture.getcolors() != example.without.getcolors()
+        assert example.mask.getbbox() is not None
+    # Either place, also by crops that were moved.
+    assert {example.frame.left < 2 * SIDE for example in examples} == {True, False}
 
 
 # From files
