@@ -239,6 +239,8 @@ def test_words_give_the_text_layers_a_basis_and_weigh_probes_by_what_they_change
         ("a house by Xavier", ("a house by Xavier, by X", "a house by Xavier")),
         ('a "by X" house', ('a "by X" house', 'a "" house')),
         ("", ("by X", "")),
+        ("a house by\nX", ("a house by\nX", "a house")),
+        ("a house, by  X, old", ("a house, by  X, old", "a house, old")),
     ],
 )
 def test_captions_with_and_without_words(caption, expected):
