@@ -655,7 +655,8 @@ def read_phrases(prompt: str) -> list[str]:
         ConceptDataError: If nothing is left, or the file cannot be read.
     """
     try:
-        lines = Path(prompt).read_text(encoding="utf-8").splitlines() if os.path.isfile(prompt) else [prompt]
+        # Some editors begin a file with a byte order mark, which no caption has.
+        lines = Path(prompt).read_text(encoding="utf-8-sig").splitlines() if os.path.isfile(prompt) else [prompt]
     except (OSError, UnicodeDecodeError) as error:
         raise ConceptDataError(f"the file of prompts {prompt} cannot be read: {error}") from error
     found = [line.strip() for line in lines if line.strip()]

@@ -342,7 +342,7 @@ def test_forms_of_a_concept_are_told_apart(tmp_path):
     picture(0).save(tmp_path / "opaque.png")
     with pytest.raises(ConceptDataError, match="alpha channel"):
         load_concept(overlay=tmp_path / "opaque.png")
-    (tmp_path / "words.txt").write_text("by X\n\n in the style of Y \n")
+    (tmp_path / "words.txt").write_text("\ufeffby X\n\n in the style of Y \n", encoding="utf-8")
     assert load_concept(prompts=[str(tmp_path / "words.txt"), "Z"]) == ["by X", "in the style of Y", "Z"]
     # Too long for the name of a file.
     assert load_concept(prompts=["x" * 300]) == ["x" * 300]
