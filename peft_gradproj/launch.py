@@ -265,7 +265,9 @@ class LaunchedRun:
         from huggingface_hub import HfApi, hf_api
         from transformers.integrations.peft import PeftAdapterMixin as TransformersMixin
 
-        yield peft, "get_peft_model", self._adding
+        # Where it is exported, and where it is defined, which some import it from.
+        for module in (peft, peft.mapping_func):
+            yield module, "get_peft_model", self._adding
         yield peft.PeftModel, "from_pretrained", self._resuming
         yield TransformersMixin, "add_adapter", self._adding
         yield hf_api, "upload_folder", self._uploading

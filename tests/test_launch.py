@@ -291,6 +291,18 @@ def test_weights_under_another_name_are_kept_with_a_warning_instead_of_a_manifes
     assert not (tmp_path / "gradproj.json").exists()
 
 
+def test_get_peft_model_is_watched_wherever_it_is_imported_from():
+    model = tiny_llama()
+    run = run_for(concept_basis=basis_for(model, LLAMA_TARGETS))
+    with run.watching():
+        # As a script does, which runs in here.
+        from peft.mapping_func import get_peft_model as imported
+
+        adapted = imported(model, LoraConfig(r=4, target_modules=LLAMA_TARGETS))
+    assert isinstance(adapted.peft_config["default"], GradProjConfig)
+    run.check("train.py")
+
+
 def test_everything_is_unwrapped_after_the_run():
     import peft
     from diffusers.loaders.lora_base import LoraBaseMixin
@@ -300,6 +312,7 @@ def test_everything_is_unwrapped_after_the_run():
     def functions():
         return (
             peft.get_peft_model,
+            peft.mapping_func.get_peft_model,
             PeftModel.from_pretrained.__func__,
             PreTrainedModel.add_adapter,
             PeftAdapterMixin.add_adapter,
