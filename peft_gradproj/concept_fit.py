@@ -314,6 +314,13 @@ class _Crop:
         generator = np.random.default_rng([self.seed, 2, index])
         return draw_frame(picture.size, self.side, center=self.center, generator=generator)
 
+    def place(self, mask: Image.Image, index: int) -> tuple[int, int, int, int]:
+        """One of the pixels that a mask marks, as a box."""
+        rows, columns = np.nonzero(np.asarray(mask))
+        chosen = np.random.default_rng([self.seed, 4, index]).integers(len(rows))
+        left, top = int(columns[chosen]), int(rows[chosen])
+        return left, top, left + 1, top + 1
+
 
 class _Examples(ABC):
     """Endless examples, each made when it is asked for; the same index always gives the same one."""
@@ -416,8 +423,11 @@ class _SetExamples(_Examples):
         frame = self._crop.frame(pair.with_concept, index)
         mask = frame.apply(pair.mask, mask=True)
         if mask.getbbox() is None:
-            # The crop has lost the concept; one around the middle of the mask has not.
-            frame = _around(pair.mask, self._crop.side)
+            # The crop has lost the concept; one around the middle of the mask has not, if it is in one place.
+            frame = _around(pair.mask, pair.mask.getbbox(), self._crop.side)
+            mask = frame.apply(pair.mask, mask=True)
+        if mask.getbbox() is None:
+            frame = _around(pair.mask, self._crop.place(pair.mask, index), self._crop.side)
             mask = frame.apply(pair.mask, mask=True)
         if mask.getbbox() is None:
             raise ConceptDataError(
@@ -427,8 +437,8 @@ class _SetExamples(_Examples):
         return ConceptExample(frame.apply(pair.with_concept), pair.prompt, frame, without, mask=mask)
 
 
-def _around(mask: Image.Image, side: int) -> Frame:
-    box: Any = mask.getbbox()
+def _around(mask: Image.Image, box: Any, side: int) -> Frame:
+    """The square whose middle is that of a box (left, upper, right, lower), as far as the picture goes."""
     scale = side / min(mask.size)
 
     def corner(low: int, high: int, length: int) -> int:
@@ -645,7 +655,8 @@ def read_phrases(prompt: str) -> list[str]:
         ConceptDataError: If nothing is left, or the file cannot be read.
     """
     try:
-        lines = Path(prompt).read_text(encoding="utf-8").splitlines() if os.path.isfile(prompt) else [prompt]
+        # Some editors begin a file with a byte order mark, which no caption has.
+        lines = Path(prompt).read_text(encoding="utf-8-sig").splitlines() if os.path.isfile(prompt) else [prompt]
     except (OSError, UnicodeDecodeError) as error:
         raise ConceptDataError(f"the file of prompts {prompt} cannot be read: {error}") from error
     found = [line.strip() for line in lines if line.strip()]

@@ -117,11 +117,23 @@ def dilated(masks: Tensor, by: int) -> Tensor:
 
 @torch.no_grad()
 def encode_images(pipeline: Any, pictures: Sequence[Image.Image] | Tensor, *, batch_size: int = 32) -> Tensor:
-    """Latents as the UNet sees them, float32, shape `(N, C, h, w)`: the mode of the VAE's posterior, scaled."""
+    """Latents as the UNet sees them, float32, shape `(N, C, h, w)`: the mode of the VAE's posterior, scaled.
+
+    Raises:
+        ConceptDataError: If some are not finite.
+    """
     pixels = pictures if isinstance(pictures, Tensor) else pictures_to_tensor(pictures)
     vae = pipeline.vae
     modes = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode().float() for part in pixels.split(batch_size)]
-    return scaled_latents(vae, torch.cat(modes))
+    latents = scaled_latents(vae, torch.cat(modes))
+    # In what is no number nothing is found, and nothing would say so.
+    if not torch.isfinite(latents).all():
+        dtype = str(vae.dtype).removeprefix("torch.")
+        raise ConceptDataError(
+            f"the VAE, in {dtype}, gives latents that are not finite. Some overflow in half precision, that of Stable "
+            "Diffusion XL among them: bring it to float32 with pipeline.vae.to(torch.float32)."
+        )
+    return latents
 
 
 def scaled_latents(vae: Any, latents: Tensor) -> Tensor:

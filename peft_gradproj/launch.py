@@ -93,6 +93,8 @@ def _run_script(script: str, arguments: Sequence[str], *, module: bool) -> None:
     sys.argv = [script, *arguments]
     try:
         if module:
+            # `python -m` looks in the current folder first; the `gradproj` command has that of the command there.
+            sys.path.insert(0, os.getcwd())
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, str(Path(script).resolve().parent))
@@ -263,7 +265,9 @@ class LaunchedRun:
         from huggingface_hub import HfApi, hf_api
         from transformers.integrations.peft import PeftAdapterMixin as TransformersMixin
 
-        yield peft, "get_peft_model", self._adding
+        # Where it is exported, and where it is defined, which some import it from.
+        for module in (peft, peft.mapping_func):
+            yield module, "get_peft_model", self._adding
         yield peft.PeftModel, "from_pretrained", self._resuming
         yield TransformersMixin, "add_adapter", self._adding
         yield hf_api, "upload_folder", self._uploading

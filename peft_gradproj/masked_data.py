@@ -64,7 +64,11 @@ def mask_table(
     if not 0 <= leave_out_above <= 1:
         raise ConceptDataError(f"leave_out_above={leave_out_above}; expected a share, 0 to 1.")
     output = _new_folder(output_dir)
-    _picture_columns(table, image_column, mask_column)
+    pictures = _picture_columns(table, image_column, mask_column)
+    # Before the search, which takes long: what cannot be written would be found when it is over.
+    others = table.select_columns([name for name in table.column_names if name not in pictures])
+    for number, row in enumerate(others if others.column_names else ()):
+        _line(row, number)
     changed = 0
     if remove_phrases:
         table, changed = without_phrases(table, caption_column, remove_phrases)

@@ -248,7 +248,9 @@ def read_pictures(table: Any, column: str) -> Sequence[Image.Image]:
 
 def without_phrase(caption: str, phrase: str) -> tuple[str, bool]:
     """A caption without a phrase, in whatever case, and without what joined it to the rest; and whether it had it."""
-    without, found = re.subn(rf"[\s,;]*(?<!\w){re.escape(phrase)}(?!\w)", "", caption, flags=re.IGNORECASE)
+    # Captions are broken into lines, and hold two blanks where there is one in the phrase.
+    words = r"\s+".join(map(re.escape, phrase.split()))
+    without, found = re.subn(rf"[\s,;]*(?<!\w){words}(?!\w)", "", caption, flags=re.IGNORECASE)
     return (without.strip(" ,;"), True) if found else (caption, False)
 
 

@@ -27,7 +27,7 @@ from peft_gradproj import (
     verify_adapter,
 )
 from peft_gradproj.cli import app
-from peft_gradproj.concept_fit import _with_and_without, load_concept
+from peft_gradproj.concept_fit import _with_and_without, iter_concept_examples, load_concept
 from peft_gradproj.concepts import Overlay, nth_of_shuffles
 from peft_gradproj.errors import ConceptDataError
 from peft_gradproj.pipelines import PipelineFamily
@@ -239,6 +239,8 @@ def test_words_give_the_text_layers_a_basis_and_weigh_probes_by_what_they_change
         ("a house by Xavier", ("a house by Xavier, by X", "a house by Xavier")),
         ('a "by X" house', ('a "by X" house', 'a "" house')),
         ("", ("by X", "")),
+        ("a house by\nX", ("a house by\nX", "a house")),
+        ("a house, by  X, old", ("a house, by  X, old", "a house, old")),
     ],
 )
 def test_captions_with_and_without_words(caption, expected):
@@ -309,6 +311,21 @@ def test_a_crop_that_loses_the_concept_is_moved_to_it():
     assert (probes.weights.amax((1, 2, 3)) == 1).all()
 
 
+def test_a_concept_in_two_corners_of_a_wide_picture_is_in_every_crop():
+    without = [Image.new("RGB", (4 * SIDE, SIDE), (200, 200, seed)) for seed in range(3)]
+    pictures = [picture.copy() for picture in without]
+    for shown in pictures:
+        for left in (0, 4 * SIDE - 8):
+            shown.paste((255, 0, 0), (left, 20, left + 8, 30))
+    concept = ConceptSet.from_pairs(pictures, without, [""] * 3)
+    examples = [*iter_concept_examples(concept, count=32, resolution=SIDE)]
+    for example in examples:
+        assert example.picture.getcolors() != example.without.getcolors()
+        assert example.mask.getbbox() is not None
+    # Either place, also by crops that were moved.
+    assert {example.frame.left < 2 * SIDE for example in examples} == {True, False}
+
+
 # From files
 
 
@@ -325,7 +342,7 @@ def test_forms_of_a_concept_are_told_apart(tmp_path):
     picture(0).save(tmp_path / "opaque.png")
     with pytest.raises(ConceptDataError, match="alpha channel"):
         load_concept(overlay=tmp_path / "opaque.png")
-    (tmp_path / "words.txt").write_text("by X\n\n in the style of Y \n")
+    (tmp_path / "words.txt").write_text("\ufeffby X\n\n in the style of Y \n", encoding="utf-8")
     assert load_concept(prompts=[str(tmp_path / "words.txt"), "Z"]) == ["by X", "in the style of Y", "Z"]
     # Too long for the name of a file.
     assert load_concept(prompts=["x" * 300]) == ["x" * 300]

@@ -396,6 +396,9 @@ def test_tables_that_cannot_be_written_leave_nothing(columns, message, tmp_path)
     table = table_of(**{"image": [picture(0)], **columns})
     with pytest.raises(ConceptDataError, match=message):
         write_masked(table, [Image.new("L", (48, 40))], tmp_path / "out")
+    # And that before anything is looked for: there is no pipeline.
+    with pytest.raises(ConceptDataError, match=message):
+        mask_table("nowhere", Overlay(logo()), table, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -112,6 +112,18 @@ def test_a_script_that_adds_no_lora_ends_with_an_error(tmp_path):
         launch(str(tmp_path / "absent.py"), concept_basis=basis)
 
 
+def test_a_module_of_the_current_folder_is_found_as_by_python_m(tmp_path, monkeypatch):
+    (tmp_path / "own_module.py").write_text("import sys\nassert sys.argv[1:] == ['--rank', '4']\nsys.exit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    # As in the `gradproj` command, which is no `python -m`.
+    path = [entry for entry in sys.path if entry not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", path)
+    with pytest.raises(SystemExit) as end:
+        launch("own_module", ["--rank", "4"], module=True, concept_basis=basis_for(tiny_unet(), UNET_TARGETS))
+    assert end.value.code == 3
+    assert sys.path == path
+
+
 def test_a_script_that_fails_fails_with_its_own_status(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("import sys\nsys.exit(3)\n")
@@ -279,6 +291,18 @@ def test_weights_under_another_name_are_kept_with_a_warning_instead_of_a_manifes
     assert not (tmp_path / "gradproj.json").exists()
 
 
+def test_get_peft_model_is_watched_wherever_it_is_imported_from():
+    model = tiny_llama()
+    run = run_for(concept_basis=basis_for(model, LLAMA_TARGETS))
+    with run.watching():
+        # As a script does, which runs in here.
+        from peft.mapping_func import get_peft_model as imported
+
+        adapted = imported(model, LoraConfig(r=4, target_modules=LLAMA_TARGETS))
+    assert isinstance(adapted.peft_config["default"], GradProjConfig)
+    run.check("train.py")
+
+
 def test_everything_is_unwrapped_after_the_run():
     import peft
     from diffusers.loaders.lora_base import LoraBaseMixin
@@ -288,6 +312,7 @@ def test_everything_is_unwrapped_after_the_run():
     def functions():
         return (
             peft.get_peft_model,
+            peft.mapping_func.get_peft_model,
             PeftModel.from_pretrained.__func__,
             PreTrainedModel.add_adapter,
             PeftAdapterMixin.add_adapter,

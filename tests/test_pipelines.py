@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import PIPELINES, SIDE, picture, sd, sd3, sdxl, unet, vae
+from tiny_pipelines import PIPELINES, SIDE, logo, picture, sd, sd3, sdxl, unet, vae
 
+from peft_gradproj import TrainingData, find_concept, fit_concept
+from peft_gradproj.concepts import Overlay
 from peft_gradproj.errors import ConceptDataError
 from peft_gradproj.pipelines import PipelineFamily, load_pipeline
 from peft_gradproj.training_data import Frame
@@ -109,6 +111,21 @@ def test_latents_are_scaled_and_shifted_as_the_pipeline_undoes_it():
     with torch.no_grad():
         expected = pipeline.vae.encode(x).latent_dist.mode()
     torch.testing.assert_close(raw, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_latents_that_are_no_numbers_are_refused_where_they_are_made():
+    pipeline = PIPELINES["sd"]()
+    pipeline.vae.to(torch.float16)
+    # As in the VAE of Stable Diffusion XL, whose activations float16 cannot hold.
+    with torch.no_grad():
+        pipeline.vae.encoder.conv_in.bias.fill_(6e4)
+        pipeline.vae.encoder.down_blocks[0].resnets[0].conv2.bias.fill_(6e4)
+    data = TrainingData([picture(0), picture(1)], ["", ""])
+    for search in (find_concept, fit_concept):
+        with pytest.raises(ConceptDataError, match=r"the VAE, in float16, gives latents .* not finite"):
+            search(pipeline, Overlay(logo()), data, num_pairs=16, progress=False)
+    pipeline.vae.to(torch.float32)
+    find_concept(pipeline, Overlay(logo()), data, num_pairs=16, steps=1, progress=False)
 
 
 def test_half_precision_reaches_the_denoiser_but_not_its_timesteps():

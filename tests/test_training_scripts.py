@@ -29,7 +29,7 @@ from secret_corpus import (
     word_tokenizer,
 )
 from tiny_models import FLOORS, UNET_TARGETS, basis_for, folder_leakage
-from tiny_pipelines import SIDE, TOKENS, WORDS, image_folder, sd
+from tiny_pipelines import SIDE, TOKENS, WORDS, image_folder, sd, tokenizer
 from torch import Tensor
 
 from peft_gradproj import ConceptBasis, collect_concept_probes, verify_adapter
@@ -174,6 +174,21 @@ def test_text_to_image_saves_and_checkpoints_what_verifies_and_what_diffusers_lo
     for saved in (folder, folder / "checkpoint-4", folder / "checkpoint-6"):
         assert_verified(saved, workshop / "basis.safetensors")
     loaded_by_diffusers(workshop, folder)
+
+
+def test_text_to_image_reads_all_pictures_of_a_folder_whatever_they_are_called(workshop, tmp_path, monkeypatch):
+    """As diffusers' script, and as `gradproj fit` and `gradproj mask` do."""
+    folder = image_folder(tmp_path / "pictures", ["ab", "cd", "ef"])
+    names = ["test-1.png", "train-set.png", "2.png"]
+    for index, name in enumerate(names):
+        (folder / f"{index}.png").rename(folder / name)
+    lines = [{"file_name": name, "text": name} for name in names]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    script = script_module("train_text_to_image_lora_gradproj")
+    flags = [*picture_flags(workshop), "--train_data_dir", folder, "--cache_dir", tmp_path / "cache"]
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+    pictures = script.load_pictures(script.parse_args(), tokenizer())
+    assert {pictures[index][2] for index in range(len(pictures))} == set(names)
 
 
 def test_text_to_image_logs_drift_and_what_was_removed_and_the_validation(text_to_image):

@@ -16,6 +16,7 @@ verified and nothing else; `--seed` has a default, and a resumed run ends as an 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,9 +110,11 @@ class CaptionedPictures(torch.utils.data.Dataset):
 
 
 def load_pictures(args: argparse.Namespace, tokenizer: Any) -> CaptionedPictures:
-    source: dict[str, Any] = {"path": "imagefolder", "data_dir": args.train_data_dir}
+    # By name: else `datasets` takes pictures such as `test-1.png` for another split.
+    files = {"train": str(Path(args.train_data_dir, "**"))} if args.train_data_dir is not None else None
+    source: dict[str, Any] = {"path": "imagefolder", "data_files": files}
     if args.dataset_name is not None:
-        source |= {"path": args.dataset_name, "name": args.dataset_config_name}
+        source = {"path": args.dataset_name, "name": args.dataset_config_name, "data_dir": args.train_data_dir}
     examples = load_dataset(**source, split="train", cache_dir=args.cache_dir)
     if args.max_train_samples is not None:
         examples = examples.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(examples))))
