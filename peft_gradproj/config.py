@@ -38,6 +38,10 @@ class GradProjConfig(LoraConfig):
     `modules_to_save`, trainable tokens or parameters, LoRA variants, initialisations that change the base model, and
     the task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS, for which PEFT trains the model's head.
 
+    The defaults are meant for probes beside masks, under which the loss does not count where the concept is. Without
+    masks they keep next to nothing out of pictures; take `probe_every=4, probe_batch_size=8, probe_history=8`, which
+    keep out most of it, at a cost (docs/limits.md).
+
     Args:
         concept_basis (`ConceptBasis`, path or Hub id, *optional*):
             Per adapted layer, the subspaces that the adapter must not touch (subspace projection).
