@@ -51,7 +51,7 @@ def mask_table(
         image_column: Column of the training pictures.
         mask_column: Column of the masks, a new one.
         caption_column: Column of the captions, if phrases are to be taken out of them.
-        remove_phrases: Phrases that name the concept; the copy's captions lack them, so that nothing else is learned
+        remove_phrases: One or more that name the concept; the copy's captions lack them, so that nothing else is learned
             under its name.
         leave_out_above: Pictures of which more than this share is masked are not written.
         **options: Further arguments of :func:`find_concept`.
@@ -71,7 +71,8 @@ def mask_table(
         _line(row, number)
     changed = 0
     if remove_phrases:
-        table, changed = without_phrases(table, caption_column, remove_phrases)
+        phrases = [remove_phrases] if isinstance(remove_phrases, str) else remove_phrases
+        table, changed = without_phrases(table, caption_column, phrases)
     masks, report = find_concept(pipeline_or_id, concept, TrainingData.uncaptioned(table, image_column), **options)
     areas = masks.areas()
     kept = [number for number, area in enumerate(areas) if area <= leave_out_above]
