@@ -37,7 +37,7 @@ def mask_table(
     image_column: str = "image",
     mask_column: str = "mask",
     caption_column: str = "text",
-    remove_phrases: Sequence[str] = (),
+    remove_phrases: str | Sequence[str] = (),
     leave_out_above: float = 1.0,
     **options: Any,
 ) -> MaskReport:
@@ -51,8 +51,8 @@ def mask_table(
         image_column: Column of the training pictures.
         mask_column: Column of the masks, a new one.
         caption_column: Column of the captions, if phrases are to be taken out of them.
-        remove_phrases: One or more that name the concept; the copy's captions lack them, so that nothing else is learned
-            under its name.
+        remove_phrases: One or more that name the concept; the copy's captions lack them, so that nothing else is
+            learned under its name.
         leave_out_above: Pictures of which more than this share is masked are not written.
         **options: Further arguments of :func:`find_concept`.
 

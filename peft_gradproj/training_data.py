@@ -250,8 +250,15 @@ def without_phrase(caption: str, phrase: str) -> tuple[str, bool]:
     """A caption without a phrase, in whatever case, and without what joined it to the rest; and whether it had it."""
     # Captions are broken into lines, and hold two blanks where there is one in the phrase.
     words = r"\s+".join(map(re.escape, phrase.split()))
-    without, found = re.subn(rf"[\s,;]*(?<!\w){words}(?!\w)", "", caption, flags=re.IGNORECASE)
+    before = r"(?<!\w)" if _ends_words(phrase[:1]) else ""
+    after = r"(?!\w)" if _ends_words(phrase[-1:]) else ""
+    without, found = re.subn(rf"[\s,;]*{before}{words}{after}", "", caption, flags=re.IGNORECASE)
     return (without.strip(" ,;"), True) if found else (caption, False)
+
+
+def _ends_words(letter: str) -> bool:
+    """Whether blanks stand between its words: not so in scripts without upper and lower case, as a rule."""
+    return letter.isascii() or letter.lower() != letter.upper()
 
 
 def without_phrases(table: Any, column: str, phrases: Sequence[str]) -> tuple[Any, int]:

@@ -31,6 +31,7 @@ from peft_gradproj.concept_fit import _with_and_without, iter_concept_examples, 
 from peft_gradproj.concepts import Overlay, nth_of_shuffles
 from peft_gradproj.errors import ConceptDataError
 from peft_gradproj.pipelines import PipelineFamily
+from peft_gradproj.training_data import without_phrase
 
 CAPTIONS = ["a house", "a tree", "a red hat", "a dog", "two cats"]
 SMALL = {"num_pairs": 8, "num_probes": 6, "rank": 2, "batch_size": 4, "progress": False}
@@ -324,6 +325,10 @@ def test_a_concept_in_two_corners_of_a_wide_picture_is_in_every_crop():
         assert example.mask.getbbox() is not None
     # Either place, also by crops that were moved.
     assert {example.frame.left < 2 * SIDE for example in examples} == {True, False}
+
+
+def test_phrases_are_found_in_scripts_without_blanks():
+    assert without_phrase("桌上有宏碁标志的杯子", "宏碁标志") == ("桌上有的杯子", True)
 
 
 # From files
