@@ -441,6 +441,23 @@ def test_adapters_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
             locate_adapter(wrong)
 
 
+@pytest.mark.parametrize("option", [{"bias": "all"}, {"modules_to_save": ["conv_out"]}, {"init_lora_weights": "pissa"}])
+def test_an_adapter_that_would_stay_on_the_base_is_refused_before_it_is_put_there(option, tmp_path):
+    trained = get_peft_model(PIPELINES["sd"]().unet, LoraConfig(r=4, target_modules=["to_k", "to_out.0"], **option))
+    for parameter in trained.parameters():
+        parameter.data += 0.1 * parameter.requires_grad
+    trained.save_pretrained(tmp_path)
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    before = {name: value.clone() for name, value in family.denoiser.state_dict().items()}
+    with (
+        pytest.raises(BehaviourError, match=f"changes the base model itself .{next(iter(option))}"),
+        adapter_on(family, locate_adapter(tmp_path)),
+    ):
+        pass
+    assert family.denoiser.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in family.denoiser.state_dict().items())
+
+
 # Whole evaluations
 
 
