@@ -441,6 +441,22 @@ def test_adapters_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
             locate_adapter(wrong)
 
 
+@pytest.mark.parametrize(("old", "new"), [("base_model.model.", "base_model.model.unet."), ("attn1", "attn9")])
+def test_an_adapter_whose_tensors_find_no_layer_is_refused_and_not_measured_as_none(old, new, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    get_peft_model(PIPELINES["sd"]().unet, LoraConfig(r=4, target_modules=["to_k"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace(old, new): value for name, value in load_file(path).items()}, path)
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    with (
+        pytest.raises(BehaviourError, match=r"tensors are not in the file, and .* of the file not in the model"),
+        adapter_on(family, locate_adapter(path)),
+    ):
+        pass
+    assert not any("lora" in name for name in family.denoiser.state_dict())
+
+
 @pytest.mark.parametrize("option", [{"bias": "all"}, {"modules_to_save": ["conv_out"]}, {"init_lora_weights": "pissa"}])
 def test_an_adapter_that_would_stay_on_the_base_is_refused_before_it_is_put_there(option, tmp_path):
     trained = get_peft_model(PIPELINES["sd"]().unet, LoraConfig(r=4, target_modules=["to_k", "to_out.0"], **option))

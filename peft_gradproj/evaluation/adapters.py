@@ -154,15 +154,23 @@ def _check_comes_off(adapter: AdapterFile) -> None:
 
 def _load(family: PipelineFamily, adapter: AdapterFile) -> None:
     folder, name = str(adapter.path.parent), adapter.path.name
-    if name == WEIGHT_NAMES[0]:
-        from peft import PeftModel
-
-        PeftModel.from_pretrained(family.denoiser, folder, adapter_name=_ADAPTER)
-        return
     from safetensors import safe_open
 
     with safe_open(adapter.path, framework="pt") as file:
-        roots = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118  # it is no mapping
+        keys = set(file.keys())
+    if name == WEIGHT_NAMES[0]:
+        from peft import PeftModel, get_peft_model_state_dict
+
+        model = PeftModel.from_pretrained(family.denoiser, folder, adapter_name=_ADAPTER)
+        loaded = set(get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False))
+        if keys != loaded:
+            # PEFT lets them pass: layers that the file lacks keep their start, which does nothing.
+            raise ValueError(
+                f"{len(loaded - keys)} tensors are not in the file, and {len(keys - loaded)} of the file not in the "
+                f"model, such as {min(keys ^ loaded)}"
+            )
+        return
+    roots = {key.partition(".")[0] for key in keys}
     if roots <= {child for child, _ in family.denoiser.named_children()}:
         family.denoiser.load_lora_adapter(folder, prefix=None, adapter_name=_ADAPTER, weight_name=name)
     else:
