@@ -93,7 +93,7 @@ def tiny_clip(folder: Path) -> str:
     return str(folder)
 
 
-def pooling_onnx(path: Path, *, of_bytes: bool) -> Path:
+def pooling_onnx(path: Path, *, of_bytes: bool, batch: int | str = "n") -> Path:
     """8 x 8 means of each channel, of bytes `(n, h, w, 3)` or of floats `(n, 3, 96, 96)`."""
     nodes, name = [], "image"
     if of_bytes:
@@ -108,13 +108,13 @@ def pooling_onnx(path: Path, *, of_bytes: bool) -> Path:
         helper.make_node("AveragePool", [name], ["cells"], kernel_shape=window, strides=window),
         helper.make_node("Flatten", ["cells"], ["embedding"]),
     ]
-    shape = ["n", "h", "w", 3] if of_bytes else ["n", 3, side, side]
+    shape = [batch, "h", "w", 3] if of_bytes else [batch, 3, side, side]
     kind = TensorProto.UINT8 if of_bytes else TensorProto.FLOAT
     graph = helper.make_graph(
         nodes,
         "pooling",
         [helper.make_tensor_value_info("image", kind, shape)],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 192])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [batch, 192])],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
@@ -231,6 +231,22 @@ def test_onnx_models_of_bytes_and_of_floats_see_what_torchscript_sees(tmp_path):
     cells = torch.stack([torch.tensor(np.asarray(p.resize((8, 8), Image.Resampling.BOX))) for p in pictures])
     expected = nn.functional.normalize(cells.permute(0, 3, 1, 2).flatten(1).float(), dim=1)
     torch.testing.assert_close(of_bytes, expected, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("of_bytes", [True, False])
+def test_an_onnx_model_of_a_fixed_batch_takes_any_number_of_pictures(of_bytes, tmp_path):
+    pictures = [picture(seed, (96, 96)) for seed in range(6)]
+    free = CopyDetector(pooling_onnx(tmp_path / "free.onnx", of_bytes=of_bytes))
+    fixed = CopyDetector(pooling_onnx(tmp_path / "fixed.onnx", of_bytes=of_bytes, batch=4))
+    for count in (1, 4, 6):
+        torch.testing.assert_close(fixed.embed(pictures[:count]), free.embed(pictures[:count]))
+
+
+def test_what_onnxruntime_does_not_run_is_an_error_of_ours(tmp_path):
+    detector = CopyDetector(pooling_onnx(tmp_path / "floats.onnx", of_bytes=False))
+    detector._side = 100
+    with pytest.raises(BehaviourError, match="does not take pictures"):
+        detector.embed([picture(0)])
 
 
 def test_what_is_no_copy_detection_model_is_refused(workshop, tmp_path):
