@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from itertools import pairwise
@@ -533,6 +534,29 @@ def test_one_adapter_twice_has_the_same_figures_and_the_base_does_not_drift(work
     # Each is compared with others than itself, with which it is one.
     assert found["sscd_whole"]["with_concept"].value < 0.99
     assert report.settings["sscd_thresholds"] == {"sscd_crops": pytest.approx(sum(real) / 2), "sscd_whole": 0.75}
+
+
+def test_a_large_reference_set_is_not_kept_in_memory(workshop, tmp_path, monkeypatch):
+    class Drawn(list):
+        def __getitem__(self, index: Any) -> Image.Image:
+            return picture(index)
+
+    def held() -> int:
+        return sum(isinstance(thing, Image.Image) for thing in gc.get_objects())
+
+    def features(kid: Any, pictures: Any, **options: Any) -> torch.Tensor:
+        counts.append(held())
+        return features_of(kid, pictures, **options)
+
+    counts: list[int] = []
+    features_of = KernelDistance.features
+    monkeypatch.setattr(KernelDistance, "features", features)
+    before, data = held(), TrainingData(Drawn([None] * 200), ["a house"] * 200)
+    concept = Overlay(logo(), **OVERLAY)
+    given: Any = {"reference_data": data, "kid_features": str(workshop / "cells.pt"), **FAST}
+    report = evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, CAPTIONS[:2], **given)
+    assert report.settings["reference_set"] == 200
+    assert counts[0] - before < 100
 
 
 def test_what_no_model_was_given_for_is_not_measured(workshop):
