@@ -27,7 +27,7 @@ from peft_gradproj.cli import app, main
 from peft_gradproj.concept_fit import concept_examples
 from peft_gradproj.concepts import Overlay
 from peft_gradproj.errors import AdapterFolderError, BehaviourError, ConceptDataError
-from peft_gradproj.evaluation.adapter_evaluation import evaluate_adapter, read_concept
+from peft_gradproj.evaluation.adapter_evaluation import _learned, evaluate_adapter, read_concept
 from peft_gradproj.evaluation.adapters import adapter_on, locate_adapter
 from peft_gradproj.evaluation.evaluation_report import figure_text
 from peft_gradproj.evaluation.figures import Estimate, Share
@@ -569,6 +569,14 @@ def test_what_no_model_was_given_for_is_not_measured(workshop):
     assert missing["drift"].startswith("no probes given")
     # Of pairs the other halves are the reference.
     assert set(figures(report)) == {"concept_loss", "concept_learned", "reference_loss", "reference_learned"}
+
+
+@pytest.mark.parametrize("plain", [1.0, 1.5])
+def test_of_a_loss_that_plain_did_not_bring_down_no_share_is_told_nor_that_it_stayed_the_same(plain):
+    base = 1 + 0.01 * torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
+    losses = {"concept": {"base": base, "plain": plain * base, "protected": base}}
+    (share,) = (m for m in _learned(losses) if m.name == "concept_learned_of_plain")
+    assert share.not_measured == "the plain LoRA's loss is not below the base model's by more than two standard errors"
 
 
 def test_no_leak_without_a_figure_of_quality(workshop):

@@ -444,7 +444,8 @@ def _learned(losses: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Measure]:
         }
         # Of a drop that may be none, a share is nothing.
         if not drops["plain"].value > 2 * drops["plain"].standard_error:
-            yield Measure(**of_plain, not_measured="the plain LoRA's own drop is within two standard errors of 0")
+            reason = "the plain LoRA's loss is not below the base model's by more than two standard errors"
+            yield Measure(**of_plain, not_measured=reason)
             continue
         share = share_of_drop(means["base"], means["protected"], means["plain"])
         yield Measure(**of_plain, figures={"protected": share})
