@@ -355,6 +355,16 @@ def test_a_sample_depends_on_its_own_prompt_and_seed_alone(kind):
     assert together[0].size == (SIDE, SIDE)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_samples_that_are_not_finite_are_an_error_and_no_black_pictures(part):
+    pipeline = PIPELINES["sd"]()
+    last = pipeline.unet.conv_out if part == "unet" else pipeline.vae.decoder.conv_out
+    last.weight.data.fill_(float("nan"))
+    given: Any = {"num_inference_steps": 2, "guidance_scale": 3.0, "resolution": SIDE}
+    with pytest.raises(BehaviourError, match="samples are not finite"):
+        draw_samples(PipelineFamily.of(pipeline), ["a house"], [0], **given)
+
+
 # Adapters
 
 
