@@ -546,6 +546,18 @@ def test_one_adapter_twice_has_the_same_figures_and_the_base_does_not_drift(work
     assert report.settings["sscd_thresholds"] == {"sscd_crops": pytest.approx(sum(real) / 2), "sscd_whole": 0.75}
 
 
+def test_real_pictures_that_have_no_other_to_be_compared_with_do_not_count(workshop):
+    shown = picture(0)
+    concept = ConceptSet.from_masks([shown] * 2, [Image.new("L", shown.size, 255)] * 2, CAPTIONS[:2])
+    data = TrainingData([shown, picture(1), picture(2)], CAPTIONS[:3])
+    given: Any = {"reference_data": data, "sscd": workshop / "sscd.pt", **FAST}
+    report = evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, CAPTIONS[:1], **given)
+    found = figures(report)
+    assert "with_concept" not in found["sscd_whole"]
+    assert found["sscd_whole_found"]["without"].total == 2
+    assert found["sscd_whole"]["without"].value > -0.5
+
+
 def test_a_large_reference_set_is_not_kept_in_memory(workshop, tmp_path, monkeypatch):
     class Drawn(list):
         def __getitem__(self, index: Any) -> Image.Image:
