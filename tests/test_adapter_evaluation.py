@@ -621,6 +621,24 @@ def test_probes_of_another_base_are_refused(workshop):
         evaluate_adapter(workshop / "protected", family.pipeline, concept, ["a house"], probes=probes, **FAST)
 
 
+def test_drift_says_that_it_does_not_see_an_adapter_on_the_text_encoder(tmp_path):
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = PIPELINES["sd"]()
+    pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    type(pipeline).save_lora_weights(
+        tmp_path, text_encoder_lora_layers=get_peft_model_state_dict(pipeline.text_encoder)
+    )
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    sample = {"sample": torch.ones(1, 4, SIDE // 2, SIDE // 2), "timestep": torch.tensor([500])}
+    probes = collect_concept_probes(family.denoiser, [({**sample, **family.conditions(["a house"], [])}, None)])
+    concept = ConceptSet.from_pairs([picture(0)], [picture(1)], ["a house"])
+    report = evaluate_adapter(tmp_path, family.pipeline, concept, ["a house"], probes=probes, **FAST)
+    assert figures(report)["drift"]["protected"] == 0.0
+    assert figures(report)["concept_learned"]["protected"].value != 0.0
+    assert "denoiser alone" in next(m.explanation for m in report.measures if m.name == "drift")
+
+
 def test_forms_of_a_concept_are_told_by_what_is_there(workshop, tmp_path):
     assert isinstance(read_concept(str(workshop / "logo.png"), ranges={"scale": (0.2, 0.3)}), Overlay)
     pictures = read_concept(str(workshop / "reference"))

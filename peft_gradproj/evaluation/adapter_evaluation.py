@@ -456,7 +456,8 @@ def _drifts(drift: Mapping[str, BehaviourResult], probe_sets: Sequence[ConceptPr
         "name": "drift",
         "title": "drift on concept probes",
         "about": "concept",
-        "explanation": "Mean square distance from the base model's outputs, where the probes' weights are.",
+        "explanation": "Mean square distance from the base model's outputs, where the probes' weights are. Of the "
+        "denoiser alone: probes hold encoded prompts, so that an adapter's part on text encoders is not in it.",
     }
     on_reference: Any = {
         **on_concept,
