@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import html
 import json
 import re
+import shlex
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -720,6 +722,14 @@ def test_the_command_writes_a_page_that_needs_nothing_else(workshop, tmp_path):
     assert all(source.startswith("data:image/") for source in sources)
     assert "not measured: no model given (--clip)" in page
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_page_has_a_command_that_can_be_run_again(workshop, tmp_path, monkeypatch):
+    arguments = command(workshop, tmp_path / "out", sscd=None, prompts="a house; on a hill")
+    monkeypatch.setattr("sys.argv", ["gradproj", *arguments])
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    (shown,) = re.findall("<pre>(gradproj .*?)</pre>", (tmp_path / "out" / "index.html").read_text())
+    assert shlex.split(html.unescape(shown)) == ["gradproj", *arguments]
 
 
 def test_an_earlier_evaluation_is_replaced_as_a_whole_or_left_as_it_was(workshop, tmp_path, monkeypatch, capsys):
