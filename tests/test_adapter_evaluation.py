@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import html
 import json
 import re
+import shlex
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from peft_gradproj.cli import app, main
 from peft_gradproj.concept_fit import concept_examples
 from peft_gradproj.concepts import Overlay
 from peft_gradproj.errors import AdapterFolderError, BehaviourError, ConceptDataError
-from peft_gradproj.evaluation.adapter_evaluation import evaluate_adapter, read_concept
+from peft_gradproj.evaluation.adapter_evaluation import _learned, evaluate_adapter, read_concept
 from peft_gradproj.evaluation.adapters import adapter_on, locate_adapter
 from peft_gradproj.evaluation.evaluation_report import figure_text
 from peft_gradproj.evaluation.figures import Estimate, Share
@@ -93,7 +96,7 @@ def tiny_clip(folder: Path) -> str:
     return str(folder)
 
 
-def pooling_onnx(path: Path, *, of_bytes: bool) -> Path:
+def pooling_onnx(path: Path, *, of_bytes: bool, batch: int | str = "n") -> Path:
     """8 x 8 means of each channel, of bytes `(n, h, w, 3)` or of floats `(n, 3, 96, 96)`."""
     nodes, name = [], "image"
     if of_bytes:
@@ -108,13 +111,13 @@ def pooling_onnx(path: Path, *, of_bytes: bool) -> Path:
         helper.make_node("AveragePool", [name], ["cells"], kernel_shape=window, strides=window),
         helper.make_node("Flatten", ["cells"], ["embedding"]),
     ]
-    shape = ["n", "h", "w", 3] if of_bytes else ["n", 3, side, side]
+    shape = [batch, "h", "w", 3] if of_bytes else [batch, 3, side, side]
     kind = TensorProto.UINT8 if of_bytes else TensorProto.FLOAT
     graph = helper.make_graph(
         nodes,
         "pooling",
         [helper.make_tensor_value_info("image", kind, shape)],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 192])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [batch, 192])],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
@@ -233,6 +236,22 @@ def test_onnx_models_of_bytes_and_of_floats_see_what_torchscript_sees(tmp_path):
     torch.testing.assert_close(of_bytes, expected, atol=2e-2, rtol=0)
 
 
+@pytest.mark.parametrize("of_bytes", [True, False])
+def test_an_onnx_model_of_a_fixed_batch_takes_any_number_of_pictures(of_bytes, tmp_path):
+    pictures = [picture(seed, (96, 96)) for seed in range(6)]
+    free = CopyDetector(pooling_onnx(tmp_path / "free.onnx", of_bytes=of_bytes))
+    fixed = CopyDetector(pooling_onnx(tmp_path / "fixed.onnx", of_bytes=of_bytes, batch=4))
+    for count in (1, 4, 6):
+        torch.testing.assert_close(fixed.embed(pictures[:count]), free.embed(pictures[:count]))
+
+
+def test_what_onnxruntime_does_not_run_is_an_error_of_ours(tmp_path):
+    detector = CopyDetector(pooling_onnx(tmp_path / "floats.onnx", of_bytes=False))
+    detector._side = 100
+    with pytest.raises(BehaviourError, match="does not take pictures"):
+        detector.embed([picture(0)])
+
+
 def test_what_is_no_copy_detection_model_is_refused(workshop, tmp_path):
     (tmp_path / "text.onnx").write_text("no model")
     (tmp_path / "text.pt").write_text("no model")
@@ -338,6 +357,16 @@ def test_a_sample_depends_on_its_own_prompt_and_seed_alone(kind):
     assert together[0].size == (SIDE, SIDE)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_samples_that_are_not_finite_are_an_error_and_no_black_pictures(part):
+    pipeline = PIPELINES["sd"]()
+    last = pipeline.unet.conv_out if part == "unet" else pipeline.vae.decoder.conv_out
+    last.weight.data.fill_(float("nan"))
+    given: Any = {"num_inference_steps": 2, "guidance_scale": 3.0, "resolution": SIDE}
+    with pytest.raises(BehaviourError, match="samples are not finite"):
+        draw_samples(PipelineFamily.of(pipeline), ["a house"], [0], **given)
+
+
 # Adapters
 
 
@@ -441,6 +470,39 @@ def test_adapters_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
             locate_adapter(wrong)
 
 
+@pytest.mark.parametrize(("old", "new"), [("base_model.model.", "base_model.model.unet."), ("attn1", "attn9")])
+def test_an_adapter_whose_tensors_find_no_layer_is_refused_and_not_measured_as_none(old, new, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    get_peft_model(PIPELINES["sd"]().unet, LoraConfig(r=4, target_modules=["to_k"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace(old, new): value for name, value in load_file(path).items()}, path)
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    with (
+        pytest.raises(BehaviourError, match=r"tensors are not in the file, and .* of the file not in the model"),
+        adapter_on(family, locate_adapter(path)),
+    ):
+        pass
+    assert not any("lora" in name for name in family.denoiser.state_dict())
+
+
+@pytest.mark.parametrize("option", [{"bias": "all"}, {"modules_to_save": ["conv_out"]}, {"init_lora_weights": "pissa"}])
+def test_an_adapter_that_would_stay_on_the_base_is_refused_before_it_is_put_there(option, tmp_path):
+    trained = get_peft_model(PIPELINES["sd"]().unet, LoraConfig(r=4, target_modules=["to_k", "to_out.0"], **option))
+    for parameter in trained.parameters():
+        parameter.data += 0.1 * parameter.requires_grad
+    trained.save_pretrained(tmp_path)
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    before = {name: value.clone() for name, value in family.denoiser.state_dict().items()}
+    with (
+        pytest.raises(BehaviourError, match=f"changes the base model itself .{next(iter(option))}"),
+        adapter_on(family, locate_adapter(tmp_path)),
+    ):
+        pass
+    assert family.denoiser.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in family.denoiser.state_dict().items())
+
+
 # Whole evaluations
 
 
@@ -486,6 +548,41 @@ def test_one_adapter_twice_has_the_same_figures_and_the_base_does_not_drift(work
     assert report.settings["sscd_thresholds"] == {"sscd_crops": pytest.approx(sum(real) / 2), "sscd_whole": 0.75}
 
 
+def test_real_pictures_that_have_no_other_to_be_compared_with_do_not_count(workshop):
+    shown = picture(0)
+    concept = ConceptSet.from_masks([shown] * 2, [Image.new("L", shown.size, 255)] * 2, CAPTIONS[:2])
+    data = TrainingData([shown, picture(1), picture(2)], CAPTIONS[:3])
+    given: Any = {"reference_data": data, "sscd": workshop / "sscd.pt", **FAST}
+    report = evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, CAPTIONS[:1], **given)
+    found = figures(report)
+    assert "with_concept" not in found["sscd_whole"]
+    assert found["sscd_whole_found"]["without"].total == 2
+    assert found["sscd_whole"]["without"].value > -0.5
+
+
+def test_a_large_reference_set_is_not_kept_in_memory(workshop, tmp_path, monkeypatch):
+    class Drawn(list):
+        def __getitem__(self, index: Any) -> Image.Image:
+            return picture(index)
+
+    def held() -> int:
+        return sum(isinstance(thing, Image.Image) for thing in gc.get_objects())
+
+    def features(kid: Any, pictures: Any, **options: Any) -> torch.Tensor:
+        counts.append(held())
+        return features_of(kid, pictures, **options)
+
+    counts: list[int] = []
+    features_of = KernelDistance.features
+    monkeypatch.setattr(KernelDistance, "features", features)
+    before, data = held(), TrainingData(Drawn([None] * 200), ["a house"] * 200)
+    concept = Overlay(logo(), **OVERLAY)
+    given: Any = {"reference_data": data, "kid_features": str(workshop / "cells.pt"), **FAST}
+    report = evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, CAPTIONS[:2], **given)
+    assert report.settings["reference_set"] == 200
+    assert counts[0] - before < 100
+
+
 def test_what_no_model_was_given_for_is_not_measured(workshop):
     concept = ConceptSet.from_pairs([picture(0)], [picture(1)], ["a house"])
     report = evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, ["a house"], **FAST)
@@ -496,6 +593,14 @@ def test_what_no_model_was_given_for_is_not_measured(workshop):
     assert missing["drift"].startswith("no probes given")
     # Of pairs the other halves are the reference.
     assert set(figures(report)) == {"concept_loss", "concept_learned", "reference_loss", "reference_learned"}
+
+
+@pytest.mark.parametrize("plain", [1.0, 1.5])
+def test_of_a_loss_that_plain_did_not_bring_down_no_share_is_told_nor_that_it_stayed_the_same(plain):
+    base = 1 + 0.01 * torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
+    losses = {"concept": {"base": base, "plain": plain * base, "protected": base}}
+    (share,) = (m for m in _learned(losses) if m.name == "concept_learned_of_plain")
+    assert share.not_measured == "the plain LoRA's loss is not below the base model's by more than two standard errors"
 
 
 def test_no_leak_without_a_figure_of_quality(workshop):
@@ -516,6 +621,24 @@ def test_probes_of_another_base_are_refused(workshop):
     concept = ConceptSet.from_pairs([picture(0)], [picture(1)], ["a house"])
     with pytest.raises(BehaviourError, match="another base model"):
         evaluate_adapter(workshop / "protected", family.pipeline, concept, ["a house"], probes=probes, **FAST)
+
+
+def test_drift_says_that_it_does_not_see_an_adapter_on_the_text_encoder(tmp_path):
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = PIPELINES["sd"]()
+    pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    type(pipeline).save_lora_weights(
+        tmp_path, text_encoder_lora_layers=get_peft_model_state_dict(pipeline.text_encoder)
+    )
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    sample = {"sample": torch.ones(1, 4, SIDE // 2, SIDE // 2), "timestep": torch.tensor([500])}
+    probes = collect_concept_probes(family.denoiser, [({**sample, **family.conditions(["a house"], [])}, None)])
+    concept = ConceptSet.from_pairs([picture(0)], [picture(1)], ["a house"])
+    report = evaluate_adapter(tmp_path, family.pipeline, concept, ["a house"], probes=probes, **FAST)
+    assert figures(report)["drift"]["protected"] == 0.0
+    assert figures(report)["concept_learned"]["protected"].value != 0.0
+    assert "denoiser alone" in next(m.explanation for m in report.measures if m.name == "drift")
 
 
 def test_forms_of_a_concept_are_told_by_what_is_there(workshop, tmp_path):
@@ -599,6 +722,14 @@ def test_the_command_writes_a_page_that_needs_nothing_else(workshop, tmp_path):
     assert all(source.startswith("data:image/") for source in sources)
     assert "not measured: no model given (--clip)" in page
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_page_has_a_command_that_can_be_run_again(workshop, tmp_path, monkeypatch):
+    arguments = command(workshop, tmp_path / "out", sscd=None, prompts="a house; on a hill")
+    monkeypatch.setattr("sys.argv", ["gradproj", *arguments])
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    (shown,) = re.findall("<pre>(gradproj .*?)</pre>", (tmp_path / "out" / "index.html").read_text())
+    assert shlex.split(html.unescape(shown)) == ["gradproj", *arguments]
 
 
 def test_an_earlier_evaluation_is_replaced_as_a_whole_or_left_as_it_was(workshop, tmp_path, monkeypatch, capsys):

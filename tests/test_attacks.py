@@ -183,6 +183,22 @@ def test_revival_without_a_learning_rate_changes_nothing(world, published):
         assert all(torch.equal(before[name], tensor) for name, tensor in after["weights"].items())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_in_half_precision_is_trained_as_one_in_float32(world, published, dtype):
+    def move(unet: Any, **options: Any) -> Tensor:
+        def weights(attacked: Any) -> Tensor:
+            return torch.cat([x.detach().flatten().float() for n, x in attacked.named_parameters() if "lora_" in n])
+
+        (_, before), (_, after) = run(
+            world, unet, steps=5, every=5, batch_size=2, learning_rate=1e-4, measure=weights, **options
+        )
+        return after - before
+
+    expected, found = move(published), move(copy.deepcopy(published).to(dtype), autocast_dtype=dtype)
+    assert found.norm() == pytest.approx(float(expected.norm()), rel=0.1)
+    assert F.cosine_similarity(found, expected, dim=0) > 0.9
+
+
 def test_the_base_model_with_a_fresh_adapter_starts_from_the_base_model(world):
     (_, start), *_ = run(world, with_adapter(world, plain_config()), steps=1)
     assert start == world.loss(world.pipeline.unet, world.others, world.embeddings)

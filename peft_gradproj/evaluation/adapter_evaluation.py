@@ -272,14 +272,32 @@ def _pictures(
         pairs = [e for e in examples if isinstance(concept, ConceptSet) and e.without is not None]
         halves = [ConceptExample(e.without, e.prompt, e.frame) for e in pairs if e.without is not None]
         return Pictures(examples, halves, [half.picture for half in halves])
-    side = examples[0].picture.width
-    squares = [_square(picture, caption, side) for picture, caption in reference_data]
-    return Pictures(examples, squares[:most], [square.picture for square in squares])
+    squares = _Squares(reference_data, examples[0].picture.width)
+    for index in range(len(squares)):
+        # What cannot be read is to show before hours of sampling.
+        squares[index]
+    return Pictures(examples, [squares.example(index) for index in range(min(most, len(squares)))], squares)
 
 
-def _square(picture: Image.Image, caption: str, side: int) -> ConceptExample:
-    frame = draw_frame(picture.size, side, center=True, generator=np.random.default_rng(0))
-    return ConceptExample(frame.apply(picture), caption, frame)
+class _Squares(Sequence[Image.Image]):
+    """Squares of all pictures, each made when it is asked for: together they may be more than the memory."""
+
+    def __init__(self, data: TrainingData, side: int) -> None:
+        self._data, self._side = data, side
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self.example(index).picture
+
+    def example(self, index: int) -> ConceptExample:
+        """The square with its caption."""
+        picture, caption = self._data[index]
+        frame = draw_frame(picture.size, self._side, center=True, generator=np.random.default_rng(0))
+        return ConceptExample(frame.apply(picture), caption, frame)
 
 
 def _asked(pictures: Pictures) -> dict[str, Sequence[ConceptExample]]:
@@ -426,7 +444,8 @@ def _learned(losses: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Measure]:
         }
         # Of a drop that may be none, a share is nothing.
         if not drops["plain"].value > 2 * drops["plain"].standard_error:
-            yield Measure(**of_plain, not_measured="the plain LoRA's own drop is within two standard errors of 0")
+            reason = "the plain LoRA's loss is not below the base model's by more than two standard errors"
+            yield Measure(**of_plain, not_measured=reason)
             continue
         share = share_of_drop(means["base"], means["protected"], means["plain"])
         yield Measure(**of_plain, figures={"protected": share})
@@ -437,7 +456,8 @@ def _drifts(drift: Mapping[str, BehaviourResult], probe_sets: Sequence[ConceptPr
         "name": "drift",
         "title": "drift on concept probes",
         "about": "concept",
-        "explanation": "Mean square distance from the base model's outputs, where the probes' weights are.",
+        "explanation": "Mean square distance from the base model's outputs, where the probes' weights are. Of the "
+        "denoiser alone: probes hold encoded prompts, so that an adapter's part on text encoders is not in it.",
     }
     on_reference: Any = {
         **on_concept,

@@ -16,7 +16,7 @@ from torch import nn
 from ..adapter_folder import ADAPTER_CONFIG_NAME, WEIGHT_NAMES
 from ..behaviour import remove_adapters
 from ..errors import AdapterFolderError, BehaviourError
-from ..files import is_repository
+from ..files import is_repository, read_json_object
 from ..pipelines import PipelineFamily
 from ..training_data import first_line
 from ..untrusted import printable
@@ -25,6 +25,8 @@ __all__ = ["AdapterFile", "adapter_on", "locate_adapter"]
 
 _ADAPTER = "evaluated"
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Of A and B alone; all others of PEFT subtract something from the base weights, when an adapter is loaded as well."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
     adapt text encoders as well, or, where its tensors are named as in the denoiser, by its `load_lora_adapter`.
 
     Raises:
-        BehaviourError: If the pipeline has adapters already, or this one does not fit.
+        BehaviourError: If the pipeline has adapters already, this one does not fit, or it changes the base for good.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -105,6 +107,7 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
 
     if adapted():
         raise BehaviourError("the base pipeline carries adapters already; give it without.")
+    _check_comes_off(adapter)
     flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
     try:
         with warnings.catch_warnings():
@@ -128,17 +131,46 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def _check_comes_off(adapter: AdapterFile) -> None:
+    """Refuse what PEFT writes into the base model: it stays there, and the other models would be measured with it."""
+    config = adapter.path.with_name(ADAPTER_CONFIG_NAME)
+    # Loaders of diffusers read no such config, and fail on such options in the header of their own files.
+    if adapter.path.name != WEIGHT_NAMES[0] or not config.is_file():
+        return
+    stays = [
+        f"{option}={value!r}"
+        for option, value in read_json_object(config.resolve()).items()
+        if (option == "bias" and value != "none")
+        or (option == "init_lora_weights" and value not in _PLAIN_INITS)
+        or (option in ("modules_to_save", "kasa_config") and value)
+    ]
+    if stays:
+        raise BehaviourError(
+            f"the adapter {adapter.source} changes the base model itself ({printable(', '.join(stays))[:300]}), which "
+            "cannot be taken off again to measure the other models. Give one without; PEFT's save_pretrained makes it "
+            "of such initialisations with path_initial_model_for_weight_conversion."
+        )
+
+
 def _load(family: PipelineFamily, adapter: AdapterFile) -> None:
     folder, name = str(adapter.path.parent), adapter.path.name
-    if name == WEIGHT_NAMES[0]:
-        from peft import PeftModel
-
-        PeftModel.from_pretrained(family.denoiser, folder, adapter_name=_ADAPTER)
-        return
     from safetensors import safe_open
 
     with safe_open(adapter.path, framework="pt") as file:
-        roots = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118  # it is no mapping
+        keys = set(file.keys())
+    if name == WEIGHT_NAMES[0]:
+        from peft import PeftModel, get_peft_model_state_dict
+
+        model = PeftModel.from_pretrained(family.denoiser, folder, adapter_name=_ADAPTER)
+        loaded = set(get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False))
+        if keys != loaded:
+            # PEFT lets them pass: layers that the file lacks keep their start, which does nothing.
+            raise ValueError(
+                f"{len(loaded - keys)} tensors are not in the file, and {len(keys - loaded)} of the file not in the "
+                f"model, such as {min(keys ^ loaded)}"
+            )
+        return
+    roots = {key.partition(".")[0] for key in keys}
     if roots <= {child for child, _ in family.denoiser.named_children()}:
         family.denoiser.load_lora_adapter(folder, prefix=None, adapter_name=_ADAPTER, weight_name=name)
     else:

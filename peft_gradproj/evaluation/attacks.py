@@ -244,11 +244,15 @@ def _lora_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _plain_copy(unet: Any) -> Any:
-    """A copy in which nothing but the active adapter is trainable."""
+    """A copy in which nothing but the active adapter is trainable, and that in float32."""
     _check_plain(unet)
     attacked = copy.deepcopy(unet).requires_grad_(False)
     for _, layer in _lora_layers(attacked):
         layer.set_adapter(layer.active_adapters)
+    for parameter in attacked.parameters():
+        if parameter.requires_grad:
+            # No attacker trains in half precision: bfloat16 rounds small steps away, in float16 AdamW divides 0 by 0.
+            parameter.data = parameter.data.float()
     return attacked
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def _page(report: EvaluationReport, samples: Sequence[Image.Image], concept: Seq
         total=len(report.samples) // len(report.models),
         concept=[_thumbnail(picture) for picture in concept[:8]],
         curves=_plot(report),
+        command=shlex.join(report.command),
     )
 
 

@@ -86,10 +86,19 @@ class CopyDetector:
         side = shape[1 if takes_bytes else 2]
         self._side = side if isinstance(side, int) else self._side
 
-        def run(pixels: Tensor) -> Tensor:
-            return torch.from_numpy(session.run(None, {argument.name: pixels.numpy()})[0])
+        fixed = shape[0] if isinstance(shape[0], int) else None
 
-        return run, takes_bytes, shape[0] if isinstance(shape[0], int) else _BATCH
+        def run(pixels: Tensor) -> Tensor:
+            count = len(pixels)
+            if fixed is not None and count < fixed:
+                pixels = torch.cat([pixels, pixels[-1:].expand(fixed - count, *pixels.shape[1:])])
+            try:
+                found = session.run(None, {argument.name: pixels.numpy()})[0]
+            except Exception as error:  # its own, of many classes
+                raise ValueError(str(error)) from error
+            return torch.from_numpy(found[:count] if fixed is not None else found)
+
+        return run, takes_bytes, fixed or _BATCH
 
     @torch.no_grad()
     def embed(self, pictures: Sequence[Image.Image]) -> Tensor:

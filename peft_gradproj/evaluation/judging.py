@@ -226,7 +226,7 @@ class _Likeness:
                 for column, shown in asked.items()
             }
         scores |= {column: _of_others(scores[column], real[column], self._shown) for column in real if column in scores}
-        best = {column: matrix.amax(1) for column, matrix in scores.items()}
+        best = {column: matrix.amax(1) for column, matrix in scores.items() if len(matrix)}
         self.scores[name] = {model: best[model] for model in self._samples}
         threshold, whose = self._threshold(best, details=list(sizes) != [1.0])
         self.thresholds[name] = threshold
@@ -252,7 +252,11 @@ class _Likeness:
 
 
 def _of_others(scores: Tensor, shown: Sequence[Image.Image], concept: Sequence[ConceptExample]) -> Tensor:
-    """Scores `(N, M)` of real pictures, -1 with examples of the concept that are the picture, or were made from it."""
+    """Scores `(N, M)` of real pictures, -1 with examples of the concept that are the picture, or were made from it.
+
+    Pictures for which there is no other example are left out.
+    """
     sources = [{picture.tobytes() for picture in (e.picture, e.without) if picture is not None} for e in concept]
     pixels = [picture.tobytes() for picture in shown]
-    return scores.masked_fill(torch.tensor([[p in source for source in sources] for p in pixels]), -1.0)
+    own = torch.tensor([[p in source for source in sources] for p in pixels])
+    return scores.masked_fill(own, -1.0)[~own.all(1)]

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ..diffusion_inputs import decode_latents, tensor_to_pictures
+from ..errors import BehaviourError
 from ..pipelines import PipelineFamily
 from ..probes import evaluation_mode
 
@@ -39,6 +40,9 @@ def draw_samples(
         resolution: Side of the pictures, in pixels.
         batch_size: Samples at once.
         progress: Called with the number of samples that were just finished.
+
+    Raises:
+        BehaviourError: If samples are not finite, and would be black pictures, in which no concept is found.
     """
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
@@ -54,6 +58,17 @@ def draw_samples(
                 # Decoded here, since pipelines in half precision do not decode with a VAE that keeps float32.
                 output_type="latent",
             )
-        pictures += tensor_to_pictures(decode_latents(family.pipeline, answer.images, batch_size=1).cpu())
+        pixels = decode_latents(family.pipeline, answer.images, batch_size=1).cpu()
+        if not pixels.isfinite().all():
+            raise BehaviourError(
+                f"samples are not finite, with a {family.component} in {_name(family.denoiser.dtype)} and a VAE in "
+                f"{_name(family.pipeline.vae.dtype)}. Either overflows in float16 (a VAE is kept in float32 by "
+                "pipeline.vae.to(torch.float32)), or the weights are not finite themselves."
+            )
+        pictures += tensor_to_pictures(pixels)
         progress(len(pictures) - start)
     return pictures
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
