@@ -67,7 +67,7 @@ from peft_gradproj.demo.precision import autocast, autocast_dtype
 from peft_gradproj.files import write_atomically
 from peft_gradproj.layers import projected_weights
 from peft_gradproj.observation import find_layers
-from peft_gradproj.projection import orthonormal_basis
+from peft_gradproj.projection import dtype_name, orthonormal_basis
 
 ROOT = Path(__file__).parent.parent
 RANKS = (16, 4, 64)
@@ -555,7 +555,7 @@ def versions() -> dict[str, Any]:
     from importlib.metadata import version
 
     packages = ("torch", "peft", "diffusers", "transformers", "peft-gradproj")
-    precision = str(autocast_dtype() or torch.float32).removeprefix("torch.")
+    precision = dtype_name(autocast_dtype() or torch.float32)
     machine = {
         "python": platform.python_version(),
         "machine": platform.machine(),

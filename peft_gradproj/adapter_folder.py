@@ -33,7 +33,7 @@ from .basis import FORMAT_VERSION as BASIS_FORMAT_VERSION
 from .basis import SPACES
 from .errors import AdapterFolderError
 from .files import is_repository, sync
-from .projection import leakage
+from .projection import dtype_name, leakage
 from .untrusted import (
     MAX_FILE_BYTES,
     MAX_JSON_BYTES,
@@ -244,7 +244,12 @@ class AdapterFolder:
     def to_dict(self) -> dict[str, Any]:
         """What is in the folder, as claimed and unchecked, JSON-able."""
         layers = {
-            module: {"rank": pair.rank, "d_in": pair.a.shape[1], "d_out": pair.b.shape[0], "dtype": _dtype_name(pair.a)}
+            module: {
+                "rank": pair.rank,
+                "d_in": pair.a.shape[1],
+                "d_out": pair.b.shape[0],
+                "dtype": dtype_name(pair.a.dtype),
+            }
             for parsed in self.layers().values()
             for module, pair in parsed.pairs.items()
         }
@@ -282,10 +287,6 @@ class AdapterFolder:
         count = len(content["layers"])
         more = [Text(f"and {count - MAX_LINES} more layers; --json has all")] if count > MAX_LINES else []
         return Group(*texts, table, *more, Text("As the publisher claims; `gradproj verify` checks it."))
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 # Layers

@@ -32,7 +32,7 @@ from .attention import complete_attention
 from .base_models import identify
 from .basis import ConceptBasis
 from .clock import Clock
-from .concepts import ConceptSet, Overlay, nth_of_shuffles
+from .concepts import ConceptPair, ConceptSet, Overlay, nth_of_shuffles
 from .contrast import ContrastBatches
 from .diffusion_inputs import mask_weights
 from .errors import ConceptDataError
@@ -420,21 +420,22 @@ class _SetExamples(_Examples):
     def example(self, index: int) -> ConceptExample:
         number = nth_of_shuffles(index, len(self._concepts), self._crop.seed)
         pair = self._concepts[number]
-        frame = self._crop.frame(pair.with_concept, index)
-        mask = frame.apply(pair.mask, mask=True)
-        if mask.getbbox() is None:
-            # The crop has lost the concept; one around the middle of the mask has not, if it is in one place.
-            frame = _around(pair.mask, pair.mask.getbbox(), self._crop.side)
+        for frame in self._frames(pair, index):
             mask = frame.apply(pair.mask, mask=True)
-        if mask.getbbox() is None:
-            frame = _around(pair.mask, self._crop.place(pair.mask, index), self._crop.side)
-            mask = frame.apply(pair.mask, mask=True)
-        if mask.getbbox() is None:
+            if mask.getbbox() is not None:
+                break
+        else:
             raise ConceptDataError(
                 f"example {number}: nothing is left of the mask at a resolution of {self._crop.side}; it is too small."
             )
         without = None if pair.without is None else frame.apply(pair.without)
         return ConceptExample(frame.apply(pair.with_concept), pair.prompt, frame, without, mask=mask)
+
+    def _frames(self, pair: ConceptPair, index: int) -> Iterator[Frame]:
+        yield self._crop.frame(pair.with_concept, index)
+        # That crop has lost the concept; one around the middle of the mask has not, if it is in one place.
+        yield _around(pair.mask, pair.mask.getbbox(), self._crop.side)
+        yield _around(pair.mask, self._crop.place(pair.mask, index), self._crop.side)
 
 
 def _around(mask: Image.Image, box: Any, side: int) -> Frame:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .concepts import ConceptSet
 from .errors import ConceptDataError
+from .projection import dtype_name
 
 __all__ = [
     "LatentPairs",
@@ -128,10 +129,9 @@ def encode_images(pipeline: Any, pictures: Sequence[Image.Image] | Tensor, *, ba
     latents = scaled_latents(vae, torch.cat(modes))
     # In what is no number nothing is found, and nothing would say so.
     if not torch.isfinite(latents).all():
-        dtype = str(vae.dtype).removeprefix("torch.")
         raise ConceptDataError(
-            f"the VAE, in {dtype}, gives latents that are not finite. Some overflow in half precision, that of Stable "
-            "Diffusion XL among them: bring it to float32 with pipeline.vae.to(torch.float32)."
+            f"the VAE, in {dtype_name(vae.dtype)}, gives latents that are not finite. Some overflow in half precision, "
+            "that of Stable Diffusion XL among them: bring it to float32 with pipeline.vae.to(torch.float32)."
         )
     return latents
 

@@ -47,7 +47,7 @@ from .observation import (
     observe_gradients,
     undisturbed,
 )
-from .projection import truncation_rank
+from .projection import dtype_name, truncation_rank
 from .second_moments import SecondMoment, common_subspace, contrast_patterns, excess_share
 
 __all__ = ["Contrast", "fit_concept_basis"]
@@ -227,16 +227,12 @@ def fit_concept_basis(
         "adapter_name": adapter_name,
         "seed": seed,
         "model_class": type(model).__name__,
-        "dtype": next((_dtype_name(p.dtype) for p in model.parameters() if p.is_floating_point()), None),
+        "dtype": next((dtype_name(p.dtype) for p in model.parameters() if p.is_floating_point()), None),
         "versions": _versions(),
         "layers": _by_layer(solutions, lambda solution: None if solution.reason else solution.report),
         "left_out": _by_layer(solutions, lambda solution: solution.reason),
     }
     return ConceptBasis(bases, concept, base_model, revision, fit)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _versions() -> dict[str, str]:

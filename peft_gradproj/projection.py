@@ -36,6 +36,7 @@ __all__ = [
     "coordinates",
     "drift",
     "drift_terms",
+    "dtype_name",
     "full_precision",
     "half_space_coefficient",
     "inner",
@@ -51,6 +52,11 @@ __all__ = [
     "remove_component",
     "truncation_rank",
 ]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a dtype is called in files and messages, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:

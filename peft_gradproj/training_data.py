@@ -277,6 +277,8 @@ def without_phrases(table: Any, column: str, phrases: Sequence[str]) -> tuple[An
             f"the data has no column '{column}' of captions; it has {', '.join(table.column_names)}."
         )
 
+    longest_first = sorted(phrases, key=len, reverse=True)
+
     def cleaned(caption: Any) -> Any:
         if isinstance(caption, list):
             return [cleaned(one) for one in caption]
@@ -284,7 +286,7 @@ def without_phrases(table: Any, column: str, phrases: Sequence[str]) -> tuple[An
             return None
         if not isinstance(caption, str):
             raise ConceptDataError(f"column '{column}' holds a {type(caption).__name__}; expected captions.")
-        for phrase in sorted(phrases, key=len, reverse=True):
+        for phrase in longest_first:
             caption, _ = without_phrase(caption, phrase)
         return caption
 

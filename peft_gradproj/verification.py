@@ -44,7 +44,7 @@ from .adapter_folder import (
 )
 from .errors import AdapterFolderError, BehaviourError, ConceptBasisError, ConceptDataError
 from .escaping import ESCAPING_OPTIONS, PLAIN_NAME, regular_expressions
-from .projection import LEAST_REMAINDER, orthonormality_error, principal_cosines
+from .projection import LEAST_REMAINDER, dtype_name, orthonormality_error, principal_cosines
 from .untrusted import parse_json, printable, shown
 
 if TYPE_CHECKING:
@@ -833,7 +833,7 @@ def _measured(layers: Mapping[str, LoraLayers], bases: Bases) -> Iterator[LayerR
         for module, pair in parsed.pairs.items():
             if pair.is_float:
                 tolerance = max(TOLERANCES[pair.a.dtype], TOLERANCES[pair.b.dtype])
-                dtype = str(pair.b.dtype).removeprefix("torch.")
+                dtype = dtype_name(pair.b.dtype)
                 yield LayerResult(module, pair.rank, dtype, tolerance, layer_leakage(pair, bases.get(module, {})))
 
 

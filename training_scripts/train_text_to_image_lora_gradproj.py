@@ -16,7 +16,6 @@ verified and nothing else; `--seed` has a default, and a resumed run ends as an 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +47,7 @@ from peft_gradproj.diffusion_training import (
     validate,
 )
 from peft_gradproj.online import telemetry
+from peft_gradproj.training_data import load_table
 
 
 def parse_args() -> argparse.Namespace:
@@ -110,12 +110,11 @@ class CaptionedPictures(torch.utils.data.Dataset):
 
 
 def load_pictures(args: argparse.Namespace, tokenizer: Any) -> CaptionedPictures:
-    # By name: else `datasets` takes pictures such as `test-1.png` for another split.
-    files = {"train": str(Path(args.train_data_dir, "**"))} if args.train_data_dir is not None else None
-    source: dict[str, Any] = {"path": "imagefolder", "data_files": files}
-    if args.dataset_name is not None:
-        source = {"path": args.dataset_name, "name": args.dataset_config_name, "data_dir": args.train_data_dir}
-    examples = load_dataset(**source, split="train", cache_dir=args.cache_dir)
+    cached: dict[str, Any] = {"split": "train", "cache_dir": args.cache_dir}
+    if args.dataset_name is None:
+        examples = load_table(args.train_data_dir, (), **cached)
+    else:
+        examples = load_dataset(args.dataset_name, args.dataset_config_name, data_dir=args.train_data_dir, **cached)
     if args.max_train_samples is not None:
         examples = examples.shuffle(seed=args.seed).select(range(min(args.max_train_samples, len(examples))))
     return CaptionedPictures(examples, tokenizer, args)

@@ -31,6 +31,7 @@ from ..concepts import ConceptSet
 from ..errors import BehaviourError, ConceptDataError
 from ..pipelines import PipelineFamily, load_pipeline
 from ..probes import ConceptProbes
+from ..projection import dtype_name
 from ..training_data import TrainingData, draw_frame, load_table
 from .adapters import AdapterFile, adapter_on, locate_adapter
 from .evaluation_page import write_evaluation
@@ -226,7 +227,7 @@ def evaluate_adapter(
             "clip": clip,
             "kid_features": kid_features,
             "seed": seed,
-            "dtype": str(family.denoiser.dtype).removeprefix("torch."),
+            "dtype": dtype_name(family.denoiser.dtype),
             "device": str(family.denoiser.device),
         },
         versions={

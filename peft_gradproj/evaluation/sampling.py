@@ -11,6 +11,7 @@ from ..diffusion_inputs import decode_latents, tensor_to_pictures
 from ..errors import BehaviourError
 from ..pipelines import PipelineFamily
 from ..probes import evaluation_mode
+from ..projection import dtype_name
 
 __all__ = ["draw_samples"]
 
@@ -61,14 +62,10 @@ def draw_samples(
         pixels = decode_latents(family.pipeline, answer.images, batch_size=1).cpu()
         if not pixels.isfinite().all():
             raise BehaviourError(
-                f"samples are not finite, with a {family.component} in {_name(family.denoiser.dtype)} and a VAE in "
-                f"{_name(family.pipeline.vae.dtype)}. Either overflows in float16 (a VAE is kept in float32 by "
+                f"samples are not finite, with a {family.component} in {dtype_name(family.denoiser.dtype)} and a VAE "
+                f"in {dtype_name(family.pipeline.vae.dtype)}. Either overflows in float16 (a VAE is kept in float32 by "
                 "pipeline.vae.to(torch.float32)), or the weights are not finite themselves."
             )
         pictures += tensor_to_pictures(pixels)
         progress(len(pictures) - start)
     return pictures
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
