@@ -270,13 +270,16 @@ def without_phrases(table: Any, column: str, phrases: Sequence[str]) -> tuple[An
         phrases: Such as a concept's name.
 
     Raises:
-        ConceptDataError: If there is no such column, it holds something else, or no caption has one of the phrases.
+        ConceptDataError: If there is no such column, it holds something else, a phrase is empty, or no caption has one.
     """
     if column not in table.column_names:
         raise ConceptDataError(
             f"the data has no column '{column}' of captions; it has {', '.join(table.column_names)}."
         )
 
+    if not all(phrase.strip() for phrase in phrases):
+        # It would be found everywhere, and what joins words taken out with it.
+        raise ConceptDataError(f"one of the phrases {list(phrases)} is empty; give words as the captions have them.")
     longest_first = sorted(phrases, key=len, reverse=True)
 
     def cleaned(caption: Any) -> Any:

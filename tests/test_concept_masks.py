@@ -350,6 +350,7 @@ def test_phrases_are_taken_out_of_the_copys_captions_and_counted(tmp_path):
     assert "taken out of 2 captions" in str(report)
 
     for options, message in (
+        ({"remove_phrases": ["Acme", " "]}, "is empty"),
         ({"remove_phrases": "the Acne logo"}, "no caption in column 'text' has 'the Acne logo'"),
         ({"remove_phrases": ["Acme"], "caption_column": "caption"}, "no column 'caption' of captions; it has image"),
         ({"remove_phrases": ["Acme"], "caption_column": "number"}, "holds a int"),
