@@ -78,6 +78,7 @@ def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
         "attacks": attack_rows_of(attacks),
         "detectors": detectors_of(runs),
         "conditions": conditions_of(runs),
+        "costs": costs_of(runs),
     }
     write_json(results / "protection.json", content, indent=1)
     write_pages(content, docs)
@@ -191,6 +192,19 @@ def conditions_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list
         if "judges" in run:
             conditions["judges"].add(run["judges"])
     return {concept: {name: sorted(values) for name, values in kinds.items()} for concept, kinds in found.items()}
+
+
+def costs_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By precision: how many runs trained, and the mean of their training times in seconds of a processor."""
+    seconds: dict[str, list[float]] = {}
+    for run in runs:
+        if "train_cpu_seconds" in run:
+            precision = "float32" if run["autocast"] == "None" else run["autocast"].removeprefix("torch.")
+            seconds.setdefault(precision, []).append(run["train_cpu_seconds"])
+    return {
+        precision: {"runs": len(values), "train_cpu_seconds": round(mean(values), 1)}
+        for precision, values in sorted(seconds.items())
+    }
 
 
 def _deviation(values: list[float]) -> float:
