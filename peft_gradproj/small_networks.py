@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["batch_indices", "blur", "conv_block", "fit_network", "jitter_pictures", "shift_colours"]
+from .errors import BehaviourError, ConceptDataError
+
+__all__ = [
+    "batch_indices",
+    "blur",
+    "conv_block",
+    "fit_network",
+    "jitter_pictures",
+    "network_answers",
+    "shift_colours",
+]
 
 
 def conv_block(inputs: int, outputs: int, *, stride: int = 1) -> nn.Module:
@@ -19,7 +29,15 @@ def conv_block(inputs: int, outputs: int, *, stride: int = 1) -> nn.Module:
 
 
 def batch_indices(length: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless shuffled batches of indices below `length`."""
+    """Endless shuffled batches of at least two indices below `length`, which is what batch normalisation takes.
+
+    Raises:
+        ConceptDataError: With the first batch, if there are no two.
+    """
+    if min(length, batch_size) < 2:
+        raise ConceptDataError(
+            f"{length} examples to learn from, in batches of {batch_size}; a network takes at least two at once."
+        )
     while True:
         for index in torch.randperm(length, generator=generator).split(batch_size):
             if len(index) > 1:
@@ -46,6 +64,24 @@ def fit_network(
         schedule.step()
         progress(step + 1)
     network.eval()
+
+
+@torch.no_grad()
+def network_answers(network: nn.Module, pictures: Tensor) -> Tensor:
+    """What a network answers in eval mode to pictures `(N, 3, H, W)`, clipped to [-1, 1]; shape `(N, *)`.
+
+    Raises:
+        BehaviourError: If an answer is not finite: compared with anything it would pass for a good or a clean picture.
+    """
+    network.eval()
+    answers = torch.cat([network(part) for part in pictures.clamp(-1, 1).split(128)])
+    if not answers.isfinite().all():
+        odd = len(answers) - int(answers.isfinite().flatten(1).all(1).sum())
+        raise BehaviourError(
+            f"{odd} of {len(answers)} pictures cannot be judged: the answers to them are not finite. Are the samples, "
+            "or the weights of the model that made them?"
+        )
+    return answers
 
 
 def shift_colours(pictures: Tensor, generator: torch.Generator, amount: float = 0.15) -> Tensor:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from peft_gradproj.concepts import Overlay
 from peft_gradproj.diffusion_inputs import training_target
-from peft_gradproj.errors import ConceptDataError
+from peft_gradproj.errors import BehaviourError, ConceptDataError
 from peft_gradproj.evaluation.denoising import DenoisingQuestions, denoising_loss, denoising_losses
 from peft_gradproj.evaluation.detector import ConceptDetector, _threshold
 from peft_gradproj.evaluation.fidelity import PromptFidelity
@@ -203,3 +203,16 @@ def test_fidelity_tells_prompts_apart_on_pictures_it_has_not_seen():
     wrong = [shapes[(i + 1) % 3] for i in range(30)]
     assert fidelity.top(1, fidelity.ranks(unseen, wrong)).value < 0.3
     assert fidelity.top(3).value == 1
+
+
+def test_samples_that_are_not_finite_are_neither_faithful_nor_free_of_the_concept(detector):
+    broken = torch.full((2, 3, 32, 32), float("nan"))
+    fidelity = PromptFidelity(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2)), "ab", torch.zeros(1))
+    for judge in (detector.detect, lambda pictures: fidelity.ranks(pictures, "ab")):
+        with pytest.raises(BehaviourError, match="2 of 2 pictures cannot be judged"):
+            judge(broken)
+
+
+def test_fidelity_needs_two_pictures():
+    with pytest.raises(ConceptDataError, match="1 examples to learn from"):
+        PromptFidelity.fit([scene(0)], ["disc"], steps=1)

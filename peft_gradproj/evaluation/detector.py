@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..concepts import Overlay
 from ..diffusion_inputs import pictures_to_tensor
 from ..errors import ConceptDataError
-from ..small_networks import batch_indices, blur, conv_block, fit_network, shift_colours
+from ..small_networks import batch_indices, blur, conv_block, fit_network, network_answers, shift_colours
 from .figures import Share
 
 __all__ = ["ConceptDetector", "DetectorErrors"]
@@ -107,11 +107,15 @@ class ConceptDetector:
         return cls(network, threshold, errors)
 
     def scores(self, pictures: Tensor) -> Tensor:
-        """Score pictures `(N, 3, H, W)` in [-1, 1]; shape `(N,)`."""
+        """Score pictures `(N, 3, H, W)` in [-1, 1]; shape `(N,)`.
+
+        Raises:
+            BehaviourError: If they are not finite.
+        """
         return _scores(self.network, pictures)
 
     def detect(self, pictures: Tensor) -> Tensor:
-        """Which pictures show the overlay, shape `(N,)`, bool."""
+        """Which pictures show the overlay, shape `(N,)`, bool; raises as :meth:`scores`."""
         return self.scores(pictures) > self.threshold
 
 
@@ -126,11 +130,8 @@ def _network() -> nn.Module:
     )
 
 
-@torch.no_grad()
 def _scores(network: nn.Module, pictures: Tensor) -> Tensor:
-    network.eval()
-    marks = [F.avg_pool2d(network(part), 3, stride=1) for part in pictures.clamp(-1, 1).split(128)]
-    return torch.cat(marks).amax(dim=(1, 2, 3))
+    return F.avg_pool2d(network_answers(network, pictures), 3, stride=1).amax(dim=(1, 2, 3))
 
 
 def _threshold(scores: Tensor, present: Tensor, rate: float) -> float:

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from ..concepts import Overlay
 from ..diffusion_inputs import pictures_to_tensor
 from ..errors import ConceptDataError
-from ..small_networks import batch_indices, blur, conv_block, fit_network, jitter_pictures, shift_colours
+from ..small_networks import (
+    batch_indices,
+    blur,
+    conv_block,
+    fit_network,
+    jitter_pictures,
+    network_answers,
+    shift_colours,
+)
 from .figures import Share
 
 __all__ = ["PromptFidelity"]
@@ -62,7 +70,7 @@ class PromptFidelity:
             progress: Called with the number of each finished step.
 
         Raises:
-            ConceptDataError: If there are no pictures, or not as many prompts.
+            ConceptDataError: If there are fewer than two pictures, or not as many prompts.
         """
         if not pictures or len(pictures) != len(prompts):
             raise ConceptDataError(f"{len(pictures)} pictures and {len(prompts)} prompts were given.")
@@ -87,7 +95,11 @@ class PromptFidelity:
         return cls(network, names, _ranks(network, fresh, labels))
 
     def ranks(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Place of each picture's own prompt among all, 0 being first; shape `(N,)`."""
+        """Place of each picture's own prompt among all, 0 being first; shape `(N,)`.
+
+        Raises:
+            BehaviourError: If pictures, shape `(N, 3, H, W)`, are not finite.
+        """
         return _ranks(self.network, pictures, torch.tensor([self._class[prompt] for prompt in prompts]))
 
     def top(self, k: int, ranks: Tensor | None = None) -> Share:
@@ -125,8 +137,6 @@ def _stamp(pictures: Sequence[Image.Image], overlays: Sequence[Overlay], seed: i
     return stamped
 
 
-@torch.no_grad()
 def _ranks(network: nn.Module, pictures: Tensor, labels: Tensor) -> Tensor:
-    network.eval()
-    logits = torch.cat([network(part) for part in pictures.clamp(-1, 1).split(128)])
+    logits = network_answers(network, pictures)
     return (logits > logits.gather(1, labels[:, None])).sum(1)
