@@ -345,6 +345,22 @@ def test_bins_are_visited_equally_often_and_cover_all_timesteps():
     assert all(low >= high for (_, high), (low, _) in pairwise(ranges))
 
 
+@pytest.mark.parametrize("bins", [3, 10, 1000, 2049, 4096])
+def test_every_timestep_that_is_drawn_is_in_a_bin(bins, monkeypatch):
+    family, drawn = PipelineFamily.of(PIPELINES["sd"]()), []
+    draw = family.draw_timesteps
+
+    def recorded(count: int, generator: torch.Generator) -> torch.Tensor:
+        drawn.append(draw(count, generator))
+        return drawn[-1]
+
+    monkeypatch.setattr(family, "draw_timesteps", recorded)
+    examples = concept_examples(family, Overlay(logo(), **OVERLAY), reference(), count=1, center_crop=True)
+    ranges = TimestepQuestions.draw(family, examples, bins=bins, seed=0).ranges
+    assert len(ranges) == bins
+    assert (ranges[0][0], ranges[-1][1]) == (drawn[0].min(), drawn[0].max())
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
 def test_a_sample_depends_on_its_own_prompt_and_seed_alone(kind):
     family = PipelineFamily.of(PIPELINES[kind]())

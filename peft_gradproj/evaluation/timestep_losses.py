@@ -24,7 +24,7 @@ from .figures import Estimate, mean_estimate
 __all__ = ["TimestepQuestions", "estimates_by_timestep"]
 
 _DRAWS = 4096
-"""Timesteps that are drawn to cut their range into bins."""
+"""At most so many timesteps are drawn to cut their range into bins."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class TimestepQuestions:
         if not examples or not 1 <= bins <= _DRAWS:
             raise ConceptDataError(f"{len(examples)} pictures and {bins} bins of timesteps; expected at least one.")
         generator = torch.Generator().manual_seed(seed)
-        quantiles = family.draw_timesteps(_DRAWS, generator).sort().values[: _DRAWS // bins * bins].reshape(bins, -1)
+        # A multiple of the bins, so that none of the sorted draws, the largest, is in no bin.
+        quantiles = family.draw_timesteps(_DRAWS // bins * bins, generator).sort().values.reshape(bins, -1)
         chosen = torch.randint(quantiles.shape[1], (len(examples), bins), generator=generator)
         latents = torch.cat([family.latents([example.picture]) for example in examples])
         masks = [example.mask for example in examples if example.mask is not None]
