@@ -502,7 +502,7 @@ def evaluate(
         int | None, typer.Option(help="Side of samples and pictures; the pipeline's default.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples, and examples for the denoiser, at once.")] = 4,
-    num_pictures: Annotated[int, typer.Option(help="Most pictures of the concept and of the reference.")] = 32,
+    num_pictures: Annotated[int, typer.Option(help="Most pictures of the concept and of the reference, drawn.")] = 32,
     timestep_bins: Annotated[int, typer.Option(help="Bins of timesteps of the denoising loss.")] = 10,
     seed: Annotated[
         int, typer.Option(help="Seed of everything that is random; samples have it and those after it.")

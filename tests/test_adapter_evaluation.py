@@ -29,7 +29,7 @@ from peft_gradproj.cli import app, main
 from peft_gradproj.concept_fit import concept_examples
 from peft_gradproj.concepts import Overlay
 from peft_gradproj.errors import AdapterFolderError, BehaviourError, ConceptDataError
-from peft_gradproj.evaluation.adapter_evaluation import _learned, evaluate_adapter, read_concept
+from peft_gradproj.evaluation.adapter_evaluation import _learned, _pictures, evaluate_adapter, read_concept
 from peft_gradproj.evaluation.adapters import adapter_on, locate_adapter
 from peft_gradproj.evaluation.evaluation_report import figure_text
 from peft_gradproj.evaluation.figures import Estimate, Share
@@ -597,6 +597,21 @@ def test_a_large_reference_set_is_not_kept_in_memory(workshop, tmp_path, monkeyp
     report = evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, CAPTIONS[:2], **given)
     assert report.settings["reference_set"] == 200
     assert counts[0] - before < 100
+
+
+def test_the_pictures_that_are_asked_about_are_drawn_from_the_whole_reference_set():
+    family, concept = PipelineFamily.of(PIPELINES["sd"]()), Overlay(logo(), **OVERLAY)
+    data = TrainingData([picture(index) for index in range(40)], [str(index) for index in range(40)])
+
+    def drawn(most: int, seed: int) -> list[int]:
+        pictures = _pictures(family, concept, None, data, most, None, seed)
+        assert len(pictures.reference_set) == 40
+        return [int(example.prompt) for example in pictures.reference]
+
+    assert drawn(3, 0) == drawn(3, 0) != drawn(3, 1)
+    assert max(drawn(3, 0)) > 2
+    assert len(set(drawn(3, 0))) == 3
+    assert drawn(50, 0) == [*range(40)]
 
 
 def test_what_no_model_was_given_for_is_not_measured(workshop):

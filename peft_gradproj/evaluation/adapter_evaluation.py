@@ -27,7 +27,7 @@ from ..base_models import identify
 from ..behaviour import BehaviourResult, load_probes, measure_drift
 from ..clock import Clock
 from ..concept_fit import Concept, ConceptExample, concept_examples, load_concept
-from ..concepts import ConceptSet
+from ..concepts import ConceptSet, nth_of_shuffles
 from ..errors import BehaviourError, ConceptDataError
 from ..pipelines import PipelineFamily, load_pipeline
 from ..probes import ConceptProbes
@@ -144,7 +144,8 @@ def evaluate_adapter(
         guidance_scale: Likewise.
         resolution: Side of samples and pictures in pixels; likewise.
         batch_size: Samples, and examples for the denoiser, at once.
-        num_pictures: Most pictures of the concept, and of the reference, that are looked at.
+        num_pictures: Most pictures of the concept, and of the reference, that are looked at, drawn by the seed. KID
+            takes all of the reference.
         timestep_bins: Of the denoising losses.
         seed: Of everything that is random; samples have the seeds from here on.
         revision: Branch, tag or commit of the adapter on the Hub.
@@ -277,7 +278,9 @@ def _pictures(
     for index in range(len(squares)):
         # What cannot be read is to show before hours of sampling.
         squares[index]
-    return Pictures(examples, [squares.example(index) for index in range(min(most, len(squares)))], squares)
+    # Not the first: folders are often sorted by kind.
+    drawn = sorted(nth_of_shuffles(index, len(squares), seed) for index in range(min(most, len(squares))))
+    return Pictures(examples, [squares.example(index) for index in drawn], squares)
 
 
 class _Squares(Sequence[Image.Image]):
