@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import html
 import json
+import math
 import re
 import shlex
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_pipelines import PIPELINES, SIDE, image_folder, logo, picture, tokenizer
 from torch import nn
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from peft_gradproj import ConceptSet, TrainingData, collect_concept_probes
 from peft_gradproj.cli import app, main
-from peft_gradproj.concept_fit import concept_examples
+from peft_gradproj.concept_fit import ConceptExample, concept_examples
 from peft_gradproj.concepts import Overlay
 from peft_gradproj.errors import AdapterFolderError, BehaviourError, ConceptDataError
 from peft_gradproj.evaluation.adapter_evaluation import _learned, _pictures, evaluate_adapter, read_concept
@@ -41,9 +44,11 @@ from peft_gradproj.evaluation.image_metrics import (
     crop_sizes,
     square_crops,
 )
+from peft_gradproj.evaluation.judging import Judges, Pictures, _Likeness
 from peft_gradproj.evaluation.sampling import draw_samples
 from peft_gradproj.evaluation.timestep_losses import TimestepQuestions
 from peft_gradproj.pipelines import PipelineFamily
+from peft_gradproj.training_data import Frame
 
 pytest_plugins = ("hub_server",)
 
@@ -196,10 +201,12 @@ def test_the_box_of_a_concept_is_a_square_in_the_picture_around_it(data):
     width, height = data.draw(st.integers(4, 50)), data.draw(st.integers(4, 50))
     left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     right, bottom = data.draw(st.integers(left + 1, width)), data.draw(st.integers(top + 1, height))
+    smallest = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     mask = Image.new("L", (width, height))
     mask.paste(255, (left, top, right, bottom))
-    box = concept_box(mask)
-    assert box[2] - box[0] == box[3] - box[1] == min(max(right - left, bottom - top), width, height)
+    box = concept_box(mask, smallest=smallest)
+    least = math.ceil(smallest * min(width, height))
+    assert box[2] - box[0] == box[3] - box[1] == min(max(right - left, bottom - top, least), width, height)
     assert min(box) >= 0
     assert box[2] <= width
     assert box[3] <= height
@@ -216,6 +223,27 @@ def test_crops_have_the_sizes_of_the_concept():
     sizes = crop_sizes(boxes, [64] * 3)
     assert (sizes[0], sizes[-1]) == pytest.approx((0.25, 0.5))
     assert all(after / before <= 1.4 + 1e-9 for before, after in pairwise(sizes))
+
+
+@pytest.mark.parametrize("side", [32, 512, 1024])
+def test_a_speck_in_one_mask_does_not_make_a_crop_of_every_pixel(side):
+    class Blind:
+        def embed(self, queries: list[Image.Image]) -> torch.Tensor:
+            return torch.zeros(len(queries), 1)
+
+        def scores(self, pictures: list[Image.Image], concept: torch.Tensor, **options: Any) -> torch.Tensor:
+            return torch.zeros(len(pictures), len(concept))
+
+    shown, masks = picture(0, (side, side)), [Image.new("L", (side, side)) for _ in range(2)]
+    masks[0].putpixel((side - 1, 0), 255)
+    masks[1].paste(255, (0, 0, 3 * side // 4, 3 * side // 4))
+    frame = Frame((side, side), 0, 0, side)
+    pictures = Pictures([ConceptExample(shown, "a house", frame, mask=mask) for mask in masks], [], [])
+    judges: Any = Judges(Blind(), None, None, None)
+    likeness = _Likeness(judges, {"base": [shown]}, pictures, lambda *_: nullcontext(tqdm(disable=True)))
+    likeness.crops()
+    assert likeness.sizes[-1] == 0.75
+    assert 961 < len(square_crops(shown, likeness.sizes)) < 2200
 
 
 def test_onnx_models_of_bytes_and_of_floats_see_what_torchscript_sees(tmp_path):
@@ -574,6 +602,30 @@ def test_real_pictures_that_have_no_other_to_be_compared_with_do_not_count(works
     assert "with_concept" not in found["sscd_whole"]
     assert found["sscd_whole_found"]["without"].total == 2
     assert found["sscd_whole"]["without"].value > -0.5
+
+
+def test_without_real_pictures_to_set_a_threshold_nothing_is_told_to_be_found_in_crops(workshop):
+    shown, mask = [picture(seed, (SIDE, SIDE)) for seed in range(2)], Image.new("L", (SIDE, SIDE))
+    mask.paste(255, (0, 0, 12, 12))
+    models: dict[str, Any] = {"sscd": workshop / "sscd.pt", "clip": str(workshop / "clip"), **FAST}
+    other = TrainingData([picture(7)], ["a house"])
+    same = TrainingData([*shown, *shown], CAPTIONS[:4])
+    for count, options, reason in (
+        (2, {}, "no pictures without the concept (--reference-data-dir), and no threshold given"),
+        (1, {"reference_data": other}, "no second picture of the concept to compare one with"),
+        (2, {"reference_data": same}, "no more similar to it"),
+        (2, {"sscd_threshold": 0.5}, None),
+    ):
+        concept = ConceptSet.from_masks(shown[:count], [mask] * count, CAPTIONS[:count])
+        pipeline, given = PIPELINES["sd"](), {**models, **options}
+        report = evaluate_adapter(workshop / "protected", pipeline, concept, CAPTIONS[:1], **given)
+        measures = {measure.name: measure for measure in report.measures}
+        assert measures["sscd_crops"].figures.keys() >= {"base", "protected"}
+        assert measures["sscd_whole_found"].figures
+        found = measures["sscd_crops_found"]
+        assert bool(found.figures) == (reason is None)
+        assert reason is None or reason in found.not_measured
+        assert ("sscd_crops" in report.settings["sscd_thresholds"]) == (reason is None)
 
 
 def test_a_large_reference_set_is_not_kept_in_memory(workshop, tmp_path, monkeypatch):

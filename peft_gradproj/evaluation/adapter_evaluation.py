@@ -135,7 +135,7 @@ def evaluate_adapter(
         reference: Probes that are free of the concept, likewise.
         sscd: File of a copy-detection model, see :class:`~.image_metrics.CopyDetector`.
         sscd_threshold: Similarities above it count as found. By default halfway between real pictures with the concept
-            and without, for crops and where there are both, else .75.
+            and without for crops, of which nothing is found or not where these do not tell; .75 for whole pictures.
         clip: CLIP model for the CLIP score, a folder or Hub id.
         kid_features: What KID is computed on, see :class:`~.image_metrics.KernelDistance`.
         name: What the concept is called.

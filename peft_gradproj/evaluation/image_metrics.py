@@ -169,13 +169,17 @@ def _places(room: int, step: float) -> list[int]:
     return [round(place) for place in np.linspace(0, room, math.ceil(room / max(step, 1)) + 1)]
 
 
-def concept_box(mask: Image.Image) -> tuple[int, int, int, int]:
-    """The smallest square in a picture around its mask (mode L, not empty), as left, top, right and lower edge.
+def concept_box(mask: Image.Image, *, smallest: float = 0.0) -> tuple[int, int, int, int]:
+    """The smallest square in a picture around its mask, as left, top, right and lower edge.
 
     Where the mask is longer than the picture is wide or high, the square is as large as the picture allows.
+
+    Args:
+        mask: Mode L, not empty.
+        smallest: Least side of the square, as a share of the picture's shorter side, in [0, 1].
     """
     box: Any = mask.getbbox()
-    side = min(max(box[2] - box[0], box[3] - box[1]), *mask.size)
+    side = min(max(box[2] - box[0], box[3] - box[1], math.ceil(smallest * min(mask.size))), *mask.size)
     left, top = (min(max(0, (box[i] + box[i + 2] - side) // 2), mask.size[i] - side) for i in (0, 1))
     return left, top, left + side, top + side
 

@@ -25,6 +25,9 @@ WHOLE_THRESHOLD = 0.75
 """By SSCD's authors, 9 of 10 pairs of whole pictures above it are copies (of `sscd_disc_mixup`, on DISC)."""
 FILLING = 0.9
 """A concept whose box has at least this share of its picture's side is no detail to be searched for in crops."""
+SMALLEST = 1 / 16
+"""Least share of its picture's side that a concept's box has, with what is around it, so that there are at most about
+2,000 crops of a picture. A speck in one mask would make a million."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,9 @@ class _Likeness:
         self._judges, self._samples, self._pictures, self._bar = judges, samples, pictures, bar
         # Words are in captions; what is in the pictures below them is not the concept.
         self._shown = [example for example in pictures.concept if example.prompt_without is None]
-        self._boxes = [concept_box(e.mask) if e.mask else (0, 0, *e.picture.size) for e in self._shown]
+        self._boxes = [
+            concept_box(e.mask, smallest=SMALLEST) if e.mask else (0, 0, *e.picture.size) for e in self._shown
+        ]
         shares = [(box[2] - box[0]) / min(e.picture.size) for box, e in zip(self._boxes, self._shown, strict=True)]
         self._fills = bool(shares) and min(shares) >= FILLING
         self.sizes: tuple[float, ...] = ()
@@ -228,27 +233,38 @@ class _Likeness:
         scores |= {column: _of_others(scores[column], real[column], self._shown) for column in real if column in scores}
         best = {column: matrix.amax(1) for column, matrix in scores.items() if len(matrix)}
         self.scores[name] = {model: best[model] for model in self._samples}
+        measured = Measure(**similarity, figures={column: mean_estimate(values) for column, values in best.items()})
         threshold, whose = self._threshold(best, details=list(sizes) != [1.0])
+        if threshold is None:
+            return measured, Measure(**found, not_measured=whose)
         self.thresholds[name] = threshold
-        return (
-            Measure(**similarity, figures={column: mean_estimate(values) for column, values in best.items()}),
-            Measure(
-                **found,
-                explanation=f"Leak: the share of pictures whose similarity is above {threshold:.3g}, {whose}.",
-                figures={column: Share.of((values > threshold).tolist()) for column, values in best.items()},
-            ),
+        return measured, Measure(
+            **found,
+            explanation=f"Leak: the share of pictures whose similarity is above {threshold:.3g}, {whose}.",
+            figures={column: Share.of((values > threshold).tolist()) for column, values in best.items()},
         )
 
-    def _threshold(self, best: Mapping[str, Tensor], *, details: bool) -> tuple[float, str]:
-        """Above which the concept counts as found, and whose choice that is."""
+    def _threshold(self, best: Mapping[str, Tensor], *, details: bool) -> tuple[float | None, str]:
+        """Above which the concept counts as found, and whose choice that is; or `None`, and why there is none."""
         if self._judges.threshold is not None:
             return self._judges.threshold, "as was asked for"
-        if details and {"with_concept", "without"} <= best.keys():
-            # A crop holds some of what lies below the concept: even a copy is less similar than one of a whole picture.
-            high, low = float(best["with_concept"].mean()), float(best["without"].mean())
-            if high > low:
-                return (high + low) / 2, "halfway between the means of real pictures with the concept and without"
-        return WHOLE_THRESHOLD, "as is usual for copies of whole pictures"
+        if not details:
+            return WHOLE_THRESHOLD, "as is usual for copies of whole pictures"
+        # A crop holds some of what lies below the concept: even a copy is less similar than one of a whole picture, so
+        # that by the threshold of those the concept would be found nowhere.
+        for column, lack in (
+            ("with_concept", "second picture of the concept to compare one with"),
+            ("without", "pictures without the concept (--reference-data-dir)"),
+        ):
+            if column not in best:
+                return None, f"no {lack}, and no threshold given (--sscd-threshold)"
+        high, low = float(best["with_concept"].mean()), float(best["without"].mean())
+        if high > low:
+            return (high + low) / 2, "halfway between the means of real pictures with the concept and without"
+        return None, (
+            f"real pictures with the concept are no more similar to it ({high:.3g}) than those without ({low:.3g}), "
+            "and no threshold given (--sscd-threshold)"
+        )
 
 
 def _of_others(scores: Tensor, shown: Sequence[Image.Image], concept: Sequence[ConceptExample]) -> Tensor:
