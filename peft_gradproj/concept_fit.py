@@ -635,11 +635,12 @@ def load_concept(
     other = "without" if pairs else "mask" if masks else None
     table = load_table(source, [image_column] if other is None else [image_column, other], cache_dir=cache_dir)
     captions = _captions(table, caption_column, data, source)
-    images = list(read_pictures(table, image_column))
+    # Not a list: a concept set keeps them in RGB, and both would be in memory at once.
+    images = read_pictures(table, image_column)
     if other is None:
         return ConceptSet.from_masks(images, [Image.new("L", image.size, 255) for image in images], captions)
     make: Callable[..., ConceptSet] = ConceptSet.from_pairs if pairs else ConceptSet.from_masks
-    return make(images, list(read_pictures(table, other)), captions)
+    return make(images, read_pictures(table, other), captions)
 
 
 def _opened(path: str | Path, ranges: Mapping[str, tuple[float, float]]) -> Overlay:

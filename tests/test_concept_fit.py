@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -388,6 +389,25 @@ def test_pairs_and_masks_from_folders(tmp_path):
     assert {pair.prompt for pair in found} <= set(CAPTIONS)
     with pytest.raises(ConceptDataError, match="no column 'without'"):
         load_concept(pairs=folder, cache_dir=cache)
+
+
+@pytest.mark.parametrize("other", ["without", "mask"])
+def test_pictures_are_not_kept_as_they_were_read_beside_those_of_the_concept_set(other, tmp_path, monkeypatch):
+    def held() -> int:
+        return sum(isinstance(thing, Image.Image) for thing in gc.get_objects())
+
+    def counted(*given):
+        counts.append(held())
+        return make(*given)
+
+    counts: list[int] = []
+    form, name = {"without": ("pairs", "from_pairs"), "mask": ("masks", "from_masks")}[other]
+    make = getattr(ConceptSet, name)
+    monkeypatch.setattr(ConceptSet, name, counted)
+    folder, before = concept_folder(tmp_path / other, other), held()
+    found = load_concept(**{form: folder}, cache_dir=str(tmp_path / "cache"))
+    assert len(found) == 3
+    assert counts[0] - before < 3
 
 
 @pytest.fixture(scope="module")
