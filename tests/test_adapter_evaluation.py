@@ -300,6 +300,19 @@ def test_what_is_no_copy_detection_model_is_refused(workshop, tmp_path):
         CopyDetector(tmp_path / "identity.pt").embed([picture(0)])
 
 
+@pytest.mark.parametrize("kind", [CopyDetector, KernelDistance])
+def test_vectors_that_are_not_finite_are_an_error_and_not_a_concept_that_is_not_found(kind, tmp_path):
+    class Overflowing(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.flatten(1)[:, :4] * float("nan")
+
+    path = tmp_path / "overflowing.pt"
+    torch.jit.trace(Overflowing(), torch.zeros(1, 3, SIDE, SIDE)).save(str(path))
+    model = kind(str(path))
+    with pytest.raises(BehaviourError, match=r"overflowing.pt gives vectors that are not finite"):
+        (model.embed if kind is CopyDetector else model.features)([picture(0)])
+
+
 # CLIP score and KID
 
 

@@ -398,6 +398,12 @@ def test_the_budget_is_never_exceeded_and_the_best_is_the_best(weights, budget, 
     assert all(len(candidate.words) <= max_words for candidate in found.ranking)
 
 
+def test_a_score_that_is_not_a_number_is_an_error_and_not_the_best():
+    scores = {"a": 0.1, "b": float("nan"), "c": 0.9}
+    with pytest.raises(ConceptDataError, match="the score of 'b' is not a number"):
+        search_prompts(list(scores), lambda asked: torch.tensor([scores[p] for p in asked]), budget=3, template="{}")
+
+
 def test_a_search_needs_words_and_a_budget():
     for words, budget in (([], 5), (["a"], 0)):
         with pytest.raises(ConceptDataError, match="at least one of each"):

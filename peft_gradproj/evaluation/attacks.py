@@ -19,6 +19,7 @@ Membership inference is in `membership.py`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -488,7 +489,7 @@ def search_prompts(
         batch_size: Prompts that `score` is called with.
 
     Raises:
-        ConceptDataError: If there are no words, or no budget for one.
+        ConceptDataError: If there are no words, or no budget for one, or a score is not a number.
     """
     words = list(dict.fromkeys(words))
     if not words or budget < 1:
@@ -499,6 +500,9 @@ def search_prompts(
         scores: list[float] = []
         for start in range(0, len(prompts), batch_size):
             scores += score(prompts[start : start + batch_size]).tolist()
+        if broken := [prompt for prompt, found in zip(prompts, scores, strict=True) if math.isnan(found)]:
+            # It has no place in an order, and leaves the others without theirs.
+            raise ConceptDataError(f"the score of {broken[0]!r} is not a number; are the samples finite?")
         return _ranked([ScoredPrompt(*found) for found in zip(candidates, prompts, scores, strict=True)])
 
     singles = rank([(word,) for word in words[:budget]])

@@ -105,7 +105,7 @@ class CopyDetector:
         """Embeddings of pictures of any size, which are scaled to squares; float32, shape `(n, d)`, of norm 1.
 
         Raises:
-            BehaviourError: If the model does not give one vector for each picture.
+            BehaviourError: If the model does not give one finite vector for each picture.
         """
         parts = []
         for start in range(0, len(pictures), self._batch):
@@ -279,7 +279,7 @@ class KernelDistance:
         """Features of pictures of one size, float64 on the CPU, shape `(N, d)`.
 
         Raises:
-            BehaviourError: If the model does not give one vector for each picture.
+            BehaviourError: If the model does not give one finite vector for each picture.
         """
         parts = []
         for start in range(0, len(pictures), _BATCH):
@@ -362,6 +362,9 @@ def _on(device: str | torch.device, script: Any) -> Callable[[Tensor], Tensor]:
 def _vectors(found: Tensor, count: int, name: str | Path) -> Tensor:
     if found.ndim != 2 or found.shape[0] != count:
         raise BehaviourError(f"{name} gives shape {tuple(found.shape)} for {count} pictures; expected one vector each.")
+    if not found.isfinite().all():
+        # No similarity is above a threshold then, and the concept would pass for not found.
+        raise BehaviourError(f"{name} gives vectors that are not finite; does it overflow in half precision?")
     return found
 
 
