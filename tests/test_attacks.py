@@ -209,6 +209,22 @@ def test_the_last_step_is_measured_whatever_the_interval(world, published):
     assert curve == [(0, False), (2, False), (3, False)]
 
 
+def test_how_often_is_measured_does_not_change_what_is_trained(world):
+    unet = with_adapter(world, LoraConfig(r=RANK, target_modules=UNET_TARGETS, lora_dropout=0.5))
+
+    def measure(attacked: Any) -> float:
+        torch.rand(1)
+        return sum(float(p.double().abs().sum()) for p in attacked.parameters() if p.requires_grad)
+
+    often, seldom = (
+        revive(
+            unet, world.others, world.embeddings.repeat(4, 1, 1), world.schedule, steps=4, measure=measure, every=every
+        )
+        for every in (1, 4)
+    )
+    assert often[-1] == seldom[-1] != often[0]
+
+
 def test_what_the_weights_leave_out_is_learned_less(world, published):
     left = torch.zeros(1, 1, 8, 8)
     left[..., :4] = 1

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from peft_gradproj.concepts import Overlay
@@ -71,13 +72,14 @@ def test_the_target_and_the_noised_input_give_the_latents_back(kind):
     assert torch.allclose(solved[kind], latents, atol=1e-3)
 
 
-class _Answer:
+class _Answer(torch.nn.Module):
     """A UNet that answers with something fixed."""
 
     def __init__(self, answers):
+        super().__init__()
         self.answers, self.asked = answers, 0
 
-    def __call__(self, sample, timestep, encoder_hidden_states):
+    def forward(self, sample, timestep, encoder_hidden_states):
         start, self.asked = self.asked, self.asked + len(sample)
         return type("Out", (), {"sample": self.answers[start : self.asked]})
 
@@ -96,6 +98,19 @@ def test_a_perfect_answer_has_no_loss_and_an_error_of_one_has_loss_one():
     target = target_of(asked)
     assert denoising_loss(_Answer(target), asked, schedule(), batch_size=5) == pytest.approx(0, abs=1e-10)
     assert denoising_loss(_Answer(target + 1), asked, schedule(), batch_size=5) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_model_in_training_is_asked_without_dropout_and_goes_on_training():
+    class Dropped(_Answer):
+        def forward(self, **inputs):
+            answer = super().forward(**inputs)
+            answer.sample = F.dropout(answer.sample, training=self.training)
+            return answer
+
+    asked = questions()
+    model = Dropped(target_of(asked)).train()
+    assert denoising_loss(model, asked, schedule()) == pytest.approx(0, abs=1e-10)
+    assert model.training
 
 
 def test_errors_outside_the_weights_do_not_count():

@@ -196,7 +196,8 @@ def _curve(
     """Minimise `loss()` over what is trainable in `attacked`, measuring on the way."""
 
     def point(step: int) -> tuple[int, Figure]:
-        with torch.no_grad(), evaluation_mode(attacked):
+        # What a measurement draws is not taken from the dropout that follows.
+        with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(attacked):
             return step, measure(attacked)
 
     parameters = [parameter for parameter in attacked.parameters() if parameter.requires_grad]

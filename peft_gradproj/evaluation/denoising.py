@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion_inputs import noised_inputs, training_target
+from ..probes import evaluation_mode
 
 __all__ = ["DenoisingQuestions", "denoising_loss", "denoising_losses", "weighted_errors"]
 
@@ -65,14 +66,16 @@ class DenoisingQuestions:
 
 @torch.no_grad()
 def denoising_losses(unet: Any, questions: DenoisingQuestions, schedule: Any, *, batch_size: int = 64) -> Tensor:
-    """Weighted mean square error of a UNet's answer to each question, shape `(N,)`."""
+    """Weighted mean square error of a UNet's answer to each question, without dropout, shape `(N,)`."""
     losses = []
     for index in torch.arange(questions.latents.shape[0]).split(batch_size):
         latents, noise, timesteps = questions.latents[index], questions.noise[index], questions.timesteps[index]
         inputs = noised_inputs(latents, questions.embeddings[index], noise, timesteps, schedule)
         target = training_target(schedule, latents, noise, timesteps)
         weights = None if questions.weights is None else questions.weights[index]
-        losses.append(weighted_errors(unet(**inputs).sample.float(), target, weights))
+        with evaluation_mode(unet):
+            answers = unet(**inputs).sample.float()
+        losses.append(weighted_errors(answers, target, weights))
     return torch.cat(losses)
 
 
