@@ -133,6 +133,12 @@ def test_questions_are_the_same_for_all_and_cover_the_schedule():
     assert torch.equal((one.timesteps // 25).sort().values, torch.arange(40))
 
 
+def test_questions_are_on_the_device_of_the_latents():
+    latents, embeddings = torch.empty(2, 2, 4, 4, device="meta"), torch.zeros(2, 1, 1, device="meta")
+    asked = DenoisingQuestions.draw(latents, embeddings, schedule(), weights=torch.ones(2, 1, 4, 4, device="meta"))
+    assert {value.device.type for value in vars(asked).values()} == {"meta"}
+
+
 # Judges
 
 

@@ -58,8 +58,9 @@ class DenoisingQuestions:
         return cls(
             latents,
             embeddings.repeat(repeats, 1, 1),
-            torch.randn(latents.shape, generator=generator),
-            timesteps,
+            # Drawn on the CPU, so that the same seed asks the same on every device.
+            torch.randn(latents.shape, generator=generator).to(latents),
+            timesteps.to(latents.device),
             None if weights is None else weights.repeat(repeats, 1, 1, 1),
         )
 
