@@ -372,25 +372,6 @@ def concept_folder(folder: Path, other: str, *, captions: bool = True) -> Path:
     return folder
 
 
-def test_pairs_and_masks_from_folders(tmp_path):
-    cache = str(tmp_path / "cache")
-    found = load_concept(pairs=concept_folder(tmp_path / "pairs", "without"), cache_dir=cache)
-    assert found.paired
-    assert [pair.prompt for pair in found] == CAPTIONS[:3]
-    one, two = squares(3)
-    for pair, with_concept, without in zip(found, one, two, strict=True):
-        assert ImageChops.difference(pair.with_concept, with_concept).getbbox() is None
-        assert ImageChops.difference(pair.without, without).getbbox() is None
-    folder = concept_folder(tmp_path / "masks", "mask", captions=False)
-    with pytest.raises(ConceptDataError, match="no training data to draw them from"):
-        load_concept(masks=folder, cache_dir=cache)
-    found = load_concept(masks=folder, data=data(), cache_dir=cache)
-    assert not found.paired
-    assert {pair.prompt for pair in found} <= set(CAPTIONS)
-    with pytest.raises(ConceptDataError, match="no column 'without'"):
-        load_concept(pairs=folder, cache_dir=cache)
-
-
 @pytest.mark.parametrize("other", ["without", "mask"])
 def test_pictures_are_not_kept_as_they_were_read_beside_those_of_the_concept_set(other, tmp_path, monkeypatch):
     def held() -> int:
@@ -408,6 +389,25 @@ def test_pictures_are_not_kept_as_they_were_read_beside_those_of_the_concept_set
     found = load_concept(**{form: folder}, cache_dir=str(tmp_path / "cache"))
     assert len(found) == 3
     assert counts[0] - before < 3
+
+
+def test_pairs_and_masks_from_folders(tmp_path):
+    cache = str(tmp_path / "cache")
+    found = load_concept(pairs=concept_folder(tmp_path / "pairs", "without"), cache_dir=cache)
+    assert found.paired
+    assert [pair.prompt for pair in found] == CAPTIONS[:3]
+    one, two = squares(3)
+    for pair, with_concept, without in zip(found, one, two, strict=True):
+        assert ImageChops.difference(pair.with_concept, with_concept).getbbox() is None
+        assert ImageChops.difference(pair.without, without).getbbox() is None
+    folder = concept_folder(tmp_path / "masks", "mask", captions=False)
+    with pytest.raises(ConceptDataError, match="no training data to draw them from"):
+        load_concept(masks=folder, cache_dir=cache)
+    found = load_concept(masks=folder, data=data(), cache_dir=cache)
+    assert not found.paired
+    assert {pair.prompt for pair in found} <= set(CAPTIONS)
+    with pytest.raises(ConceptDataError, match="no column 'without'"):
+        load_concept(pairs=folder, cache_dir=cache)
 
 
 @pytest.fixture(scope="module")
