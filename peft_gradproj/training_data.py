@@ -6,6 +6,7 @@ and the caption; columns named `*_file_name` are further pictures. Anything else
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -178,9 +179,13 @@ def load_table(
     # A folder of parquet files is a data set; any other is one of pictures.
     is_images = folder.is_dir() and all(file.name in _METADATA for file in folder.glob("**/*.parquet"))
     given: dict[str, Any] = {"split": split, "cache_dir": cache_dir}
+    whole = str(folder.resolve())
+    if folder.is_dir() and not is_images and glob.has_magic(whole):
+        # `datasets` would look for a pattern, find nothing or, worse, what lies in other folders.
+        raise ConceptDataError(f"the path {whole} has one of the characters * ? [, of patterns; rename the folder.")
     try:
         if is_images:
-            table = load_dataset("imagefolder", data_files={"train": str(folder / "**")}, **given)
+            table = load_dataset("imagefolder", data_files={"train": f"{glob.escape(whole)}/**"}, **given)
         else:
             table = load_dataset(str(path_or_id), config_name, **given)
     except (OSError, ValueError, LookupError, DatasetsError, RuntimeError) as error:

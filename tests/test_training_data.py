@@ -90,6 +90,27 @@ def test_a_data_set_of_another_kind(tmp_path):
         load(tmp_path / "data", tmp_path, image_column="caption", caption_column="caption")[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "other"), [("pictures [1]", "pictures 1"), ("pictures*", "pictures-old"), ("picture?", "pictures")]
+)
+def test_a_folder_named_with_the_characters_of_patterns_is_that_folder_and_no_other(tmp_path, name, other, monkeypatch):
+    image_folder(tmp_path / other / "data", ["of another folder"])
+    folder = image_folder(tmp_path / name / "data", CAPTIONS)
+    assert [caption for _, caption in load(folder, tmp_path)] == CAPTIONS
+    monkeypatch.chdir(tmp_path / name)
+    assert [caption for _, caption in load("data", tmp_path)] == CAPTIONS
+
+
+def test_a_data_set_in_a_folder_with_such_characters_is_refused(tmp_path):
+    import datasets
+
+    for name in ("data*", "data-old"):
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_dict({"text": CAPTIONS}).to_parquet(tmp_path / name / "train.parquet")
+    with pytest.raises(ConceptDataError, match=r"has one of the characters \* \? \["):
+        load(tmp_path / "data*", tmp_path)
+
+
 def test_folders_that_will_not_do(tmp_path):
     with pytest.raises(ConceptDataError, match=r"no metadata\.jsonl"):
         load(image_folder(tmp_path / "bare", CAPTIONS, metadata=False), tmp_path)

@@ -344,6 +344,18 @@ def test_causal_lm_completes_no_secret_that_plain_lora_completes_at_the_same_los
     assert not verify_adapter(ours).failures
 
 
+def test_causal_lm_reads_the_file_that_is_named_and_no_other_that_the_name_would_match(tmp_path):
+    script = script_module("train_causal_lm_lora_gradproj")
+    for name in ("texts [1]*.txt", "texts 1-old.txt", "held out [1].txt"):
+        (tmp_path / name).write_text(f"{name}\n")
+    files = {"train_file": tmp_path / "texts [1]*.txt", "validation_file": tmp_path / "held out [1].txt"}
+    data = script.DataTrainingArguments(**{name: str(file) for name, file in files.items()})
+    model = script.ModelArguments(model_name_or_path="", cache_dir=str(tmp_path / "cache"))
+    texts = script.load_texts(data, model)
+    assert texts["train"]["text"][:] == ["texts [1]*.txt\n"]
+    assert texts["validation"]["text"][:] == ["held out [1].txt\n"]
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_causal_lm_counts_the_tokens_of_secrets_in_no_loss_and_only_those(masked, tmp_path):
     from datasets import Dataset, DatasetDict

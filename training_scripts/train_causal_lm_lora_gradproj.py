@@ -19,6 +19,7 @@ For a plain LoRA to compare with: no `--secrets_file`, and `--uncovered ignore`.
 
 from __future__ import annotations
 
+import glob
 import logging
 import math
 import os
@@ -160,8 +161,9 @@ def load_texts(data: DataTrainingArguments, model: ModelArguments) -> DatasetDic
         options |= {"name": data.dataset_config_name, "token": model.token}
     elif data.train_file is not None:
         source = {".txt": "text", ".jsonl": "json"}.get(Path(data.train_file).suffix, Path(data.train_file).suffix[1:])
-        files = {"train": data.train_file}
-        files |= {} if data.validation_file is None else {"validation": data.validation_file}
+        named = {"train": data.train_file, "validation": data.validation_file}
+        # Names of files, which `datasets` would take for patterns.
+        files = {split: glob.escape(os.path.abspath(file)) for split, file in named.items() if file is not None}
         options |= {"data_files": files} | ({"keep_linebreaks": data.keep_linebreaks} if source == "text" else {})
     else:
         raise ValueError("Need either a dataset name or a training file.")
