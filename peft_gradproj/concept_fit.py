@@ -40,7 +40,7 @@ from .fitting import fit_concept_basis
 from .observation import find_layers
 from .pipelines import PipelineFamily, checked_resolution, load_pipeline
 from .probes import ConceptProbes, adapters_disabled, collect_concept_probes, evaluation_mode
-from .training_data import Frame, TrainingData, draw_frame, load_table, read_pictures, without_phrase
+from .training_data import Frame, TrainingData, draw_frame, load_table, one_caption, read_pictures, without_phrase
 
 __all__ = [
     "Concept",
@@ -670,9 +670,7 @@ def read_phrases(prompt: str) -> list[str]:
 def _captions(table: Any, column: str, data: TrainingData | None, where: str) -> list[str]:
     if column in table.column_names:
         captions = table.select_columns([column])[:][column]
-        if not all(isinstance(caption, str) for caption in captions):
-            raise ConceptDataError(f"column '{column}' of {where} holds something else than text.")
-        return captions
+        return [one_caption(caption, f"row {row} of {where}") for row, caption in enumerate(captions)]
     if data is None:
         raise ConceptDataError(
             f"{where} has no column '{column}' with captions, and no training data to draw them from is given."

@@ -170,7 +170,7 @@ class MaskReport:
     leave_out_above: float = 1.0
     """The share of a picture, in [0, 1], above which that is too much."""
     captions_changed: int = 0
-    """From so many of the pictures' captions a phrase was taken out."""
+    """From so many of the captions in the copy a phrase was taken out."""
     folder: str | None = None
     """Where a copy of the pictures with the masks was written, if it was."""
 

@@ -69,7 +69,7 @@ def mask_table(
     others = table.select_columns([name for name in table.column_names if name not in pictures])
     for number, row in enumerate(others if others.column_names else ()):
         _line(row, number)
-    changed = 0
+    changed: list[int] = []
     if remove_phrases:
         phrases = [remove_phrases] if isinstance(remove_phrases, str) else remove_phrases
         table, changed = without_phrases(table, caption_column, phrases)
@@ -83,9 +83,12 @@ def mask_table(
         )
     columns = {"image_column": image_column, "mask_column": mask_column}
     write_masked(table.select(kept), masks.select(kept), output, markers=masks.markers, **columns)
-    left_out = len(areas) - len(kept)
     return replace(
-        report, folder=str(output), left_out=left_out, leave_out_above=leave_out_above, captions_changed=changed
+        report,
+        folder=str(output),
+        left_out=len(areas) - len(kept),
+        leave_out_above=leave_out_above,
+        captions_changed=len({*changed} & {*kept}),
     )
 
 

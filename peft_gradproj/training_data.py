@@ -24,6 +24,7 @@ __all__ = [
     "draw_frame",
     "first_line",
     "load_table",
+    "one_caption",
     "read_pictures",
     "without_phrase",
     "without_phrases",
@@ -117,11 +118,7 @@ class TrainingData(Sequence[tuple[Image.Image, str]]):
 
     def caption(self, index: int) -> str:
         """A caption, without decoding its picture; of several alternatives the first."""
-        caption = self._captions[index]
-        caption = caption[0] if isinstance(caption, list | tuple) and caption else caption
-        if not isinstance(caption, str):
-            raise ConceptDataError(f"the caption of picture {index} is a {type(caption).__name__}; expected text.")
-        return caption
+        return one_caption(self._captions[index], f"picture {index}")
 
     @classmethod
     def load(
@@ -155,6 +152,19 @@ class TrainingData(Sequence[tuple[Image.Image, str]]):
     def uncaptioned(cls, table: Any, image_column: str = "image") -> TrainingData:
         """The pictures of a table of `datasets` under empty captions, for what reads pictures alone."""
         return cls(_Column(table, image_column), [""] * len(table))
+
+
+def one_caption(given: Any, of: str) -> str:
+    """A caption; of several alternatives, of which diffusers' scripts draw one each time, the first.
+
+    Raises:
+        ConceptDataError: If it is neither text nor a list of texts; `of` says of what.
+    """
+    caption = given[0] if isinstance(given, list | tuple) and given else given
+    if not isinstance(caption, str):
+        kind = type(caption).__name__
+        raise ConceptDataError(f"the caption of {of} is a {kind}; expected text, or a list of at least one text.")
+    return caption
 
 
 def load_table(
@@ -266,8 +276,8 @@ def _ends_words(letter: str) -> bool:
     return letter.isascii() or letter.lower() != letter.upper()
 
 
-def without_phrases(table: Any, column: str, phrases: Sequence[str]) -> tuple[Any, int]:
-    """A table of `datasets` whose captions lack the phrases, longer ones taken out first, and how many had one.
+def without_phrases(table: Any, column: str, phrases: Sequence[str]) -> tuple[Any, list[int]]:
+    """A table of `datasets` whose captions lack the phrases, longer ones taken out first, and the rows that had one.
 
     Args:
         table: Its pictures are not decoded.
@@ -300,7 +310,7 @@ def without_phrases(table: Any, column: str, phrases: Sequence[str]) -> tuple[An
 
     captions = table.select_columns([column])[:][column]
     new = [cleaned(caption) for caption in captions]
-    changed = sum(a != b for a, b in zip(captions, new, strict=True))
+    changed = [row for row, (a, b) in enumerate(zip(captions, new, strict=True)) if a != b]
     if not changed:
         names = ", ".join(map(repr, phrases))
         raise ConceptDataError(

@@ -410,6 +410,20 @@ def test_pairs_and_masks_from_folders(tmp_path):
         load_concept(pairs=folder, cache_dir=cache)
 
 
+def test_of_alternative_captions_the_first_is_taken(tmp_path):
+    folder = concept_folder(tmp_path / "pairs", "without", captions=False)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+    def load(captions):
+        given = [json.dumps(line | {"text": text}) for line, text in zip(lines, captions, strict=True)]
+        (folder / "metadata.jsonl").write_text("\n".join(given))
+        return load_concept(pairs=folder, cache_dir=str(tmp_path / "cache"))
+
+    assert [pair.prompt for pair in load([[text, "other words"] for text in CAPTIONS[:3]])] == CAPTIONS[:3]
+    with pytest.raises(ConceptDataError, match=r"the caption of row 1 of .*pairs is a list; expected text"):
+        load([["a"], [], ["c"]])
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Path:
     """A pipeline, training data and a logo on a disk."""

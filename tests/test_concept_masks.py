@@ -362,7 +362,9 @@ def test_phrases_are_taken_out_of_the_copys_captions_and_counted(tmp_path):
 
 def test_pictures_of_which_more_is_masked_are_left_out(tmp_path):
     pictures = [picture(seed) for seed in range(6)]
-    table, pipeline, concept = table_of(image=pictures, number=[*range(6)]), PIPELINES["sd"](), Overlay(logo())
+    captions = [f"{number} by X" for number in range(6)]
+    table = table_of(image=pictures, number=[*range(6)], text=captions)
+    pipeline, concept = PIPELINES["sd"](), Overlay(logo())
     masks, _ = find_concept(pipeline, concept, TrainingData(pictures, [""] * 6), **QUICK)
     areas = masks.areas()
     assert areas == pytest.approx([np.asarray(mask).mean() / 255 for mask in masks], abs=0.02)
@@ -370,12 +372,14 @@ def test_pictures_of_which_more_is_masked_are_left_out(tmp_path):
     kept = [number for number, area in enumerate(areas) if area <= limit]
     assert 3 < len(kept) < 6
 
-    report = mask_table(pipeline, concept, table, tmp_path / "out", leave_out_above=limit, **QUICK)
+    options = {"leave_out_above": limit, "remove_phrases": "by X", **QUICK}
+    report = mask_table(pipeline, concept, table, tmp_path / "out", **options)
     read = load_table(tmp_path / "out", ["image"], cache_dir=str(tmp_path / "cache"))
     assert read["number"][:] == kept
     assert [row["image"].tobytes() for row in read] == [pictures[number].tobytes() for number in kept]
     assert [row["mask"].tobytes() for row in read] == [masks[number].tobytes() for number in kept]
-    assert (report.pictures, report.left_out) == (6, 6 - len(kept))
+    assert read["text"][:] == [str(number) for number in kept]
+    assert (report.pictures, report.left_out, report.captions_changed) == (6, 6 - len(kept), len(kept))
     assert f"but for {6 - len(kept)} pictures of which more than {limit:.1%} is masked" in str(report)
 
     for limit, message in ((min(areas) / 2, "all 6 pictures would be left out"), (1.1, "expected a share")):
