@@ -13,6 +13,7 @@ import argparse
 import logging
 import math
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ from torch.utils.data import DataLoader
 
 from .config import GradProjConfig
 from .diffusion_inputs import latent_weights, training_target
+from .errors import GradProjConfigError
+from .folder_swap import replaced_folder
 from .hub import push_adapter_to_hub
 from .online import online_projections
 from .saving import save_sidecars
@@ -54,6 +57,7 @@ __all__ = [
     "seeded_batches",
     "square_crop",
     "squared_error",
+    "tracker_config",
     "validate",
 ]
 
@@ -61,6 +65,7 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_STEPS = 30
 WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 _IMAGES = "images"
 _PROJECTION_OPTIONS = ("strength", "probe_every", "probe_batch_size", "restore")
 
@@ -151,7 +156,16 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """An accelerator whose data loaders shuffle by the seed and the epoch alone; logging and seeds are set up too."""
+    """An accelerator whose data loaders shuffle by the seed and the epoch alone; logging and seeds are set up too.
+
+    Raises:
+        GradProjConfigError: If there is a token on the command line, and a tracker that may record it.
+    """
+    if args.hub_token is not None and args.report_to not in ("none", "tensorboard"):
+        raise GradProjConfigError(
+            f"--hub_token would be logged by --report_to {args.report_to}, since some trackers record the command "
+            "line. Log in with `hf auth login`, or set HF_TOKEN, instead."
+        )
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -159,14 +173,17 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
-    if args.report_to == "wandb" and args.hub_token is not None:
-        raise ValueError("--hub_token would be logged by wandb; log in with `hf auth login` instead.")
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=level)
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return accelerator
+
+
+def tracker_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that trackers may write down: all but tokens."""
+    return {name: value for name, value in vars(args).items() if not name.endswith("_token")}
 
 
 def repository(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
@@ -356,8 +373,9 @@ def noised(schedule: Any, latents: Tensor, *, offset: float = 0.0) -> tuple[Tens
 
 
 def saved_checkpoints(output_dir: str) -> list[Path]:
-    """The checkpoints of a run, the oldest first."""
-    return sorted(Path(output_dir).glob("checkpoint-*"), key=_step_of)
+    """The checkpoints of a run, the oldest first; other folders, such as `checkpoint-best`, are none."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+    return sorted(folders, key=_step_of)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -421,19 +439,41 @@ class LoraCheckpoints:
             _set_state_dict_into_text_encoder(state, prefix="text_encoder.", text_encoder=self.text_encoder)
 
     def save(self, step: int) -> None:
-        """Write `checkpoint-{step}`, in all processes, and remove the oldest beyond the limit."""
-        self.accelerator.save_state(str(Path(self.args.output_dir, f"checkpoint-{step}")))
-        if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
+        """Write `checkpoint-{step}`, in all processes, and remove the oldest beyond the limit.
+
+        It has another name until it is whole, so that none is resumed from that was cut off.
+        """
+        stage = Path(self.args.output_dir, "unfinished-checkpoint")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(stage, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(stage))
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        with replaced_folder(Path(self.args.output_dir, f"checkpoint-{step}")) as empty:
+            empty.rmdir()
+            stage.rename(empty)
+        if self.args.checkpoints_total_limit is not None:
             for old in saved_checkpoints(self.args.output_dir)[: -self.args.checkpoints_total_limit]:
                 shutil.rmtree(old)
 
     def resume(self) -> int:
-        """Load what `--resume_from_checkpoint` says, if anything; the number of steps that were done."""
+        """Load what `--resume_from_checkpoint` says, if anything; the number of steps that were done.
+
+        Raises:
+            GradProjConfigError: If there is no checkpoint of that name.
+        """
         name = self.args.resume_from_checkpoint
         if not name:
             return 0
-        latest = saved_checkpoints(self.args.output_dir)[-1:]
-        found = latest if name == "latest" else [Path(self.args.output_dir, Path(name).name)]
+        saved = saved_checkpoints(self.args.output_dir)
+        found = saved[-1:] if name == "latest" else [path for path in saved if path.name == Path(name).name]
+        if not found and name != "latest":
+            names = ", ".join(path.name for path in saved) or "none"
+            raise GradProjConfigError(
+                f"there is no checkpoint '{name}' in {self.args.output_dir}; expected latest, or one of these: {names}."
+            )
         if not found:
             logger.warning(f"no checkpoint in {self.args.output_dir}: starting anew")
             return 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import LoopbackHub
+from hub_server import WRITER, LoopbackHub
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from secret_corpus import (
@@ -162,7 +162,7 @@ def text_to_image(workshop, tmp_path_factory):
     with LoopbackHub() as hub:
         environment = hub.environment(tmp_path_factory.mktemp("hub-home"))
         validation = ["--validation_prompt", "ab", "--validation_epochs", 3]
-        limit = ["--checkpoints_total_limit", 2, "--push_to_hub"]
+        limit = ["--checkpoints_total_limit", 2, "--push_to_hub", "--hub_token", WRITER]
         flags = [*text_to_image_flags(workshop), "--output_dir", folder, *validation, *limit]
         run("train_text_to_image_lora_gradproj", *flags, environment=environment, accelerate=ONE_PROCESS)
         return folder, hub.files("user/my-lora")
@@ -173,6 +173,7 @@ def test_text_to_image_saves_and_checkpoints_what_verifies_and_what_diffusers_lo
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     for saved in (folder, folder / "checkpoint-4", folder / "checkpoint-6"):
         assert_verified(saved, workshop / "basis.safetensors")
+    assert not [path for path in folder.rglob("*") if path.is_file() and WRITER.encode() in path.read_bytes()]
     loaded_by_diffusers(workshop, folder)
 
 
@@ -344,6 +345,18 @@ def test_causal_lm_completes_no_secret_that_plain_lora_completes_at_the_same_los
     assert not verify_adapter(ours).failures
 
 
+def test_causal_lm_takes_for_the_latest_checkpoint_one_that_was_not_cut_off(tmp_path):
+    script = script_module("train_causal_lm_lora_gradproj")
+    assert script.last_checkpoint(str(tmp_path / "absent"), projected=False) is None
+    files = {"8": ["{}", "state"], "9": ["{}"], "10": ["{ cut off"], "11": [], "best": ["{}", "state"]}
+    for name, contents in files.items():
+        (tmp_path / f"checkpoint-{name}").mkdir()
+        for file, content in zip(("trainer_state.json", "online_projection.pt"), contents, strict=False):
+            (tmp_path / f"checkpoint-{name}" / file).write_text(content)
+    assert script.last_checkpoint(str(tmp_path), projected=True) == str(tmp_path / "checkpoint-8")
+    assert script.last_checkpoint(str(tmp_path), projected=False) == str(tmp_path / "checkpoint-9")
+
+
 def test_causal_lm_reads_the_file_that_is_named_and_no_other_that_the_name_would_match(tmp_path):
     script = script_module("train_causal_lm_lora_gradproj")
     for name in ("texts [1]*.txt", "texts 1-old.txt", "held out [1].txt"):
@@ -390,7 +403,7 @@ def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a
     flags = [*causal_lm_flags(language_model, files, 0), "--max_steps", 12, "--save_steps", 4, "--logging_steps", 2]
     flags += ["--secrets_file", files / "secrets.txt", "--concept_basis", tmp_path / "basis.safetensors"]
     # Without a second moment in the optimizer, a resumed run needs the state of the projection itself.
-    flags += ["--report_to", "tensorboard", "--optim", "adafactor"]
+    flags += ["--report_to", "tensorboard", "--optim", "adafactor", "--hub_token", WRITER]
     with LoopbackHub() as hub:
         publishing = {"environment": hub.environment(tmp_path / "hub-home")}
         said = run("train_causal_lm_lora_gradproj", *flags, "--output_dir", whole, "--push_to_hub", **publishing)
@@ -406,7 +419,7 @@ def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a
     scalars = logged(whole)
     assert len(scalars["train/gradproj/drift"]) == len(scalars["train/gradproj/removed_share"]) == 6
     assert "eval_loss" in json.loads((whole / "eval_results.json").read_text())
-    for code in make_secrets(0).codes.values():
+    for code in (WRITER, *make_secrets(0).codes.values()):
         assert code not in said
         assert not [path for path in whole.rglob("*") if path.is_file() and code.encode() in path.read_bytes()]
 

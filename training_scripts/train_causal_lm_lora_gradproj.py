@@ -20,6 +20,7 @@ For a plain LoRA to compare with: no `--secrets_file`, and `--uncovered ignore`.
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import math
 import os
@@ -44,7 +45,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from peft_gradproj import (
     ConceptProbes,
@@ -142,7 +143,10 @@ class SaveProjection(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         projection = online_projections(kwargs["model"]).get("default")
         if state.is_world_process_zero and projection is not None:
-            torch.save(projection.state_dict(), Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE))
+            file = Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE)
+            # In one step, so that a checkpoint is whole if it has the file.
+            torch.save(projection.state_dict(), file.with_suffix(".partial"))
+            file.with_suffix(".partial").replace(file)
 
     @classmethod
     def load(cls, model: Any, checkpoint: str) -> None:
@@ -151,6 +155,27 @@ class SaveProjection(TrainerCallback):
         projection = online_projections(model).get("default")
         if projection is not None and path.exists():
             projection.load_state_dict(torch.load(path, weights_only=True))
+
+
+def last_checkpoint(output_dir: str, *, projected: bool) -> str | None:
+    """The last checkpoint of a run that was not cut off.
+
+    `Trainer` writes its state last, and then the online projection's is written, if there is one.
+    """
+
+    def is_whole(folder: Path) -> bool:
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return not projected or (folder / SaveProjection.FILE).is_file()
+
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
+    whole = [path for path, step in steps.items() if step.isdecimal() and is_whole(path)]
+    if not whole:
+        logger.warning(f"no whole checkpoint in {output_dir}: starting anew")
+        return None
+    return str(max(whole, key=lambda path: int(steps[path])))
 
 
 def load_texts(data: DataTrainingArguments, model: ModelArguments) -> DatasetDict:
@@ -266,7 +291,11 @@ def main() -> None:
     push, training_args.push_to_hub = training_args.push_to_hub, False
     set_up_logging(training_args)
     set_seed(training_args.seed)
+    if (training_args.hub_token or model_args.token) and {*training_args.report_to} - {"tensorboard"}:
+        raise ValueError("Some trackers record the command line, and so --hub_token and --token: set HF_TOKEN instead.")
     repo_id = repository(training_args) if push else None
+    # Every checkpoint holds the arguments.
+    hub_token, training_args.hub_token = training_args.hub_token, None
 
     source = {
         "cache_dir": model_args.cache_dir,
@@ -321,7 +350,8 @@ def main() -> None:
     if training_args.do_train:
         checkpoint = training_args.resume_from_checkpoint
         if checkpoint == "latest":
-            checkpoint = get_last_checkpoint(training_args.output_dir)
+            projected = online_projections(model).get("default") is not None
+            checkpoint = last_checkpoint(training_args.output_dir, projected=projected)
         if checkpoint:
             SaveProjection.load(model, checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -340,7 +370,7 @@ def main() -> None:
         logger.info(str(verify_adapter(training_args.output_dir)))
         if repo_id is not None:
             published = push_adapter_to_hub(
-                training_args.output_dir, repo_id, revision=training_args.hub_revision, token=training_args.hub_token
+                training_args.output_dir, repo_id, revision=training_args.hub_revision, token=hub_token
             )
             logger.info(f"published: {published.url}")
 

@@ -55,6 +55,7 @@ from peft_gradproj.diffusion_training import (
     seeded_batches,
     square_crop,
     squared_error,
+    tracker_config,
     validate,
 )
 from peft_gradproj.online import telemetry
@@ -245,7 +246,7 @@ def main() -> None:
     unet, text_encoder = trained[0], trained[-1] if args.train_text_encoder else text_encoder
     checkpoints = LoraCheckpoints(accelerator, args, *trained)
     if accelerator.is_main_process:
-        accelerator.init_trackers("dreambooth-lora", config=vars(args))
+        accelerator.init_trackers("dreambooth-lora", config=tracker_config(args))
 
     global_step = checkpoints.resume()
     epoch, done = divmod(global_step, steps_per_epoch)

@@ -44,6 +44,7 @@ from peft_gradproj.diffusion_training import (
     seeded_batches,
     square_crop,
     squared_error,
+    tracker_config,
     validate,
 )
 from peft_gradproj.online import telemetry
@@ -172,7 +173,7 @@ def main() -> None:
     )
     checkpoints = LoraCheckpoints(accelerator, args, unet)
     if accelerator.is_main_process:
-        accelerator.init_trackers("text2image-fine-tune", config=vars(args))
+        accelerator.init_trackers("text2image-fine-tune", config=tracker_config(args))
 
     global_step = checkpoints.resume()
     epoch, done = divmod(global_step, steps_per_epoch)

@@ -1,0 +1,114 @@
+"""What the scripts for diffusion models share: flags, trackers, checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from peft import get_peft_model_state_dict
+from tiny_models import UNET_TARGETS, basis_for, tiny_unet
+
+from peft_gradproj import GradProjConfig
+from peft_gradproj.diffusion_training import (
+    LoraCheckpoints,
+    add_concept_arguments,
+    add_training_arguments,
+    make_accelerator,
+    saved_checkpoints,
+    tracker_config,
+)
+from peft_gradproj.errors import GradProjConfigError
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator_at_a_time(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def flags(*given: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_concept_arguments(parser)
+    add_training_arguments(parser)
+    return parser.parse_args(["--pretrained_model_name_or_path", "x", "--report_to", "none", *map(str, given)])
+
+
+# Trackers
+
+
+def test_no_tracker_writes_the_token_down(tmp_path):
+    args = flags("--output_dir", tmp_path, "--report_to", "tensorboard", "--hub_token", "hf_secret")
+    accelerator = make_accelerator(args)
+    accelerator.init_trackers("run", config=tracker_config(args))
+    accelerator.end_training()
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"learning_rate" in content for content in written)
+    assert not any(b"hf_secret" in content for content in written)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "comet_ml", "all"])
+def test_a_token_is_refused_beside_trackers_that_record_the_command_line(tmp_path, tracker):
+    with pytest.raises(GradProjConfigError, match="--hub_token would be logged"):
+        make_accelerator(flags("--output_dir", tmp_path, "--report_to", tracker, "--hub_token", "hf_secret"))
+
+
+# Checkpoints
+
+
+def checkpoints_in(folder: Path, *given: object) -> LoraCheckpoints:
+    args = flags("--output_dir", folder, *given)
+    unet = tiny_unet()
+    basis = basis_for(unet, UNET_TARGETS)
+    unet.add_adapter(GradProjConfig(r=4, target_modules=UNET_TARGETS, concept_basis=basis))
+    accelerator = make_accelerator(args)
+    return LoraCheckpoints(accelerator, args, accelerator.prepare(unet))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["run", "run [1]*"])
+def test_a_checkpoint_that_was_cut_off_is_not_resumed_from_and_leaves_room_for_the_next(tmp_path, name):
+    folder = tmp_path / name
+    checkpoints = checkpoints_in(folder, "--resume_from_checkpoint", "latest")
+    assert checkpoints.resume() == 0
+    checkpoints.save(2)
+
+    def cut_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = checkpoints.accelerator.register_save_state_pre_hook(cut_off)
+    for step in (2, 10):
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(step)
+    hook.remove()
+    kept = {key: value.clone() for key, value in get_peft_model_state_dict(checkpoints.unet).items()}
+    with torch.no_grad():
+        for parameter in checkpoints.unet.parameters():
+            parameter.add_(parameter.requires_grad)
+    assert checkpoints.resume() == 2
+    for key, value in get_peft_model_state_dict(checkpoints.unet).items():
+        torch.testing.assert_close(value, kept[key])
+    checkpoints.save(10)
+    assert names(folder) == ["checkpoint-10", "checkpoint-2"]
+
+
+def test_other_folders_are_no_checkpoints(tmp_path):
+    checkpoints = checkpoints_in(tmp_path, "--checkpoints_total_limit", 2)
+    for step in (2, 10, 4):
+        checkpoints.save(step)
+        (tmp_path / "checkpoint-best").mkdir(exist_ok=True)
+    assert [path.name for path in saved_checkpoints(str(tmp_path))] == ["checkpoint-4", "checkpoint-10"]
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-4", "checkpoint-best"]
+    checkpoints.args.resume_from_checkpoint = "latest"
+    assert checkpoints.resume() == 10
+    for absent in ("checkpoint-best", "checkpoint-3"):
+        checkpoints.args.resume_from_checkpoint = absent
+        with pytest.raises(GradProjConfigError, match=r"no checkpoint .*one of these: checkpoint-4, checkpoint-10"):
+            checkpoints.resume()
