@@ -1,11 +1,15 @@
 """Run a training script that nobody edited, with gradient projection.
 
 Every `LoraConfig` that the script adds to a model *for training* becomes a `GradProjConfig`: those given to
-`add_adapter` of diffusers and of transformers, to `peft.get_peft_model`, and those of adapters that
-`PeftModel.from_pretrained` loads as trainable. What the script loads to sample or to evaluate stays a plain LoRA:
-loaders call none of these functions, which is why they are wrapped, and not `LoraConfig`. Concept basis, manifest and
-model card are written beside each set of weights that the script saves, checkpoints included, before the script's own
-upload; a card that the script writes itself gets our section when it is uploaded, and checkpoints stay at home.
+`add_adapter` of diffusers, of transformers and of PEFT, to `peft.get_peft_model` and `PeftModel`, and those of adapters
+that `PeftModel.from_pretrained` and `load_adapter` load as trainable. What the script loads to sample or to evaluate
+stays a plain LoRA: loaders call none of these functions, or say that it is not trained, which is why they are wrapped,
+and not `LoraConfig`. A LoRA that gets into a model in another way, as by `inject_adapter_in_model`, is refused when an
+optimizer is about to step it.
+
+Concept basis, manifest and model card are written beside each set of weights that the script saves, checkpoints
+included, before the script's own upload; a card that the script writes itself gets our section when it is uploaded, and
+checkpoints stay at home.
 
 With concept markers, the loss of diffusion models does not count where they find the concept, whatever the script's
 loss is (`loss_masks`). Given alone, adapters stay plain LoRA.
@@ -32,10 +36,13 @@ from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .adapter_folder import write_sidecars
 from .base_models import identify
@@ -48,6 +55,11 @@ from .probes import ConceptProbes, adapters_disabled, call_model, evaluation_mod
 from .saving import complete_card
 
 __all__ = ["MAX_BASE_DISTANCE", "LaunchedRun", "launch"]
+
+_ADDING = (
+    "add_adapter (diffusers, transformers), get_peft_model, and PeftModel with add_adapter, or with from_pretrained or "
+    "load_adapter and is_trainable=True"
+)
 
 MAX_BASE_DISTANCE = 0.5
 """How far, relatively, the base model's outputs may be from the targets of the probes; half precision is below 0.1."""
@@ -66,8 +78,8 @@ def launch(script: str, arguments: Sequence[str] = (), *, module: bool = False, 
             `concept_markers`, as :class:`~peft_gradproj.ConceptMarkers`, a path or a Hub id.
 
     Raises:
-        GradProjConfigError: If neither basis, probes nor markers are given, or the script added no LoRA that could be
-            projected, or trained on what cannot be masked.
+        GradProjConfigError: If neither basis, probes nor markers are given, or the script trained no LoRA that could be
+            projected, or trained on what cannot be masked; or if it makes a `GradProjConfig` itself.
         ConceptBasisError: If the basis does not fit the script's model, by names or widths.
         ConceptDataError: If the script's model cannot be run on the probes, or is not the one that they were made with;
             or if its latents are not those of the markers.
@@ -76,7 +88,9 @@ def launch(script: str, arguments: Sequence[str] = (), *, module: bool = False, 
     if not module and not Path(script).is_file():
         raise GradProjConfigError(f"there is no script at '{script}'. For a module, give its name with --module.")
     with run.watching():
-        _run_script(script, arguments, module=module)
+        exited = _run_script(script, arguments, module=module)
+    if exited and not run.trained and {"-h", "--help"} & {*arguments}:
+        return
     run.check(script)
     if run.masks is not None:
         _say(str(run.masks))
@@ -88,7 +102,8 @@ def _say(line: str) -> None:
         print(f"gradproj: {line}", file=sys.stderr, flush=True)
 
 
-def _run_script(script: str, arguments: Sequence[str], *, module: bool) -> None:
+def _run_script(script: str, arguments: Sequence[str], *, module: bool) -> bool:
+    """Run it as `__main__`; whether it ended by an exit of its own, without an error."""
     argv, path = sys.argv, list(sys.path)
     sys.argv = [script, *arguments]
     try:
@@ -102,8 +117,10 @@ def _run_script(script: str, arguments: Sequence[str], *, module: bool) -> None:
     except SystemExit as end:
         if end.code:
             raise
+        return True
     finally:
         sys.argv, sys.path[:] = argv, path
+    return False
 
 
 @dataclass
@@ -130,6 +147,18 @@ class LaunchedRun:
     text_encoders: int = 0
     """How many models were taken for text encoders so far."""
 
+    adapted: WeakSet[nn.Module] = field(default_factory=WeakSet)
+    """The models that a LoRA was injected into, in whatever way."""
+
+    trained: bool = False
+    """Whether an optimizer has taken a step."""
+
+    _checked: WeakSet[torch.optim.Optimizer] = field(default_factory=WeakSet)
+    """The optimizers that have stepped since the last LoRA was injected."""
+
+    _adds: bool = False
+    """Whether a wrapped function runs, which may call others."""
+
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> LaunchedRun:
         """Load basis, probes and markers, and check the options before the script runs."""
@@ -154,8 +183,7 @@ class LaunchedRun:
         """Raise an error if nothing was projected, or masked, that should have been."""
         if self.projects and not self.configs:
             raise GradProjConfigError(
-                f"'{script}' has ended without a LoRA that could be projected: it called none of add_adapter "
-                "(diffusers, transformers), get_peft_model and PeftModel.from_pretrained(is_trainable=True) with a "
+                f"'{script}' has ended without a LoRA that could be projected: it called none of {_ADDING}, with a "
                 "LoraConfig for the model of the basis or probes. What it trained, if anything, is unprotected."
             )
         if self.masks is not None and not self.masks.passes:
@@ -164,13 +192,47 @@ class LaunchedRun:
                 "LoRA, or none at all. What it trained, if anything, is without masks."
             )
 
+    def check_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse the first step of a LoRA that is neither projected nor let through, or is trained without masks."""
+        if optimizer in self._checked:
+            return
+        first, self.trained = not self.trained, True
+        for model in self.adapted:
+            self._check_step_of(model, _stepped_configs(model, optimizer))
+        self._checked.add(optimizer)
+        if first and self.projects and not self.configs:
+            warnings.warn(
+                "the script takes a first step, and no LoRA that could be projected was added: it has called none of "
+                f"{_ADDING}. If it adds none, what it trains is unprotected, and it will end with an error.",
+                stacklevel=2,
+            )
+
+    def _check_step_of(self, model: nn.Module, configs: list[Any]) -> None:
+        kind = type(model).__name__
+        if configs and self.masks is not None and not self.masks.passes:
+            raise GradProjConfigError(
+                f"the script takes a step of a LoRA on a {kind}, after no training pass that could be masked. Expected "
+                f"a diffusion model that was given its LoRA by one of {_ADDING}. Leave --concept-markers out to train "
+                "without masks."
+            )
+        for config in configs if self.projects else ():
+            if isinstance(config, GradProjConfig):
+                self._check_made(config)
+            elif f"the LoRA on {kind}" not in self.uncovered:
+                self._let_through(
+                    model, f"it was added in a way that is not projected. Expected one of {_ADDING}, with a LoraConfig."
+                )
+
     # Configs
 
     def converted(self, config: Any, model: nn.Module) -> Any:
         """The `GradProjConfig` in the place of a script's `LoraConfig`; other configs as they are."""
         if self.masks is not None and not isinstance(model, _transformers_model()):
             self.masks.watch(model)
-        if not self.projects or not isinstance(config, LoraConfig) or isinstance(config, GradProjConfig):
+        if not self.projects or not isinstance(config, LoraConfig):
+            return config
+        if isinstance(config, GradProjConfig):
+            self._check_made(config)
             return config
         names = {name for name, _ in model.named_modules()}
         if self._is_for(model, names):
@@ -179,6 +241,15 @@ class LaunchedRun:
                 _check_probes(self.probes, model)
             return self._projected(config, self.basis, self.probes)
         return self._converted_text_encoder(config, model, names)
+
+    def _check_made(self, config: GradProjConfig) -> None:
+        """Refuse one that is not of the launcher's making."""
+        if config not in self.configs:
+            raise GradProjConfigError(
+                "the script makes a GradProjConfig itself, with a basis or probes of its own, which those of the "
+                "launcher would not replace. Run it without the launcher and give it the files as it expects them, or "
+                "give the launcher nothing but --concept-markers."
+            )
 
     def _is_for(self, model: nn.Module, names: set[str]) -> bool:
         """Whether basis and probes are meant for `model`; if it is not theirs, they are refused where they are used."""
@@ -193,7 +264,7 @@ class LaunchedRun:
         part = None if self.basis is None else self.basis.part(prefix)
         if part is not None and any(name in names for name in part):
             return self._projected(config, part, None)
-        self._let_through(model, prefix)
+        self._let_through(model, self._foreign(prefix))
         return config
 
     def _projected(
@@ -204,12 +275,15 @@ class LaunchedRun:
         self.configs.append(made)
         return made
 
-    def _let_through(self, model: nn.Module, prefix: str) -> None:
+    def _let_through(self, model: nn.Module, reason: str) -> None:
         kind = type(model).__name__
         if self.options.get("uncovered", "error") == "error":
-            raise GradProjConfigError(f"the script trains a LoRA on a {kind}, but {self._foreign(prefix)}")
+            raise GradProjConfigError(
+                f"the script trains a LoRA on a {kind}, but {reason} With --uncovered=warn it is trained without "
+                "projection, and that is recorded in what is published."
+            )
         if self.options["uncovered"] == "warn":
-            warnings.warn(f"a LoRA on a {kind} is trained without projection: {self._foreign(prefix)}", stacklevel=2)
+            warnings.warn(f"a LoRA on a {kind} is trained without projection: {reason}", stacklevel=2)
         self.uncovered.append(f"the LoRA on {kind}")
 
     def _foreign(self, prefix: str) -> str:
@@ -217,8 +291,7 @@ class LaunchedRun:
         probes = [] if self.probes is None else [f"the probes are inputs named {', '.join(self.probes.inputs)}"]
         return (
             f"{' and '.join(basis + probes)} of another model. Fit them on this one; layers of a text encoder that is "
-            f"trained beside it have the prefix '{prefix}' in the basis. With --uncovered=warn it is trained without "
-            "projection, and that is recorded in what is published."
+            f"trained beside it have the prefix '{prefix}' in the basis."
         )
 
     # Sidecars
@@ -254,6 +327,8 @@ class LaunchedRun:
         with ExitStack() as stack:
             if self.masks is not None:
                 stack.callback(self.masks.stop)
+            hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self.check_step(optimizer))
+            stack.callback(hook.remove)
             for owner, name, wrap in self._wraps():
                 original = inspect.getattr_static(owner, name)
                 stack.callback(setattr, owner, name, original)
@@ -263,12 +338,16 @@ class LaunchedRun:
     def _wraps(self) -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
         import peft
         from huggingface_hub import HfApi, hf_api
+        from peft.tuners.tuners_utils import BaseTuner
         from transformers.integrations.peft import PeftAdapterMixin as TransformersMixin
 
         # Where it is exported, and where it is defined, which some import it from.
         for module in (peft, peft.mapping_func):
             yield module, "get_peft_model", self._adding
-        yield peft.PeftModel, "from_pretrained", self._resuming
+        for kind in {peft.PeftModel, *peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
+            for name in {"__init__", "add_adapter"} & vars(kind).keys():
+                yield kind, name, self._adding_or_loading
+        yield BaseTuner, "inject_adapter", self._injecting
         yield TransformersMixin, "add_adapter", self._adding
         yield hf_api, "upload_folder", self._uploading
         yield HfApi, "upload_folder", self._uploading
@@ -291,25 +370,51 @@ class LaunchedRun:
         @wraps(original)
         def add(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
-            bound.arguments[config] = self.converted(bound.arguments[config], bound.arguments[model])
-            return original(*bound.args, **bound.kwargs)
+            given = bound.arguments
+            with self._outermost() as outermost:
+                if outermost:
+                    given[config] = self.converted(given[config], given[model])
+                return original(*bound.args, **bound.kwargs)
 
         return add
 
-    def _resuming(self, original: Callable[..., Any]) -> Any:
-        @wraps(original)
-        def from_pretrained(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-            names = ("adapter_name", "is_trainable", "config")
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            if given.get("is_trainable"):
-                # As PEFT looks for it: in a subfolder, at a revision, with a token.
-                found = {name: value for name, value in given.items() if name not in names}
-                config = given.get("config") or PeftConfig.from_pretrained(model_id, **found)
-                kwargs = {**kwargs, **given, "config": self.converted(config, model)}
-                args = args[len(names) :]
-            return original.__func__(cls, model, model_id, *args, **kwargs)  # type: ignore[attr-defined]
+    def _adding_or_loading(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Of a method of `PeftModel`, whose config says whether the adapter is only loaded."""
+        signature = inspect.signature(original)
 
-        return classmethod(from_pretrained)
+        @wraps(original)
+        def add(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            given = bound.arguments
+            config, model = given["peft_config"], given.get("model")
+            with self._outermost() as outermost:
+                if outermost and not config.inference_mode:
+                    # Without a model it is `add_adapter`.
+                    base = given["self"].get_base_model() if model is None else model
+                    given["peft_config"] = self.converted(config, base)
+                    if model is None:
+                        _check_combines(given["self"], given["peft_config"])
+                return original(*bound.args, **bound.kwargs)
+
+        return add
+
+    @contextmanager
+    def _outermost(self) -> Iterator[bool]:
+        """Whether no wrapped function that adds an adapter runs already, which has called this one."""
+        outermost, self._adds = not self._adds, True
+        try:
+            yield outermost
+        finally:
+            self._adds = not outermost
+
+    def _injecting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def inject(tuner: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.adapted.add(model)
+            self._checked.clear()
+            return original(tuner, model, *args, **kwargs)
+
+        return inject
 
     def _saving(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -337,6 +442,28 @@ class LaunchedRun:
             return original(*bound.args, **bound.kwargs)
 
         return upload
+
+
+def _stepped_configs(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The configs of the LoRAs on a model of which an optimizer trains parameters."""
+    given = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    stepped = {id(parameter) for parameter in given if parameter.requires_grad}
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    factors = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+    adapters = {
+        name.partition(".")[0] for part in factors for name, weight in part.named_parameters() if id(weight) in stepped
+    }
+    configs: Any = getattr(model, "peft_config", {})
+    return [config for name, config in configs.items() if name in adapters]
+
+
+def _check_combines(model: Any, config: Any) -> None:
+    """PEFT combines no adapters of different types, which it says without a hint of what to do."""
+    if isinstance(config, GradProjConfig) and model.peft_type != config.peft_type:
+        raise GradProjConfigError(
+            "the script adds a LoRA for training beside a plain LoRA that it has only loaded, and PEFT has no model "
+            "with both. Merge the loaded one into the base model, or train on a model of its own."
+        )
 
 
 def _transformers_model() -> type:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 from tiny_models import (
     FLOORS,
@@ -112,6 +113,24 @@ def test_a_script_that_adds_no_lora_ends_with_an_error(tmp_path):
         launch(str(tmp_path / "absent.py"), concept_basis=basis)
 
 
+@pytest.mark.parametrize("asked", ["--help", "-h"])
+def test_a_script_that_is_asked_for_help_ends_as_it_does_alone(tmp_path, asked, capsys):
+    script = tmp_path / "train.py"
+    script.write_text("import argparse\nargparse.ArgumentParser(description='what it does').parse_args()\n")
+    launch(str(script), [asked], concept_basis=basis_for(tiny_unet(), UNET_TARGETS))
+    assert "what it does" in capsys.readouterr().out
+
+
+def test_help_does_not_excuse_a_script_that_trains(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, torch\nlayer = torch.nn.Linear(1, 1)\nlayer(torch.ones(1)).sum().backward()\n"
+        "torch.optim.SGD(layer.parameters(), lr=1).step()\nsys.exit()\n"
+    )
+    with pytest.raises(GradProjConfigError, match="without a LoRA"), pytest.warns(UserWarning, match="first step"):
+        launch(str(script), ["-h", "512"], concept_basis=basis_for(tiny_unet(), UNET_TARGETS))
+
+
 def test_a_module_of_the_current_folder_is_found_as_by_python_m(tmp_path, monkeypatch):
     (tmp_path / "own_module.py").write_text("import sys\nassert sys.argv[1:] == ['--rank', '4']\nsys.exit(3)\n")
     monkeypatch.chdir(tmp_path)
@@ -157,6 +176,83 @@ def test_an_adapter_in_a_subfolder_is_trained_on_with_projection(tmp_path):
     resumed = model.peft_config["default"]
     assert isinstance(resumed, GradProjConfig)
     assert resumed.lora_alpha == 24
+
+
+def llama_lora() -> LoraConfig:
+    return LoraConfig(r=4, target_modules=LLAMA_TARGETS)
+
+
+def types(model) -> list[type]:
+    return [type(config) for config in model.peft_config.values()]
+
+
+def step(model) -> None:
+    """A step of all that is trained."""
+    tokens = torch.randint(3, 32, (2, 6))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+
+
+def test_adapters_are_projected_whichever_way_peft_adds_them_for_training_and_stay_plain_if_only_loaded(tmp_path):
+    get_peft_model(tiny_llama(), llama_lora()).save_pretrained(tmp_path)
+    run = run_for(concept_basis=basis_for(tiny_llama(), LLAMA_TARGETS))
+    with run.watching():
+        made = PeftModelForCausalLM(tiny_llama(), llama_lora())
+        made.add_adapter("more", llama_lora())
+        made.load_adapter(tmp_path, "resumed", is_trainable=True)
+        assert types(made) == [GradProjConfig] * 3
+        assert types(PeftModel(tiny_llama(), llama_lora())) == [GradProjConfig]
+        loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        loaded.load_adapter(tmp_path, "more")
+        assert types(loaded) == [LoraConfig] * 2
+        with pytest.raises(GradProjConfigError, match="beside a plain LoRA that it has only loaded"):
+            loaded.load_adapter(tmp_path, "resumed", is_trainable=True)
+        # What is only loaded may be among an optimizer's parameters.
+        loaded.set_requires_grad("more", requires_grad=False)
+        torch.optim.SGD(loaded.parameters(), lr=1e-2).step()
+        step(made)
+    assert len(run.configs) == 5
+
+
+def test_a_lora_that_was_injected_behind_the_launcher_is_refused_at_its_first_step():
+    basis = basis_for(tiny_llama(), LLAMA_TARGETS)
+    with run_for(concept_basis=basis).watching():
+        model = inject_adapter_in_model(llama_lora(), tiny_llama())
+        before = [parameter.clone() for parameter in model.parameters()]
+        with pytest.raises(GradProjConfigError, match=r"LoRA on a LlamaForCausalLM, but.*get_peft_model"):
+            step(model)
+    assert all(map(torch.equal, before, model.parameters()))
+    step(model)  # the launcher has ended
+
+    lenient = run_for(concept_basis=basis, uncovered="warn")
+    with lenient.watching():
+        step(get_peft_model(tiny_llama(), llama_lora()))
+        with pytest.warns(UserWarning, match="trained without projection"):
+            step(inject_adapter_in_model(llama_lora(), tiny_llama()))
+    assert lenient.uncovered == ["the LoRA on LlamaForCausalLM"]
+
+
+def test_a_script_that_trains_no_lora_is_told_at_its_first_step():
+    with (
+        run_for(concept_basis=basis_for(tiny_llama(), LLAMA_TARGETS)).watching(),
+        pytest.warns(UserWarning, match="takes a first step, and no LoRA"),
+    ):
+        step(tiny_llama())
+
+
+def test_a_script_with_a_gradprojconfig_of_its_own_is_refused_when_it_adds_it():
+    basis = basis_for(tiny_llama(), LLAMA_TARGETS)
+    config = GradProjConfig(r=4, target_modules=LLAMA_TARGETS, concept_basis=basis)
+    run = run_for(concept_basis=basis)
+    with run.watching():
+        with pytest.raises(GradProjConfigError, match="makes a GradProjConfig itself"):
+            get_peft_model(tiny_llama(), config)
+        injected = inject_adapter_in_model(config, tiny_llama())
+        with pytest.raises(GradProjConfigError, match="makes a GradProjConfig itself"):
+            step(injected)
+        # One that the launcher has made may be used again.
+        model = get_peft_model(tiny_llama(), llama_lora())
+        model.add_adapter("reference", model.peft_config["default"])
 
 
 def run_for(**given) -> LaunchedRun:
@@ -313,7 +409,10 @@ def test_everything_is_unwrapped_after_the_run():
         return (
             peft.get_peft_model,
             peft.mapping_func.get_peft_model,
-            PeftModel.from_pretrained.__func__,
+            PeftModel.__init__,
+            PeftModel.add_adapter,
+            PeftModelForCausalLM.__init__,
+            BaseTuner.inject_adapter,
             PreTrainedModel.add_adapter,
             PeftAdapterMixin.add_adapter,
             PeftAdapterMixin.save_lora_adapter,

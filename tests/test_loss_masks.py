@@ -105,6 +105,16 @@ def test_a_script_that_trains_nothing_that_could_be_masked_ends_with_an_error(ba
 # In this process
 
 
+def test_what_cannot_be_masked_is_refused_at_its_first_step(run):
+    """A denoiser that got its LoRA in a way that the launcher does not see."""
+    unet = peft.inject_adapter_in_model(lora(), sd().unet)
+    vae().encode(pixels())
+    train(unet)
+    optimizer = torch.optim.SGD([p for p in unet.parameters() if p.requires_grad], lr=1)
+    with pytest.raises(GradProjConfigError, match="LoRA on a UNet2DConditionModel, after no training pass that could"):
+        optimizer.step()
+
+
 @pytest.fixture
 def run(base):
     run = LaunchedRun.from_options({"concept_markers": str(base)})
