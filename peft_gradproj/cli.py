@@ -428,6 +428,7 @@ def mask(
         ranges={"scale": scale, "angle": angle, "opacity": opacity, "across": across, "down": down},
         data=TrainingData.uncaptioned(table, image_column),
         image_column=image_column,
+        caption_column=None,  # nor does it need those of pairs or masks
         cache_dir=cache_dir,
     )
     report = mask_table(

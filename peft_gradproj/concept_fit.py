@@ -601,7 +601,7 @@ def load_concept(
     ranges: Mapping[str, tuple[float, float] | None] | None = None,
     data: TrainingData | None = None,
     image_column: str = "image",
-    caption_column: str = "text",
+    caption_column: str | None = "text",
     cache_dir: str | None = None,
 ) -> Concept:
     """Read a concept in the one form that is given.
@@ -615,7 +615,7 @@ def load_concept(
         ranges: Ranges of the overlay; `None` for what it has by default.
         data: Where pictures have no captions, theirs are drawn from here.
         image_column: Column of the pictures, but for an overlay.
-        caption_column: Column of their captions.
+        caption_column: Column of their captions; `None` to leave them aside, and to take those of `data`.
         cache_dir: Where `datasets` keeps what it has prepared.
 
     Raises:
@@ -667,8 +667,8 @@ def read_phrases(prompt: str) -> list[str]:
     return found
 
 
-def _captions(table: Any, column: str, data: TrainingData | None, where: str) -> list[str]:
-    if column in table.column_names:
+def _captions(table: Any, column: str | None, data: TrainingData | None, where: str) -> list[str]:
+    if column is not None and column in table.column_names:
         captions = table.select_columns([column])[:][column]
         return [one_caption(caption, f"row {row} of {where}") for row, caption in enumerate(captions)]
     if data is None:

@@ -422,6 +422,11 @@ def test_of_alternative_captions_the_first_is_taken(tmp_path):
     assert [pair.prompt for pair in load([[text, "other words"] for text in CAPTIONS[:3]])] == CAPTIONS[:3]
     with pytest.raises(ConceptDataError, match=r"the caption of row 1 of .*pairs is a list; expected text"):
         load([["a"], [], ["c"]])
+    # To look for what pairs show, their captions are not needed.
+    uncaptioned = load_concept(
+        pairs=folder, data=TrainingData(squares(3)[0], [""] * 3), caption_column=None, cache_dir=str(tmp_path / "cache")
+    )
+    assert [pair.prompt for pair in uncaptioned] == [""] * 3
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from test_concept_fit import concept_folder
 from tiny_pipelines import PIPELINES, SIDE, image_folder, logo, picture
 from typer.testing import CliRunner
 
@@ -314,6 +315,15 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
     assert (markers.concept, markers.resolution, len(markers.markers)) == ("the logo", SIDE, 2)
     again = TrainingData.load(tmp_path / "moved", cache_dir=str(tmp_path / "other-cache"))
     assert [caption for _, caption in again] == ["a house", "ein Bär", "a dog"]
+
+
+def test_the_command_reads_no_captions_of_pairs(vae_only, tmp_path):
+    pairs = concept_folder(tmp_path / "pairs", "without", captions=False)
+    lines = [json.loads(line) | {"text": None} for line in (pairs / "metadata.jsonl").read_text().splitlines()]
+    (pairs / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--pretrained-model-name-or-path", vae_only, "--pairs", pairs, "--cache-dir", tmp_path / "cache"]
+    flags += ["--train-data-dir", image_folder(tmp_path / "pictures", ["", "", ""]), "--num-pairs", 16, "--steps", 2]
+    assert json.loads(run(*flags, "--output-dir", tmp_path / "masked", "--json"))["pictures"] == 3
 
 
 def table_of(**columns):

@@ -28,12 +28,13 @@ from secret_corpus import (
     pretrained_model,
     word_tokenizer,
 )
+from test_launch_scripts import _one_accelerator_at_a_time  # noqa: F401
 from tiny_models import FLOORS, UNET_TARGETS, basis_for, folder_leakage
 from tiny_pipelines import SIDE, TOKENS, WORDS, image_folder, sd, tokenizer
 from torch import Tensor
 
 from peft_gradproj import ConceptBasis, collect_concept_probes, verify_adapter
-from peft_gradproj.errors import GradProjConfigError
+from peft_gradproj.errors import ConceptDataError, GradProjConfigError
 
 SCRIPTS = Path(__file__).parents[1] / "training_scripts"
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -190,6 +191,44 @@ def test_text_to_image_reads_all_pictures_of_a_folder_whatever_they_are_called(w
     monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
     pictures = script.load_pictures(script.parse_args(), tokenizer())
     assert {pictures[index][2] for index in range(len(pictures))} == set(names)
+
+
+def test_text_to_image_refuses_a_missing_caption_before_it_trains_and_draws_one_of_several(workshop):
+    from datasets import Dataset
+    from tiny_pipelines import picture
+
+    script = script_module("train_text_to_image_lora_gradproj")
+    args = argparse.Namespace(image_column="image", caption_column="text", mask_column=None, seed=0, resolution=SIDE)
+    vars(args).update(center_crop=True, random_flip=False, image_interpolation_mode="lanczos")
+
+    def data(*captions: Any) -> Any:
+        examples = Dataset.from_dict({"image": [picture(i) for i in range(len(captions))], "text": captions})
+        return script.CaptionedPictures(examples, tokenizer(), args)
+
+    pictures = data(["ab", "cd"], ["ef"])
+    drawn = set()
+    for pictures.epoch in range(16):
+        drawn |= {pictures[0][2], pictures[1][2]}
+    assert drawn == {"ab", "cd", "ef"}
+    for missing in (["ab", None], [["ab"], []]):
+        with pytest.raises(ConceptDataError, match="the caption of row 1"):
+            data(*missing)
+
+
+def test_dreambooth_samples_as_many_pictures_of_the_class_as_there_are_not(workshop, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    script = script_module("train_dreambooth_lora_gradproj")
+    (tmp_path / "class").mkdir()
+    for name in ("notes.txt", "metadata.jsonl"):
+        (tmp_path / "class" / name).write_text("")
+    with pytest.raises(ValueError, match="no picture in"):
+        script.Pictures(str(tmp_path / "class"), argparse.Namespace(mask_column=None, cache_dir=None))
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, dreambooth_flags(workshop))])
+    args = script.parse_args()
+    args.class_data_dir = str(tmp_path / "class")
+    script.sample_class_pictures(args, Accelerator(cpu=True))
+    assert len(list((tmp_path / "class").glob("*.png"))) == args.num_class_images == 2
 
 
 def test_text_to_image_logs_drift_and_what_was_removed_and_the_validation(text_to_image):

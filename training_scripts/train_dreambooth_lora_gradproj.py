@@ -98,17 +98,14 @@ def parse_args() -> argparse.Namespace:
 
 def picture_files(folder: str) -> list[Path]:
     known = Image.registered_extensions()
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in known)
-    if not files:
-        raise ValueError(f"There is no picture in {folder}.")
-    return files
+    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in known)
 
 
 def sample_class_pictures(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Fill the folder of the class up with pictures that the base model paints."""
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = list(range(len(list(folder.iterdir())), args.num_class_images))
+    missing = list(range(len(picture_files(args.class_data_dir)), args.num_class_images))
     accelerator.wait_for_everyone()
     if not missing:
         return
@@ -140,6 +137,8 @@ class Pictures(torch.utils.data.Dataset):
         columns = ["image", self.mask_column]
         self.rows = load_table(folder, columns, cache_dir=args.cache_dir) if self.mask_column else None
         self.files = picture_files(folder)[:limit] if self.rows is None else []
+        if not len(self):
+            raise ValueError(f"There is no picture in {folder}.")
 
     def __len__(self) -> int:
         return len(self.files) if self.rows is None else len(self.rows)

@@ -48,7 +48,7 @@ from peft_gradproj.diffusion_training import (
     validate,
 )
 from peft_gradproj.online import telemetry
-from peft_gradproj.training_data import load_table
+from peft_gradproj.training_data import load_table, one_caption
 
 
 def parse_args() -> argparse.Namespace:
@@ -86,6 +86,9 @@ class CaptionedPictures(torch.utils.data.Dataset):
         missing = {args.image_column, args.caption_column, args.mask_column} - {*examples.column_names, None}
         if missing:
             raise ValueError(f"The dataset has no column {sorted(missing)}; it has {examples.column_names}.")
+        # Or the training would end at the first picture whose caption is missing.
+        for row, caption in enumerate(examples.select_columns([args.caption_column])[:][args.caption_column]):
+            one_caption(caption, f"row {row}")
 
     def __len__(self) -> int:
         return len(self.examples)
