@@ -25,6 +25,7 @@ saves them under.
 from __future__ import annotations
 
 import inspect
+import operator
 import os
 import runpy
 import sys
@@ -244,7 +245,9 @@ class LaunchedRun:
 
     def _check_made(self, config: GradProjConfig) -> None:
         """Refuse one that is not of the launcher's making."""
-        if config not in self.configs:
+        # Basis and probes are no fields of the dataclass, which leaves them out of comparisons.
+        parts = operator.attrgetter("concept_basis", "concept_probes")
+        if not any(config == made and parts(config) == parts(made) for made in self.configs):
             raise GradProjConfigError(
                 "the script makes a GradProjConfig itself, with a basis or probes of its own, which those of the "
                 "launcher would not replace. Run it without the launcher and give it the files as it expects them, or "

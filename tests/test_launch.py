@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -252,7 +253,16 @@ def test_a_script_with_a_gradprojconfig_of_its_own_is_refused_when_it_adds_it():
             step(injected)
         # One that the launcher has made may be used again.
         model = get_peft_model(tiny_llama(), llama_lora())
-        model.add_adapter("reference", model.peft_config["default"])
+        made = model.peft_config["default"]
+        model.add_adapter("reference", copy.deepcopy(made))
+        other = GradProjConfig(
+            r=4, target_modules=LLAMA_TARGETS, concept_basis=basis_for(tiny_llama(), LLAMA_TARGETS, seed=1)
+        )
+        for name in ("task_type", "base_model_name_or_path", "uncovered"):
+            setattr(other, name, getattr(made, name))
+        assert other == made
+        with pytest.raises(GradProjConfigError, match="makes a GradProjConfig itself"):
+            model.add_adapter("other", other)
 
 
 def run_for(**given) -> LaunchedRun:
