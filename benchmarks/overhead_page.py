@@ -120,13 +120,14 @@ def step_times(results: Results) -> str | None:
     for model in dict.fromkeys(names[0] for names, _ in cells):
         mine = [(names[1:], cell) for names, cell in cells if names[0] == model]
         cell = mine[0][1]
+        measured = " or ".join(map(str, sorted({cell["probe_every"] for _, cell in mine})))
         lines += [
             "",
             f"### {MODELS[model]}",
             "",
             f"Training on {cell['workload']}, in {cell['versions']['precision']}; probes in a correction: "
             f"{cell['probe_batch']}, every {DEFAULT_EVERY} steps, as the default of {DEFAULT_PROBES} is at a batch of "
-            f"{DEFAULT_PROBES * cell['batch'] // cell['probe_batch']}: of the rounds one in {cell['probe_every']} was "
+            f"{DEFAULT_PROBES * cell['batch'] // cell['probe_batch']}: of the rounds one in {measured} was "
             f"corrected, and counts at one in {DEFAULT_EVERY}. In brackets the quartiles of the steps that are not "
             "corrected, and of those that are.",
             "",
