@@ -233,6 +233,17 @@ def test_a_lora_that_was_injected_behind_the_launcher_is_refused_at_its_first_st
     assert lenient.uncovered == ["the LoRA on LlamaForCausalLM"]
 
 
+def test_a_lora_that_an_optimizer_gets_after_its_first_step_is_refused_as_well():
+    with run_for(concept_basis=basis_for(tiny_llama(), LLAMA_TARGETS)).watching():
+        model = get_peft_model(tiny_llama(), llama_lora())
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        optimizer.step()
+        behind = inject_adapter_in_model(llama_lora(), tiny_llama())
+        optimizer.add_param_group({"params": [p for p in behind.parameters() if p.requires_grad]})
+        with pytest.raises(GradProjConfigError, match="not projected"):
+            optimizer.step()
+
+
 def test_a_script_that_trains_no_lora_is_told_at_its_first_step():
     with (
         run_for(concept_basis=basis_for(tiny_llama(), LLAMA_TARGETS)).watching(),
