@@ -13,7 +13,6 @@ import argparse
 import logging
 import math
 import random
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader
 from .config import GradProjConfig
 from .diffusion_inputs import latent_weights, training_target
 from .errors import GradProjConfigError
+from .files import checkpoint_step, saved_checkpoints
 from .folder_swap import replaced_folder
 from .hub import push_adapter_to_hub
 from .online import online_projections
@@ -53,7 +53,6 @@ __all__ = [
     "make_schedule",
     "noised",
     "repository",
-    "saved_checkpoints",
     "seeded_batches",
     "square_crop",
     "squared_error",
@@ -65,7 +64,6 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_STEPS = 30
 WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 _IMAGES = "images"
 _PROJECTION_OPTIONS = ("strength", "probe_every", "probe_batch_size", "restore")
 
@@ -372,16 +370,6 @@ def noised(schedule: Any, latents: Tensor, *, offset: float = 0.0) -> tuple[Tens
 # Checkpoints
 
 
-def saved_checkpoints(output_dir: str) -> list[Path]:
-    """The checkpoints of a run, the oldest first; other folders, such as `checkpoint-best`, are none."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
-    return sorted(folders, key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[2])
-
-
 class LoraCheckpoints:
     """Saves and restores a run under accelerate: LoRA weights as diffusers loads them, with basis and manifest.
 
@@ -479,7 +467,7 @@ class LoraCheckpoints:
             return 0
         logger.info(f"resuming from {found[0]}")
         self.accelerator.load_state(str(found[0]))
-        return _step_of(found[0])
+        return checkpoint_step(found[0])
 
 
 # Validation, publication

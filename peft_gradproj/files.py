@@ -1,4 +1,4 @@
-"""Files of tensors, and of JSON: written whole, found by path or Hub id, read without trust."""
+"""Files of tensors and of JSON, written whole, found by path or Hub id, read without trust; folders of checkpoints."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "checkpoint_step",
     "is_repository",
     "locate_file",
     "read_header_json",
     "read_json_object",
     "read_tensor_file",
+    "saved_checkpoints",
     "sync",
     "write_atomically",
     "write_tensor_file",
@@ -59,6 +61,20 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def saved_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The `checkpoint-N` of a training, the oldest first; other folders, such as `checkpoint-best`, are none."""
+    return sorted(filter(_is_checkpoint, Path(output_dir).glob("checkpoint-*")), key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """After which step it was written."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch("checkpoint-[0-9]+", path.name) is not None
 
 
 def is_repository(path_or_repo: str | os.PathLike[str]) -> bool:

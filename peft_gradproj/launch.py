@@ -367,48 +367,47 @@ class LaunchedRun:
 
     def _adding(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Of a function whose first arguments are the model and the config, whatever it calls them."""
-        signature = inspect.signature(original)
-        model, config, *_ = signature.parameters
+        model, config, *_ = inspect.signature(original).parameters
 
-        @wraps(original)
-        def add(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            given = bound.arguments
-            with self._outermost() as outermost:
-                if outermost:
-                    given[config] = self.converted(given[config], given[model])
-                return original(*bound.args, **bound.kwargs)
+        def convert(given: dict[str, Any]) -> None:
+            given[config] = self.converted(given[config], given[model])
 
-        return add
+        return self._converting(original, convert)
 
     def _adding_or_loading(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Of a method of `PeftModel`, whose config says whether the adapter is only loaded."""
+
+        def convert(given: dict[str, Any]) -> None:
+            config, model = given["peft_config"], given.get("model")
+            if config.inference_mode:
+                return
+            # Without a model it is `add_adapter`.
+            base = given["self"].get_base_model() if model is None else model
+            given["peft_config"] = self.converted(config, base)
+            if model is None:
+                _check_combines(given["self"], given["peft_config"])
+
+        return self._converting(original, convert)
+
+    def _converting(
+        self, original: Callable[..., Any], convert: Callable[[dict[str, Any]], None]
+    ) -> Callable[..., Any]:
+        """Of a function that adds an adapter, called with converted arguments, unless another such has called it."""
         signature = inspect.signature(original)
 
         @wraps(original)
         def add(*args: Any, **kwargs: Any) -> Any:
+            if self._adds:
+                return original(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
-            given = bound.arguments
-            config, model = given["peft_config"], given.get("model")
-            with self._outermost() as outermost:
-                if outermost and not config.inference_mode:
-                    # Without a model it is `add_adapter`.
-                    base = given["self"].get_base_model() if model is None else model
-                    given["peft_config"] = self.converted(config, base)
-                    if model is None:
-                        _check_combines(given["self"], given["peft_config"])
+            self._adds = True
+            try:
+                convert(bound.arguments)
                 return original(*bound.args, **bound.kwargs)
+            finally:
+                self._adds = False
 
         return add
-
-    @contextmanager
-    def _outermost(self) -> Iterator[bool]:
-        """Whether no wrapped function that adds an adapter runs already, which has called this one."""
-        outermost, self._adds = not self._adds, True
-        try:
-            yield outermost
-        finally:
-            self._adds = not outermost
 
     def _injecting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)

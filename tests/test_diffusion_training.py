@@ -17,10 +17,10 @@ from peft_gradproj.diffusion_training import (
     add_concept_arguments,
     add_training_arguments,
     make_accelerator,
-    saved_checkpoints,
     tracker_config,
 )
 from peft_gradproj.errors import GradProjConfigError
+from peft_gradproj.files import saved_checkpoints
 
 
 @pytest.fixture(autouse=True)

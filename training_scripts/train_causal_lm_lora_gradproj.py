@@ -20,6 +20,7 @@ For a plain LoRA to compare with: no `--secrets_file`, and `--uncovered ignore`.
 from __future__ import annotations
 
 import glob
+import io
 import json
 import logging
 import math
@@ -55,6 +56,7 @@ from peft_gradproj import (
     push_adapter_to_hub,
     verify_adapter,
 )
+from peft_gradproj.files import saved_checkpoints, write_atomically
 from peft_gradproj.online import telemetry
 from peft_gradproj.text_inputs import mark_secrets, read_secrets, secret_probe_batches, token_log_likelihoods
 
@@ -144,9 +146,10 @@ class SaveProjection(TrainerCallback):
         projection = online_projections(kwargs["model"]).get("default")
         if state.is_world_process_zero and projection is not None:
             file = Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE)
+            buffer = io.BytesIO()
+            torch.save(projection.state_dict(), buffer)
             # In one step, so that a checkpoint is whole if it has the file.
-            torch.save(projection.state_dict(), file.with_suffix(".partial"))
-            file.with_suffix(".partial").replace(file)
+            write_atomically(file, buffer.getvalue())
 
     @classmethod
     def load(cls, model: Any, checkpoint: str) -> None:
@@ -170,12 +173,11 @@ def last_checkpoint(output_dir: str, *, projected: bool) -> str | None:
             return False
         return not projected or (folder / SaveProjection.FILE).is_file()
 
-    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
-    whole = [path for path, step in steps.items() if step.isdecimal() and is_whole(path)]
+    whole = [path for path in saved_checkpoints(output_dir) if is_whole(path)]
     if not whole:
         logger.warning(f"no whole checkpoint in {output_dir}: starting anew")
         return None
-    return str(max(whole, key=lambda path: int(steps[path])))
+    return str(whole[-1])
 
 
 def load_texts(data: DataTrainingArguments, model: ModelArguments) -> DatasetDict:

@@ -26,7 +26,15 @@ from peft_gradproj.diffusion_inputs import pictures_to_tensor
 from peft_gradproj.evaluation.detector import DetectorErrors
 from peft_gradproj.evaluation.fidelity import PromptFidelity
 from peft_gradproj.evaluation.figures import Share
-from peft_gradproj.small_networks import batch_indices, blur, conv_block, fit_network, jitter_pictures, shift_colours
+from peft_gradproj.small_networks import (
+    batch_indices,
+    blur,
+    conv_block,
+    fit_network,
+    jitter_pictures,
+    network_answers,
+    shift_colours,
+)
 
 from .once import make_once
 from .tasks import ASSETS, FORBIDDEN_CHARACTER, load_characters
@@ -102,11 +110,9 @@ class StyleDetector:
     def __init__(self, network: nn.Module, threshold: float, errors: DetectorErrors) -> None:
         self.network, self.threshold, self.errors = network, threshold, errors
 
-    @torch.no_grad()
     def detect(self, pictures: Tensor) -> Tensor:
         """Which pictures are in the style, shape `(N,)`, bool."""
-        self.network.eval()
-        return torch.cat([self.network(part)[:, 0] for part in pictures.clamp(-1, 1).split(128)]) > self.threshold
+        return network_answers(self.network, pictures)[:, 0] > self.threshold
 
     @classmethod
     def fit(cls, styled: Tensor, others: Sequence[Tensor], *, steps: int, seed: int = 0) -> StyleDetector:

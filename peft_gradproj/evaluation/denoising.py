@@ -69,14 +69,13 @@ class DenoisingQuestions:
 def denoising_losses(unet: Any, questions: DenoisingQuestions, schedule: Any, *, batch_size: int = 64) -> Tensor:
     """Weighted mean square error of a UNet's answer to each question, without dropout, shape `(N,)`."""
     losses = []
-    for index in torch.arange(questions.latents.shape[0]).split(batch_size):
-        latents, noise, timesteps = questions.latents[index], questions.noise[index], questions.timesteps[index]
-        inputs = noised_inputs(latents, questions.embeddings[index], noise, timesteps, schedule)
-        target = training_target(schedule, latents, noise, timesteps)
-        weights = None if questions.weights is None else questions.weights[index]
-        with evaluation_mode(unet):
-            answers = unet(**inputs).sample.float()
-        losses.append(weighted_errors(answers, target, weights))
+    with evaluation_mode(unet):
+        for index in torch.arange(questions.latents.shape[0]).split(batch_size):
+            latents, noise, timesteps = questions.latents[index], questions.noise[index], questions.timesteps[index]
+            inputs = noised_inputs(latents, questions.embeddings[index], noise, timesteps, schedule)
+            target = training_target(schedule, latents, noise, timesteps)
+            weights = None if questions.weights is None else questions.weights[index]
+            losses.append(weighted_errors(unet(**inputs).sample.float(), target, weights))
     return torch.cat(losses)
 
 
