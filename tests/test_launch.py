@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, inject_adapter_in_model
@@ -381,6 +382,13 @@ def test_a_text_encoder_that_the_basis_does_not_cover_is_refused_or_recorded(tmp
         unet.save_lora_adapter(tmp_path)
     assert json.loads((tmp_path / "gradproj.json").read_text())["uncovered"] == ["the LoRA on CLIPTextModel"]
     assert not verify_adapter(tmp_path).ok
+
+
+def test_a_lora_that_is_let_through_is_recorded_once_however_many_of_the_functions_pass_it_on():
+    run = run_for(concept_basis=basis_for(tiny_unet(), UNET_TARGETS), uncovered="ignore")
+    with run.watching():
+        peft.get_peft_model(text_encoder(), LoraConfig(r=4, target_modules=["q_proj"]))
+    assert run.uncovered == ["the LoRA on CLIPTextModel"]
 
 
 def test_a_run_in_which_only_uncovered_loras_were_trained_ends_with_an_error():
