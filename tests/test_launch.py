@@ -429,7 +429,6 @@ def test_get_peft_model_is_watched_wherever_it_is_imported_from():
 
 
 def test_everything_is_unwrapped_after_the_run():
-    import peft
     from diffusers.loaders.lora_base import LoraBaseMixin
     from diffusers.loaders.peft import PeftAdapterMixin
     from huggingface_hub import HfApi, hf_api
