@@ -43,7 +43,7 @@ from peft_gradproj.concept_fit import fit_concept
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
 from peft_gradproj.demo.training import History
-from peft_gradproj.diffusion_inputs import encode_prompts, pictures_to_tensor
+from peft_gradproj.diffusion_inputs import encode_concept_set, encode_prompts, pictures_to_tensor
 from peft_gradproj.training_data import without_phrase
 
 SETTINGS = replace(DemoSettings(), pictures=80, held_out=20)
@@ -286,6 +286,24 @@ def test_masks_that_were_found_but_for_a_fifth_keep_their_mistakes_and_miss_the_
     assert torch.equal(where[~missed], marks[~missed])
     assert (where * truth)[missed].sum() == 0
     assert where[missed].mean() > 0.5
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_networks_find_the_concept_in_the_same_pictures_by_the_same_examples_whatever_the_captions(concept, tmp_path):
+    settings = DemoSettings().quick()
+    named, unnamed = (
+        Material(TaskKey.parse(f"{concept}/{regime}/1"), settings, tmp_path) for regime in ("named-75", "unnamed-75")
+    )
+    assert named.task.data.captions != unnamed.task.data.captions
+    assert torch.equal(named.latents, unnamed.latents)
+    fold = range(1, len(named.latents), 2)
+    of_named, of_unnamed = (
+        encode_concept_set(material.pipeline, material.task.examples(fold, 8, 3)) for material in (named, unnamed)
+    )
+    assert torch.equal(of_named.with_concept, of_unnamed.with_concept)
+    assert torch.equal(of_named.without, of_unnamed.without)
+    assert torch.equal(of_named.weights, of_unnamed.weights)
+    assert named.marks_folder == unnamed.marks_folder != named.folder
 
 
 @pytest.mark.parametrize("logo", ["logo-youtube", "logo-spotify"])

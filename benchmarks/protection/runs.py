@@ -68,7 +68,7 @@ class Material:
     Args:
         key: Which task.
         settings: Of the demo: sizes, steps, samples.
-        folder: Where what takes long is kept from one process to the next.
+        folder: Where what takes long is kept from one process to the next, of all tasks.
     """
 
     def __init__(self, key: TaskKey, settings: DemoSettings, folder: Path) -> None:
@@ -76,7 +76,9 @@ class Material:
         self.schedule = noise_schedule(self.pipeline)
         self.task: Task = make_task(key, settings)
         self.settings = self.task.settings
-        self.folder = folder
+        self.folder = folder / str(key)
+        # Captions play no part in what a network finds in pictures.
+        self.marks_folder = folder / str(replace(key, named=False))
         # What was kept is asked about clean pictures: as the oracle saw them, without the concept's name.
         asked = replace(self.task.data, captions=self.task.clean_captions)
         self.questions = Questions(self.pipeline, asked, self.task.held_out_concepts, self.schedule, key.seed)
@@ -109,7 +111,7 @@ class Material:
             marks = find(self.latents, examples, self.settings, contrast=self.task.concept.contrast)
             save_file({"found": marks}, part)
 
-        return load_file(make_once(self.folder / f"{name}.safetensors", make))["found"]
+        return load_file(make_once(self.marks_folder / f"{name}.safetensors", make))["found"]
 
     def examples(self, count: int, *, placed: bool = True) -> ConceptSet:
         """The user's examples on all training pictures, where the concept was found, or anywhere."""
@@ -290,7 +292,7 @@ class Material:
 @lru_cache(maxsize=2)
 def load_material(key: TaskKey, settings: DemoSettings, scratch: Path) -> Material:
     """The material of a task; kept, since several methods run on it one after the other."""
-    return Material(key, settings, scratch / "material" / str(key))
+    return Material(key, settings, scratch / "material")
 
 
 @dataclass(frozen=True)
