@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from .config import GradProjConfig
 from .diffusion_inputs import latent_weights, training_target
-from .errors import GradProjConfigError
+from .errors import ConceptDataError, GradProjConfigError
 from .files import checkpoint_step, saved_checkpoints
 from .folder_swap import replaced_folder
 from .hub import push_adapter_to_hub
@@ -339,10 +339,19 @@ def squared_error(prediction: Tensor, target: Tensor, masks: Tensor | None = Non
         target: What it should have been.
         masks: In [0, 1], shape `(b, 1, H, W)`, H and W those of the pictures: where the error does not count, so that
             it is 0; a latent counts as little as any of its pixels.
+
+    Raises:
+        ConceptDataError: If the masks have another shape.
     """
     error = (prediction.float() - target.float()).square()
     if masks is None:
         return error
+    if masks.ndim != 4 or masks.shape[:2] != (len(error), 1):
+        # Without the second dimension, masks of as many pictures as latents have channels would be taken for theirs.
+        raise ConceptDataError(
+            f"masks have shape {tuple(masks.shape)}; expected ({len(error)}, 1, H, W), one of a single channel for "
+            "each of the pictures. Add the channel with masks[:, None] where it is missing."
+        )
     return (1 - latent_weights(masks, (error.shape[-2], error.shape[-1]), dilation=0)) * error
 
 

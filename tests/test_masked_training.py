@@ -19,6 +19,7 @@ from test_training_scripts import logged, run, script_module
 from tiny_pipelines import SIDE, image_folder, sd, tokenizer
 
 from peft_gradproj.diffusion_training import square_crop, squared_error
+from peft_gradproj.errors import ConceptDataError
 from peft_gradproj.masked_data import write_masked
 from peft_gradproj.training_data import load_table
 
@@ -64,6 +65,13 @@ def test_the_error_does_not_count_in_any_latent_that_the_mask_touches():
     expected = weights * (prediction - target) ** 2
     torch.testing.assert_close(squared_error(prediction, target, masks), expected)
     torch.testing.assert_close(squared_error(prediction, target).mean(), F.mse_loss(prediction, target))
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 16), (1, 1, 16, 16), (4, 4, 16, 16)], ids=str)
+def test_masks_that_would_be_taken_for_those_of_other_pictures_or_channels_are_refused(shape):
+    prediction, target = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
+    with pytest.raises(ConceptDataError, match=r"expected \(4, 1, H, W\)"):
+        squared_error(prediction, target, torch.ones(shape))
 
 
 def test_losses_of_the_scripts_weigh_what_is_left_as_before():
