@@ -12,17 +12,20 @@ parameters that the optimizer moves least, and destroys what was learned.
 | SGD | 1 |
 | others (Adafactor, Lion, 8-bit) | a running estimate of :math:`\sqrt{E g^2}` of our own |
 
+Some keep a second moment that can be read of some parameters alone: 8-bit optimizers, which leave small tensors as they
+are. The estimate stands for the others.
+
 Only ratios matter, so the learning rates are taken relative to the largest. The diagonal is infinite where the
 optimizer has never seen a gradient: there it has moved nothing, and the correction shall not either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .blocks import Blocks
 from .projection import project_half_space, project_momentum
@@ -70,10 +73,11 @@ class RunningSecondMoment:
             return None
         return _root(self.values[name] / (1 - self.beta ** self.steps[name]), self.epsilon)
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.values.clear()
-        self.steps.clear()
+    def forget(self, names: Iterable[str]) -> None:
+        """Forget what was seen of some parameters, if anything."""
+        for name in names:
+            self.values.pop(name, None)
+            self.steps.pop(name, None)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -85,12 +89,12 @@ class RunningSecondMoment:
         self.steps = dict(state["steps"])
 
 
-def needs_estimate(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> bool:
-    """Whether the optimizer keeps no second moment that can be read; true as long as its state is empty."""
+def needs_estimate(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> list[str]:
+    """The names of parameters of which the optimizer keeps no second moment that can be read; all, before its first."""
     if isinstance(optimizer, torch.optim.SGD):
-        return False
+        return []
     groups = _groups(optimizer)
-    return not any(_kind(optimizer.state.get(p, {}), groups[id(p)], p) for p in parameters.values())
+    return [name for name, p in parameters.items() if _kind(optimizer.state.get(p, {}), groups[id(p)], p) is None]
 
 
 def optimizer_metric(
@@ -132,13 +136,13 @@ def _diagonals(
     estimate: RunningSecondMoment,
 ) -> dict[str, Tensor]:
     found: dict[str, Tensor | None]
-    if isinstance(optimizer, torch.optim.SGD):
-        found = {name: _one(p) for name, p in parameters.items()}
-    elif needs_estimate(optimizer, parameters):
+    estimated = needs_estimate(optimizer, parameters)
+    if isinstance(optimizer, torch.optim.SGD) or (len(estimated) == len(parameters) and not estimate):
         # Before any gradient was seen, as in the first step of a closure, no coordinate is known to differ.
-        found = {name: estimate.metric(name) if estimate else _one(p) for name, p in parameters.items()}
+        found = {name: _one(p) for name, p in parameters.items()}
     else:
         found = {name: _own_diagonal(optimizer.state.get(p, {}), groups[id(p)], p) for name, p in parameters.items()}
+        found |= {name: estimate.metric(name) for name in estimated}
     return {name: diagonal for name, diagonal in found.items() if diagonal is not None}
 
 
@@ -165,7 +169,9 @@ def _own_diagonal(state: Mapping[str, Any], group: Mapping[str, Any], parameter:
 
 
 def _readable(moment: Any, parameter: Tensor) -> bool:
-    return isinstance(moment, Tensor) and moment.is_floating_point() and moment.shape == parameter.shape
+    # Of a tensor's own class: those of 8-bit optimizers (torchao) look like one, and compute nothing.
+    plain = type(moment) in (Tensor, nn.Parameter)
+    return plain and moment.is_floating_point() and moment.shape == parameter.shape
 
 
 def _bias_corrected(second: Tensor, step: Any, beta: Any) -> Tensor:

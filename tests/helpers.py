@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -82,3 +83,41 @@ def saved_leakage(folder: str | Path, basis: ConceptBasis) -> float:
             if getattr(layer, space) is not None:
                 worst = max(worst, leakage(a, b, getattr(layer, space), space=space))
     return worst
+
+
+class PackedTensor(Tensor):
+    """Floating and of the shape of what it holds, and computes nothing, as moments of torchao's 8-bit optimizers."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> PackedTensor:
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{operator} of a packed tensor")
+
+
+class PackedAdam(torch.optim.Optimizer):
+    """Adam whose moments are packed, but for those of small tensors."""
+
+    def __init__(self, parameters: list[nn.Parameter], packed_from: int, lr: float = 1e-3) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8})
+        self.packed_from = packed_from
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+            moments = []
+            for key, beta, value in (("exp_avg", 0.9, p.grad), ("exp_avg_sq", 0.999, p.grad.square())):
+                kept = state.get(key, torch.zeros_like(p))
+                moment = (kept.values if isinstance(kept, PackedTensor) else kept).lerp(value, 1 - beta)
+                state[key] = PackedTensor(moment) if p.numel() >= self.packed_from else moment
+                moments.append(moment / (1 - beta ** state["step"]))
+            p.sub_(self.param_groups[0]["lr"] * moments[0] / (moments[1].sqrt() + 1e-8))

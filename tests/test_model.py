@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import SmallNet
 from distributed_case import base_net, small_probes
-from helpers import LAYERS, random_layer_basis, saved_leakage, small_net_basis, train, trainable
+from helpers import LAYERS, PackedAdam, random_layer_basis, saved_leakage, small_net_basis, train, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import PeftType
 from tiny_models import LLAMA_TARGETS, basis_for, tiny_llama
@@ -29,6 +29,7 @@ OPTIMIZERS = {
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=5e-2, momentum=0.9),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "Adam, packed in part": lambda p: PackedAdam(p, lr=1e-2, packed_from=50),
 }
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
+from helpers import PackedAdam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
@@ -60,6 +61,8 @@ OPTIMIZERS: dict[str, Optimizers] = {
     "rmsprop centered momentum": lambda p: torch.optim.RMSprop(p, lr=1e-4, centered=True, momentum=0.9),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "adam packed": lambda p: PackedAdam(p, packed_from=0),
+    "adam packed in part": lambda p: PackedAdam(p, packed_from=50),
     "adafactor of transformers": Adafactor,
     "adafactor of transformers, scheduled": lambda p: AdafactorSchedule(Adafactor(p)).optimizer,
 }
@@ -211,6 +214,7 @@ METRICS: dict[str, Callable[[dict[str, Tensor], list[Tensor], bool], Tensor]] = 
     "rmsprop": lambda state, gradients, is_b: state["square_avg"].sqrt() + 1e-8,
     "adagrad": lambda state, gradients, is_b: state["sum"].sqrt() + 1e-10,
     "adafactor": lambda state, gradients, is_b: _averaged(gradients).sqrt() + 1e-8,
+    "adam packed in part": lambda state, gradients, is_b: _averaged(gradients).sqrt() + 1e-8,
 }
 
 
