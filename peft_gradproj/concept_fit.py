@@ -520,7 +520,8 @@ class _Batches(Iterable[_Batch]):
 
         others = [example.without for example in examples if example.without is not None]
         other_prompts = [example.prompt_without for example in examples if example.prompt_without is not None]
-        latents_without = family.latents(others) if others else latents
+        # In a set of which some have no other half, none is contrasted with its own.
+        latents_without = family.latents(others) if len(others) == len(examples) else latents
         conditions_without = family.conditions(other_prompts, frames) if other_prompts else conditions
         without = family.inputs(latents_without, noise, timesteps, conditions_without)
 

@@ -29,7 +29,7 @@ from peft_gradproj import (
 )
 from peft_gradproj.cli import app
 from peft_gradproj.concept_fit import _with_and_without, iter_concept_examples, load_concept
-from peft_gradproj.concepts import Overlay, nth_of_shuffles
+from peft_gradproj.concepts import ConceptPair, Overlay, nth_of_shuffles
 from peft_gradproj.errors import ConceptDataError
 from peft_gradproj.pipelines import PipelineFamily
 from peft_gradproj.training_data import without_phrase
@@ -212,6 +212,17 @@ def test_pictures_with_masks_are_contrasted_with_the_training_data():
     assert 0 < (probes.weights > 0).float().mean() < 1
     with pytest.raises(ConceptDataError, match="needs the training data"):
         fit_concept(PIPELINES["sd"](), concept, **SMALL)
+
+
+def test_a_set_of_which_some_have_another_half_is_fitted_as_if_none_had():
+    sets = [pairs(), ConceptSet([ConceptPair(p.with_concept, None, p.mask, p.prompt) for p in pairs()])]
+    mixed = ConceptSet([sets[i % 2][i] for i in range(4)])
+    options = {**SMALL, "target_modules": ["to_out.0"]}
+    (basis, probes, _), (other, others, _) = (
+        fit_concept(PIPELINES["sd"](), concept, data(), **options) for concept in (mixed, sets[1])
+    )
+    assert basis == other
+    assert probes == others
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3"])
