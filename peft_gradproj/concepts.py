@@ -6,6 +6,7 @@ channel times a random opacity) and picture :math:`x`:
 
 .. math:: x_{with} = (1 - \alpha) x + \alpha c, \qquad x_{without} = x, \qquad mask = \alpha
 
+Pictures are turned upright by their EXIF orientation, as those of the training are.
 Everything here is pictures and prompts; `diffusion_inputs` turns them into what a model sees.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import overload
 
 import numpy as np
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 
 from .errors import ConceptDataError
 
@@ -86,7 +87,7 @@ class Overlay:
         """Read an overlay from an image file; `ranges` are the other arguments."""
         with Image.open(path) as image:
             has_alpha = image.mode in ("LA", "PA") or "transparency" in image.info
-            return cls(image.convert("RGBA") if has_alpha else image.copy(), **ranges)
+            return cls(_upright(image, "RGBA" if has_alpha else image.mode), **ranges)
 
     def draw(self, placement: Placement) -> Image.Image:
         """The overlay as it lies on a picture: scaled, turned, faded, cropped to what is visible."""
@@ -189,9 +190,9 @@ class ConceptSet(Sequence[ConceptPair]):
         pairs = []
         for index in range(count):
             below = nth_of_shuffles(index, len(images), seed)
-            placement = overlay.place(images[below].size, np.random.default_rng([seed, 1, index]))
-            pasted, mask = overlay.paste(images[below], placement)
-            pairs.append(ConceptPair(pasted, images[below].convert("RGB"), mask, prompts[below]))
+            plain = _upright(images[below], "RGB")
+            pasted, mask = overlay.paste(plain, overlay.place(plain.size, np.random.default_rng([seed, 1, index])))
+            pairs.append(ConceptPair(pasted, plain, mask, prompts[below]))
         return cls(pairs)
 
     @classmethod
@@ -205,11 +206,11 @@ class ConceptSet(Sequence[ConceptPair]):
     ) -> ConceptSet:
         """Take given pairs; where no masks are given, the concept is where the halves differ."""
         _check_lengths(with_concept, without=without, prompts=prompts, masks=masks)
-        halves = [(w.convert("RGB"), o.convert("RGB")) for w, o in zip(with_concept, without, strict=True)]
+        halves = [(_upright(w, "RGB"), _upright(o, "RGB")) for w, o in zip(with_concept, without, strict=True)]
         for index, (half, other) in enumerate(halves):
             if half.size != other.size:
                 raise ConceptDataError(f"pair {index}: the halves have sizes {half.size} and {other.size}.")
-        found = [difference_mask(*pair) for pair in halves] if masks is None else [m.convert("L") for m in masks]
+        found = [difference_mask(*pair) for pair in halves] if masks is None else [_upright(m, "L") for m in masks]
         return cls([ConceptPair(w, o, m, p) for (w, o), m, p in zip(halves, found, prompts, strict=True)])
 
     @classmethod
@@ -219,7 +220,7 @@ class ConceptSet(Sequence[ConceptPair]):
         """Take pictures of which only is known where the concept is; they give probes, but no paired contrast."""
         _check_lengths(images, masks=masks, prompts=prompts)
         triples = zip(images, masks, prompts, strict=True)
-        return cls([ConceptPair(i.convert("RGB"), None, m.convert("L"), p) for i, m, p in triples])
+        return cls([ConceptPair(_upright(i, "RGB"), None, _upright(m, "L"), p) for i, m, p in triples])
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -258,6 +259,11 @@ def nth_of_shuffles(index: int, length: int, seed: int) -> int:
     """Entry `index` of endless random permutations of `range(length)`, one after another."""
     epoch, position = divmod(index, length)
     return int(np.random.default_rng([seed, 0, epoch]).permutation(length)[position])
+
+
+def _upright(image: Image.Image, mode: str) -> Image.Image:
+    """A copy in a mode, turned as its EXIF orientation says."""
+    return ImageOps.exif_transpose(image).convert(mode)
 
 
 def _check_lengths(images: Sequence, **others: Sequence | None) -> None:

@@ -121,6 +121,34 @@ def test_examples_with_masks_only_are_not_paired(pictures):
     assert not ConceptSet.from_masks(pictures, masks, PROMPTS).paired
 
 
+@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
+def test_pictures_are_seen_upright_whatever_their_orientation(tmp_path, overlay, pictures, orientation):
+    def turned(image: Image.Image) -> Image.Image:
+        """The same to whoever heeds the orientation."""
+        inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270, 3: Image.Transpose.ROTATE_180}
+        stored = image.transpose(inverse.get(orientation, Image.Transpose.FLIP_LEFT_RIGHT))
+        stored.getexif()[0x0112] = orientation
+        return stored
+
+    sideways = turned(overlay.image)
+    sideways.save(tmp_path / "logo.png", exif=sideways.getexif())
+    assert same(Overlay.open(tmp_path / "logo.png").image, overlay.image)
+
+    made = ConceptSet.from_overlay(overlay, pictures, PROMPTS)
+    shown, without, masks = ([getattr(pair, part) for pair in made] for part in ("with_concept", "without", "mask"))
+    prompts = [pair.prompt for pair in made]
+    for expected, found in (
+        (made, ConceptSet.from_overlay(overlay, [turned(image) for image in pictures], PROMPTS)),
+        (made, ConceptSet.from_pairs(list(map(turned, shown)), without, prompts, masks=list(map(turned, masks)))),
+        (made, ConceptSet.from_pairs(shown, list(map(turned, without)), prompts, masks=masks)),
+        (made, ConceptSet.from_masks(list(map(turned, shown)), masks, prompts)),
+    ):
+        for pair, other in zip(expected, found, strict=True):
+            assert same(pair.with_concept, other.with_concept)
+            assert same(pair.mask, other.mask)
+            assert other.without is None or same(pair.without, other.without)
+
+
 def test_an_overlay_that_was_saved_is_the_same(tmp_path, overlay):
     overlay.image.save(tmp_path / "logo.png")
     assert same(Overlay.open(tmp_path / "logo.png").image, overlay.image)
