@@ -42,6 +42,7 @@ def register() -> PeftType:
         register_peft_method(name="gradproj", config_cls=GradProjConfig, model_cls=GradProjModel, prefix="lora_")
         _complete_saves_of_transformers()
         _complete_uploads_of_transformers()
+        _complete_loads_of_transformers()
     return peft_type
 
 
@@ -93,3 +94,26 @@ def _complete_uploads_of_transformers() -> None:
         return original(self, working_dir, repo_id, *args, **kwargs)
 
     PushToHubMixin._upload_modified_files = upload  # type: ignore[method-assign]
+
+
+def _complete_loads_of_transformers() -> None:
+    """Let what `load_adapter` of transformers reads be what a rank space keeps.
+
+    It injects the adapter, and then puts other parameters in place of those, past `load_state_dict`.
+    """
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    from .layers import projected_weights
+
+    original: Any = PeftAdapterMixin.load_adapter
+
+    @wraps(original)
+    def load_adapter(
+        self: Any, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = original(self, peft_model_id, adapter_name, *args, **kwargs)
+        for _, module in projected_weights(self, "default" if adapter_name is None else adapter_name):
+            module.restart(initial=False)
+        return result
+
+    PeftAdapterMixin.load_adapter = load_adapter  # type: ignore[method-assign]

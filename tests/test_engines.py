@@ -37,6 +37,7 @@ from peft_gradproj import (
     GradProjConfig,
     collect_concept_probes,
     online_projections,
+    refresh_concept_basis,
     save_sidecars,
     verify_adapter,
 )
@@ -239,6 +240,19 @@ def test_what_transformers_loads_to_train_on_is_where_training_goes_on(tmp_path,
     fresh(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
     torch.testing.assert_close(fresh.eval()(tokens).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:B is not zero along the new rank basis")
+def test_what_transformers_loads_after_its_rank_basis_was_refreshed_is_what_was_saved(tmp_path):
+    base = tiny_llama()
+    fresh, basis = copy.deepcopy(base), basis_for(base, LLAMA_TARGETS, spaces=("input", "rank"))
+    base.add_adapter(GradProjConfig(r=4, target_modules=LLAMA_TARGETS, concept_basis=basis))
+    fit_tokens(base)
+    refresh_concept_basis(base, basis_for(base, LLAMA_TARGETS, spaces=("rank",), seed=1))
+    base.save_pretrained(tmp_path)
+    tokens = torch.randint(3, 32, (1, 6))
+    fresh.load_adapter(str(tmp_path), peft_config=GradProjConfig.from_pretrained(tmp_path), is_trainable=True)
+    torch.testing.assert_close(fresh.eval()(tokens).logits, base.eval()(tokens).logits)
 
 
 def test_a_model_without_our_adapter_is_saved_as_ever(tmp_path):
