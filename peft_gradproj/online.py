@@ -170,7 +170,8 @@ class OnlineProjection:
         rule: `half-space`, or `orthogonal` for the paper's literal rule.
         strength: Share :math:`\alpha` in [0, 1] of the correction that is made; at 0 the drift is only measured.
         probe_every: A step of so many is corrected, the first included. A step counts per optimizer, when it happens:
-            accumulated backwards and steps that a loss scaler skips do not.
+            accumulated backwards do not, nor steps that a loss scaler skips, unless the optimizer is fused and finds
+            the overflow by itself.
         probe_batch_size: Probes per correction, over all processes.
         restore: Share :math:`\kappa` in [0, 1] of the drift that a corrected step takes back.
         probe_history: So many of the last half-spaces are kept, and swept from the oldest to the newest.
@@ -331,6 +332,7 @@ class OnlineProjection:
         if not parameters:
             self._notice_foreign_step()
             return
+        _refuse_partitioned(optimizer)
         self._foreign_steps = None
         self._stepping = id(optimizer), number
         if self.rule == "half-space":
@@ -721,6 +723,17 @@ def _refuse_sharded(name: str, weight: Tensor) -> None:
         raise OnlineProjectionError(
             f"{name} is a DTensor (FSDP2 or tensor parallelism), whose steps the online projection cannot correct. "
             "Train with DDP, or use the projection on a concept basis, which works with shards."
+        )
+
+
+def _refuse_partitioned(optimizer: torch.optim.Optimizer) -> None:
+    # Each process steps other parameters: sums over the processes would mix them up, or wait forever.
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer):
+        raise OnlineProjectionError(
+            "the optimizer is a ZeroRedundancyOptimizer, of which each process holds a part, so that the online "
+            "projection cannot correct its steps. Give DDP the optimizer itself, or use the projection on a concept "
+            "basis, which works with it."
         )
 
 

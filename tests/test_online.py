@@ -1115,6 +1115,18 @@ def test_sharded_parameters_are_refused() -> None:
         torch.optim.SGD(task.parameters(), lr=0.1).step()
 
 
+@pytest.mark.usefixtures("process_group")
+def test_an_optimizer_that_is_spread_over_processes_is_refused_and_steps_others() -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    task = make_task()
+    optimizer = ZeroRedundancyOptimizer(task.parameters(), torch.optim.AdamW, lr=1e-3)
+    take_steps(task, optimizer)
+    attach_online_projection(task.net, "default", task.probes)
+    with pytest.raises(OnlineProjectionError, match="ZeroRedundancyOptimizer, of which each process holds a part"):
+        take_steps(task, optimizer)
+
+
 # Several processes
 
 
