@@ -1127,6 +1127,34 @@ def test_an_optimizer_that_is_spread_over_processes_is_refused_and_steps_others(
         take_steps(task, optimizer)
 
 
+class ScheduleFreeSGD(torch.optim.Optimizer):
+    """Schedule-free SGD (arXiv 2405.15682), with the state of the package `schedulefree`."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 1e-2, "weight_sum": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        group = self.param_groups[0]
+        group["weight_sum"] += 1.0
+        share = 1.0 / group["weight_sum"]
+        for p in group["params"]:
+            z = self.state[p].setdefault("z", p.clone())
+            p.lerp_(z, share).sub_(p.grad, alpha=group["lr"] * (1 - 0.9 * (1 - share)))
+            z.sub_(p.grad, alpha=group["lr"])
+
+
+def test_a_schedule_free_optimizer_is_refused_before_it_moves_anything_and_steps_others() -> None:
+    task = make_task()
+    optimizer = ScheduleFreeSGD(task.parameters())
+    take_steps(task, optimizer)
+    before = copies(task.parameters())
+    attach_online_projection(task.net, "default", task.probes)
+    with pytest.raises(OnlineProjectionError, match="ScheduleFreeSGD, is schedule-free"):
+        take_steps(task, optimizer)
+    assert all(torch.equal(p, b) for p, b in zip(task.parameters(), before, strict=True))
+
+
 # Several processes
 
 
