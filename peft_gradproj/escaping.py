@@ -40,8 +40,10 @@ def regular_expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for option, value in config.items():
         if option in ("rank_pattern", "alpha_pattern") and isinstance(value, Mapping):
             texts = list(value)
-        elif option in ("target_modules", "exclude_modules") and isinstance(value, str):
+        elif option in ("target_modules", "exclude_modules", "layers_pattern") and isinstance(value, str):
             texts = [value]
+        elif option == "layers_pattern" and isinstance(value, list):
+            texts = [text for text in value if isinstance(text, str)]
         else:
             continue
         yield from ((option, text) for text in texts if not PLAIN_NAME.fullmatch(text))

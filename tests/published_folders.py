@@ -574,6 +574,7 @@ NOT_VERIFIED = [
             "exclude_modules": r"([\w.]+)*!",
             "rank_pattern": {r"(\w+\.?)+!": 4},
             "alpha_pattern": {"(.|a){2,}!": 8},
+            "layers_pattern": [r"([\w.]+)*!"],
         }.items()
     ),
     Tampering("code to be run", on_config(trust_remote_code=True, auto_map={"AutoModel": "evil.Model"}), ("config",),

@@ -463,15 +463,20 @@ def test_a_repository_that_cannot_be_reached_is_our_error():
         verify_adapter("nobody/nothing")
 
 
-@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
-def test_a_regular_expression_of_a_stranger_is_not_run(tmp_path, option):
+@pytest.mark.parametrize(
+    "option", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"]
+)
+def test_a_regular_expression_of_a_stranger_is_not_run_but_told_of(tmp_path, option):
     honest_folder(tmp_path)
     slow = r".*.*.*.*.*.*.*.*.*.*.*.*.*.*.*.*.*.*.*.*!"
-    edit_json(tmp_path, CONFIG, lambda c: c.update({option: slow if "modules" in option else {slow: 4}}))
+    value = {slow: 4} if option in ("rank_pattern", "alpha_pattern") else slow
+    edit_json(tmp_path, CONFIG, lambda config: config.update({option: value}))
     reseal(tmp_path)
     start = time.process_time()
-    assert verify_adapter(tmp_path).ok
+    report = verify_adapter(tmp_path)
     assert time.process_time() - start < 2
+    assert report.ok
+    assert any("regular expressions, which are not run here" in note for note in report.notes)
 
 
 @pytest.mark.slow
