@@ -232,18 +232,17 @@ def _load(folder: AdapterFolder, name: str, stage: Path, model: nn.Module) -> No
 
 
 def _harmless_config(config: Mapping[str, Any], folder: AdapterFolder) -> dict[str, Any]:
-    """The config without regular expressions, which PEFT would run and a stranger can make to take for ever."""
+    """The config without regular expressions, which PEFT would run and a stranger can make to take for ever.
+
+    Where one chooses the layers, they are those of the file.
+    """
     _refuse_expressions({key: config.get(key) for key in ("rank_pattern", "alpha_pattern")})
+    choice = {key: config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")}
+    if isinstance(choice["target_modules"], list) and not any(regular_expressions(choice)):
+        return {**config, "auto_mapping": None}
     names = [module for parsed in folder.layers().values() for module in parsed.pairs]
-    choice: dict[str, Any] = {
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "auto_mapping": None,
-    }
-    if not isinstance(config.get("target_modules"), list):
-        choice["target_modules"] = names
-    return {**config, **choice}
+    chosen = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping"))
+    return {**config, **chosen, "target_modules": names}
 
 
 def _refuse_expressions(config: Mapping[str, Any]) -> None:

@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import UNET_TARGETS, basis_for, tiny_llama, tiny_unet, unet_inputs
 from torch import nn
 
-from peft_gradproj import ConceptProbes, GradProjConfig, collect_concept_probes, save_adapter, verify_adapter
+from peft_gradproj import (
+    ConceptBasis,
+    ConceptProbes,
+    GradProjConfig,
+    LayerBasis,
+    collect_concept_probes,
+    save_adapter,
+    verify_adapter,
+)
 from peft_gradproj.adapter_folder import write_sidecars
 from peft_gradproj.behaviour import load_base_model, loaded_adapter
 from peft_gradproj.errors import BehaviourError
@@ -172,6 +180,48 @@ def test_patterns_of_strangers_are_not_run(base, sets, tmp_path):
     reseal(tmp_path / "out")
     with pytest.raises(BehaviourError, match="alpha_pattern of the adapter holds a regular expression"):
         verify_adapter(tmp_path / "out", base_model=base, probes=sets[0])
+
+
+class Stack(nn.Module):
+    """Layers that are numbered, and one beside them of the same name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"proj": nn.Linear(6, 6)}) for _ in "ab")})
+        self.last = nn.ModuleDict({"proj": nn.Linear(6, 6)})
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        for block in (*self.body["layers"], self.last):
+            sample = sample + block["proj"](sample)
+        return sample
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 1, "layers_pattern": "layers"},
+        {"exclude_modules": ["last.proj"]},
+        {"exclude_modules": "last.*"},
+        {"layers_to_transform": [0], "layers_pattern": ["lay.*"]},
+    ],
+    ids=str,
+)
+def test_layers_that_the_config_leaves_out_are_not_missed(tmp_path, choice):
+    torch.manual_seed(0)
+    base = Stack()
+    basis = ConceptBasis(
+        {name: LayerBasis(input=torch.eye(6, 1)) for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+    )
+    model = get_peft_model(base, GradProjConfig(r=2, target_modules=["proj"], concept_basis=basis, **choice))
+    for parameter in trainable(model):
+        nn.init.normal_(parameter)
+    save_adapter(model, tmp_path)
+    model.unload()
+    probes = ConceptProbes({"sample": torch.randn(4, 6)})
+    report = verify_adapter(tmp_path, base_model=base, probes=probes, reference=probes, drift_tolerance=1.1)
+    assert report.ok, report.render()
 
 
 def unet_adapter(folder, metadata: dict[str, object] | None = None):
