@@ -425,7 +425,7 @@ def _check_behaviour(
     measured: list[BehaviourResult] = []
     # Where both layouts are published, either may be loaded.
     for name, parsed in layers.items():
-        pairs = _pairs_of("", parsed)
+        pairs = _pairs_of(None if name == WEIGHT_NAMES[0] else "", parsed)
         one = replace(folder, weights={name: folder.weights[name]})
         figures, faults = measure_behaviour(one, pairs, base_model, *given, batch_size=batch_size)
         which = f"{name}: " if len(layers) > 1 else ""
@@ -550,18 +550,23 @@ def _check_config(folder: AdapterFolder, layers: Mapping[str, LoraLayers]) -> li
     return _gathered("config", "integrity", checks, "a plain LoRA, without options that escape the projection")
 
 
-def _pairs_of(part: str, parsed: LoraLayers) -> dict[str, LoraPair]:
-    """The layers of one part of a pipeline; the model that the basis belongs to is every part but text encoders."""
+def _pairs_of(part: str | None, parsed: LoraLayers) -> dict[str, LoraPair]:
+    """The layers of one part of a pipeline; the model that the basis belongs to is every part but text encoders.
+
+    PEFT's layout has no parts (`None`): what is called so there is a module of the model.
+    """
+    if part is None:
+        return parsed.pairs
     encoders = {m: pair for m, pair in parsed.pairs.items() if m.startswith("text_encoder")}
     if part.startswith("text_encoder"):
         return {m.removeprefix(f"{part}."): pair for m, pair in encoders.items() if m.startswith(f"{part}.")}
     return {m: pair for m, pair in parsed.pairs.items() if m not in encoders}
 
 
-def _configs(folder: AdapterFolder, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _configs(folder: AdapterFolder, name: str) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
     """The LoRA configs that loaders take for the weights in file `name`: where each is, for which part, and it."""
     if name == WEIGHT_NAMES[0]:
-        yield ADAPTER_CONFIG_NAME, "", folder.config if folder.config is not None else {}
+        yield ADAPTER_CONFIG_NAME, None, folder.config if folder.config is not None else {}
     text = folder.weights[name].metadata.get("lora_adapter_metadata")
     if text is None:
         return

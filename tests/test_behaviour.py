@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -340,6 +341,25 @@ def test_weights_that_a_loader_changes_are_named(base, tmp_path):
     pairs["query"] = LoraPair(pairs["query"].a, 2 * pairs["query"].b)
     with loaded_adapter(read, pairs, base) as faults:
         assert faults == ["query gets other factors than are in the file"]
+
+
+def test_a_model_may_have_a_text_encoder_within(tmp_path):
+    """As MusicGen has: PEFT's layout is of one model, and not of a pipeline with parts."""
+    torch.manual_seed(0)
+    base = nn.Sequential(OrderedDict(text_encoder=nn.Linear(6, 6), decoder=nn.Linear(6, 6)))
+    names = [name for name, _ in base.named_children()]
+    basis = ConceptBasis({name: LayerBasis(input=torch.eye(6, 1)) for name in names})
+    model = get_peft_model(base, GradProjConfig(r=2, target_modules=names, concept_basis=basis))
+    for parameter in trainable(model):
+        nn.init.normal_(parameter)
+    save_adapter(model, tmp_path)
+    model.unload()
+    probes = ConceptProbes({"input": torch.randn(4, 6)})
+    report = verify_adapter(tmp_path, base_model=base, probes=probes, reference=probes, drift_tolerance=1.1)
+    assert report.ok, report.render()
+    edit_json(tmp_path, CONFIG, lambda config: config.update(rank_pattern={"text_encoder": 5}))
+    reseal(tmp_path)
+    assert [check.name for check in verify_adapter(tmp_path).failures] == ["config"]
 
 
 def test_text_encoders_are_not_what_is_measured(tmp_path):
