@@ -672,16 +672,28 @@ def _check_base(folder: AdapterFolder) -> list[Check]:
     if folder.basis is not None:
         metadata = folder.basis.metadata
         named[BASIS_NAME] = (metadata.get("base_model"), metadata.get("revision"))
+    # A folder is called otherwise on every machine: an adapter may be trained in one of the base that the basis names.
+    folders = {where: name for where, (name, _) in named.items() if _is_path(name)}
+    names = {where: name for where, (name, _) in named.items() if name and where not in folders}
+    revisions = {where: revision for where, (_, revision) in named.items() if revision}
     failures = []
-    for index, what in enumerate(("base model", "revision of the base model")):
-        values = {where: value[index] for where, value in named.items() if value[index]}
+    for what, values in (("base model", names), ("revision of the base model", revisions)):
         if len(set(map(repr, values.values()))) > 1:
             listed = ", ".join(f"{shown(value)} in {where}" for where, value in values.items())
             failures.append(Check("base model", "integrity", False, f"the {what} differs: {listed}"))
-    identifier, revision = (next((v[i] for v in named.values() if v[i]), None) for i in range(2))
-    at = f" at {shown(revision)}" if revision else ""
-    summary = f"{shown(identifier)}{at}" if identifier else "no base model is named"
+    found = [shown(name) for name in (*names.values(), *folders.values())]
+    summary = found[0] if found else "no base model is named"
+    if found and revisions:
+        summary += f" at {shown(next(iter(revisions.values())))}"
+    if names and folders:
+        listed = ", ".join(f"{shown(path)} in {where}" for where, path in folders.items())
+        summary += f"; not compared with it, since they are paths of the publisher: {listed}"
     return _gathered("base model", "integrity", failures, summary)
+
+
+def _is_path(name: Any) -> bool:
+    """Whether it cannot be the id of a repository; of `a/b`, which may be either, it is the id that counts."""
+    return isinstance(name, str) and bool(name) and re.fullmatch(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?", name) is None
 
 
 # Orthogonality

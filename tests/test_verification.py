@@ -418,6 +418,17 @@ def test_the_base_model_that_only_the_config_names_is_reported(tmp_path):
     assert "someone/model" in check.detail
 
 
+@pytest.mark.parametrize("path", ["/home/me/base", "./base", "../base", "a/b/c", "~/base", "C:\\base"])
+def test_a_base_model_in_a_folder_is_that_which_the_basis_names(tmp_path, path):
+    """It was fitted on the Hub's, and trained on a copy on disk."""
+    honest_folder(tmp_path, base_model=path, revision=None, config={"base_model_name_or_path": path, "revision": None})
+    report = verify_adapter(tmp_path)
+    assert report.ok, report.render()
+    (detail,) = (check.detail for check in report.checks if check.name == "base model")
+    assert "'someone/model' at 'abc'; not compared" in detail
+    assert detail.count(repr(path)) == 2
+
+
 def test_an_own_basis_that_is_none_is_an_error_of_the_verifier(tmp_path):
     honest_folder(tmp_path / "a")
     other = tmp_path / "b"
