@@ -636,20 +636,25 @@ def _scale_faults(config: Mapping[str, Any]) -> Iterator[str]:
 def _rank_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> Iterator[str]:
     """Layers whose rank is not the one that `r` and `rank_pattern` give them.
 
-    PEFT takes the pattern's keys for regular expressions. Those of strangers are not run, since they can be made to
-    take for ever: a key that is more than a name allows its rank to every layer.
+    PEFT takes the pattern's keys for regular expressions, and the first that matches counts. Those of strangers are not
+    run, since they can be made to take for ever: a key that is more than a name allows its rank to every layer for
+    which no name stands before it.
     """
     pattern = config.get("rank_pattern") or {}
     if not isinstance(pattern, dict) or not all(map(_is_positive, [config.get("r"), *pattern.values()])):
         return
-    names = {key.strip("^$"): (key, value) for key, value in pattern.items() if PLAIN_NAME.fullmatch(key)}
-    named = {key for key, _ in names.values()}
-    default = sorted({config["r"], *(value for key, value in pattern.items() if key not in named)}, key=repr)
+    names: dict[str, tuple[int, float]] = {}
+    allowed: dict[float, int] = {}
+    for place, (key, rank) in enumerate(pattern.items()):
+        if PLAIN_NAME.fullmatch(key):
+            names.setdefault(key.removesuffix("$"), (place, rank))
+        else:
+            allowed.setdefault(rank, place)
     for module, pair in pairs.items():
-        found = (names.get(suffix) for suffix in _suffixes(module))
-        values = [value for key, value in filter(None, found) if not key.startswith("^") or key.strip("^$") == module]
-        expected = values[:1] or default
-        if pair.rank not in expected:
+        found = [names[name] for name in (f"^{module}", *_suffixes(module)) if name in names]
+        place, rank = min(found, default=(len(pattern), config["r"]))
+        if pair.rank != rank and allowed.get(pair.rank, place) >= place:
+            expected = [rank, *(other for other, before in allowed.items() if before < place)]
             yield f"{module} has rank {pair.rank}; the config says {' or '.join(map(shown, expected[:5]))}"
 
 

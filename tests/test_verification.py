@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 from published_folders import (
     BASIS,
     BOUND_FILES,
@@ -29,6 +30,7 @@ from published_folders import (
     TAMPERINGS,
     WEIGHTS,
     Tampering,
+    adapter_config,
     contents,
     edit_json,
     edit_tensors,
@@ -97,6 +99,34 @@ def test_honest_variants_are_verified(tmp_path, options):
         reseal(tmp_path)
     report = verify_adapter(tmp_path)
     assert report.ok, report.render()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("to_q", "down.attn.to_q"),
+        ("down.attn.to_q", "to_q"),
+        ("^to_q", "to_q"),
+        ("^down.attn.to_q$", "to_q"),
+        ("to_q$", "to_q"),
+        (".*attn.*", "to_q", "to_out.0"),
+        ("to_q", ".*attn.*"),
+        ("to", "q"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("module", list(SHAPES))
+def test_of_a_rank_pattern_the_first_key_that_matches_counts_as_in_peft(tmp_path, keys, module):
+    pattern = {key: 2 + place for place, key in enumerate(keys)}
+    expected = pattern.get(get_pattern_key(pattern, module), 7)
+    # Expressions are not run: what others say in place of one is let through too.
+    ranks = [expected] if ".*attn.*" in keys else [2, 3, 7]
+    (tmp_path / CONFIG).write_text(json.dumps(adapter_config(r=7, rank_pattern=pattern)))
+    for rank in ranks:
+        tensors = {"A": torch.ones(rank, 12), "B": torch.ones(10, rank)}
+        save_file({f"{module}.lora_{part}.weight": tensor for part, tensor in tensors.items()}, tmp_path / WEIGHTS)
+        write_sidecars(tmp_path, None, settings={}, base_model=None)
+        assert ("config" in failed(verify_adapter(tmp_path))) == (rank != expected)
 
 
 def test_both_layouts_beside_each_other_are_both_checked(tmp_path):
