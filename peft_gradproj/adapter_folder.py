@@ -308,7 +308,7 @@ def parse_lora_layers(tensors: Mapping[str, Tensor]) -> LoraLayers:
         tensors: An adapter's tensors by key, in PEFT's or diffusers' layout.
     """
     factors: dict[str, dict[str, list[str]]] = {}
-    alphas: dict[str, str] = {}
+    alphas: dict[str, list[str]] = {}
     rest: list[str] = []
     strip = _namespace(tensors)
     for key in tensors:
@@ -316,7 +316,7 @@ def parse_lora_layers(tensors: Mapping[str, Tensor]) -> LoraLayers:
         if found is not None:
             factors.setdefault(found[0].removeprefix(strip), {}).setdefault(found[1], []).append(key)
         elif key.endswith(".alpha"):
-            alphas[key.removesuffix(".alpha").removeprefix(strip)] = key
+            alphas.setdefault(key.removesuffix(".alpha").removeprefix(strip), []).append(key)
         else:
             rest.append(key)
     pairs: dict[str, LoraPair] = {}
@@ -327,8 +327,11 @@ def parse_lora_layers(tensors: Mapping[str, Tensor]) -> LoraLayers:
         if fault is not None:
             malformed[module] = fault
         else:
-            pairs[module] = LoraPair(a[0].flatten(1), b[0].flatten(1), _alpha(tensors, alphas.get(module)))
-    rest += [key for module, key in alphas.items() if module not in pairs or tensors[key].numel() != 1]
+            pairs[module] = LoraPair(a[0].flatten(1), b[0].flatten(1), _alpha(tensors, alphas.get(module, ())))
+    # Of two alphas, loaders may take either.
+    rest += [
+        key for module, keys in alphas.items() if module not in pairs or pairs[module].alpha is None for key in keys
+    ]
     return LoraLayers(pairs, tuple(rest), malformed)
 
 
@@ -368,8 +371,8 @@ def _fault(found_a: Sequence[Tensor], found_b: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _alpha(tensors: Mapping[str, Tensor], key: str | None) -> float | None:
-    return float(tensors[key].item()) if key is not None and tensors[key].numel() == 1 else None
+def _alpha(tensors: Mapping[str, Tensor], keys: Sequence[str]) -> float | None:
+    return float(tensors[keys[0]].item()) if len(keys) == 1 and tensors[keys[0]].numel() == 1 else None
 
 
 def layer_leakage(pair: LoraPair, bases: Mapping[str, Tensor]) -> dict[str, float]:

@@ -285,6 +285,15 @@ def test_alpha_tensors_belong_to_their_layers_and_others_to_none():
     assert parsed.uncovered == ("unet.y.alpha",)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_alphas_of_a_layer_neither_hides_the_other(order):
+    """diffusers takes the one with the prefix, wherever it stands."""
+    alphas = {"unet.x.alpha": torch.tensor(1e9), "x.alpha": torch.tensor(2.0)}
+    pair = {"unet.x.lora_A.weight": torch.ones(2, 3), "unet.x.lora_B.weight": torch.ones(4, 2)}
+    parsed = parse_lora_layers({**pair, **dict(list(alphas.items())[::order])})
+    assert set(parsed.uncovered) == set(alphas)
+
+
 def test_settings_are_read_back(tmp_path):
     assert read_settings(tmp_path) is None
     write_sidecars(tmp_path, weights_only(tmp_path), settings=SETTINGS, base_model=None)
