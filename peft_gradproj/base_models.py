@@ -7,9 +7,9 @@ that is the same on two machines, so that paths are not compared.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -45,7 +45,7 @@ def identify(model: Any) -> BaseModel:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` is the id of a repository and not a folder that exists."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return _HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
 
 
 def names_conflict(name: str | None, model: nn.Module) -> str | None:

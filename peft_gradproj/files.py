@@ -95,11 +95,12 @@ def locate_file(
         error: What is raised if there is no such file.
     """
     path = Path(path_or_repo_id)
-    if path.is_dir():
+    # Not by methods of the path, which raise where a name is too long or a folder may not be entered.
+    if os.path.isdir(path):
         path = path / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise error(f"the folder {path.parent} holds no {name}; give the file, or a folder that holds it.")
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     repo_id = str(path_or_repo_id)
     if path.suffix == ".safetensors" or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
@@ -109,11 +110,11 @@ def locate_file(
 
 def _downloaded(repo_id: str, name: str, revision: str | None, error: type[GradProjError]) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 
     try:
         return Path(hf_hub_download(repo_id, name, revision=revision))
-    except (OSError, EntryNotFoundError, HFValidationError) as cause:
+    except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as cause:
         raise error(
             f"{repo_id} is neither a path, nor a repository with a {name} that can be reached "
             f"({type(cause).__name__}). Check the name, the revision, your login and the connection."

@@ -172,7 +172,7 @@ def _items(value: Any) -> list[Any]:
 
 def _base_model(folder: AdapterFolder) -> str | None:
     named = folder.manifest["base_model"]["id"] or (folder.config or {}).get("base_model_name_or_path")
-    return named if named and _are_hub_ids(named) and not Path(named).exists() else None
+    return named if named and _are_hub_ids(named) and not os.path.exists(named) else None
 
 
 def _are_hub_ids(value: Any) -> bool:

@@ -352,7 +352,7 @@ def _check_signature(folder: AdapterFolder, public_key: str | os.PathLike[str]) 
 def _own_basis(basis: ConceptBasis | str | os.PathLike[str]) -> ConceptBasis:
     if not isinstance(basis, str | os.PathLike):
         return basis
-    if Path(basis).exists():
+    if os.path.exists(basis):
         return read_basis(basis).to_concept_basis()
     from .basis import ConceptBasis
 

@@ -40,7 +40,7 @@ from peft_gradproj import (
 )
 from peft_gradproj.adapter_folder import write_sidecars
 from peft_gradproj.cli import main
-from peft_gradproj.errors import AdapterFolderError, GradProjError, HubError
+from peft_gradproj.errors import AdapterFolderError, ConceptBasisError, GradProjError, HubError
 from peft_gradproj.hub import DEFAULT_MESSAGE
 from peft_gradproj.projection import remove_component
 
@@ -451,6 +451,16 @@ def test_a_config_is_not_made_of_half_a_download(hub, folder, no_waiting, kind):
     hub.fail(kind, f"(HEAD|GET) .*/resolve/.*/{BASIS}", times=99)
     with pytest.raises(GradProjError, match=NAME):
         GradProjConfig.from_pretrained(NAME)
+
+
+@pytest.mark.parametrize("kind", ["drop", "truncate", 403, 500])
+def test_a_basis_that_cannot_be_fetched_is_our_error(hub, folder, no_waiting, kind):
+    push_adapter_to_hub(folder, NAME)
+    hub.fail(kind, f"GET .*/resolve/.*/{BASIS}", times=99)
+    hub.fail(kind, f"HEAD .*/resolve/.*/{BASIS}", times=99 * (kind != "truncate"))
+    for fetch in (lambda: ConceptBasis.load(NAME), lambda: verify_adapter(folder, basis=NAME)):
+        with pytest.raises(ConceptBasisError, match=NAME):
+            fetch()
 
 
 def small_adapter(folder: Path) -> tuple[PeftModel, SmallNet]:

@@ -302,6 +302,8 @@ def test_a_path_that_no_system_takes_does_not_exist(name):
         verify_adapter(name)
     with pytest.raises(AdapterFolderError, match="does not exist"):
         read_basis_or_adapter(name)
+    with pytest.raises(ConceptBasisError, match="does not exist"):
+        verify_adapter("whatever", basis=name)
 
 
 @given(size=st.floats(-4.0, 0.0), dtype=st.sampled_from(DTYPES), part=st.sampled_from("AB"))
