@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -594,11 +595,23 @@ def _print(value: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one line on standard error and exit status 2."""
+    """Run the command line; an error of ours, or of the system, is one line on standard error and exit status 2."""
     try:
         app()
     except GradProjError as error:
-        # Paths and names of strangers may hold what a terminal obeys.
-        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-        print(f"gradproj: {message}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except Exception as error:
+        # How a launched script ends is its own affair.
+        if sys.argv[1:2] == ["launch"]:
+            raise
+        if not isinstance(error, OSError):
+            # A mistake of ours. Python's own status for it would say that an adapter is not verified.
+            traceback.print_exc()
+        _fail(f"{type(error).__name__}: {error}")
+
+
+def _fail(message: str) -> NoReturn:
+    # Paths and names of strangers may hold what a terminal obeys.
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    print(f"gradproj: {printable}", file=sys.stderr)
+    sys.exit(2)

@@ -233,7 +233,8 @@ def unchecked_sarif(error: Exception) -> dict[str, Any]:
 
 def _uri(path: Path) -> str:
     """Relative paths stay so: scanners show what is found in the file of that name in their checkout."""
-    return path.as_uri() if path.is_absolute() else quote(path.as_posix())
+    # As bytes, since names on disk need not be text.
+    return path.as_uri() if path.is_absolute() else quote(os.fsencode(path.as_posix()))
 
 
 def _sarif(rules: list[Any], results: list[Any], invocation: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,42 @@ def test_sarif_holds_what_did_not_pass(run, tmp_path):
     assert all("down.conv" in result["message"]["text"] for result in found["results"])
 
 
+def test_sarif_of_a_folder_whose_name_is_no_text(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    honest_folder(Path("\udcff"), strength=0.5)
+    assert run("verify", "\udcff", "--sarif", "out.sarif")[0] == 1
+    (result,) = json.loads(Path("out.sarif").read_text())["runs"][0]["results"]
+    assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "%FF/gradproj.json"
+
+
+def test_what_the_system_refuses_is_one_line_and_no_answer(run, tmp_path):
+    honest_folder(tmp_path / "adapter")
+    (tmp_path / "no file").mkdir()
+    status, out, err = run("verify", tmp_path / "adapter", "--sarif", tmp_path / "no file")
+    assert (status, out) == (2, "")
+    assert err.startswith("gradproj: IsADirectoryError: ")
+    assert err.count("\n") == 1
+
+
+def test_a_mistake_of_ours_is_no_answer_either(run, tmp_path, monkeypatch):
+    def mistaken(*given: object, **options: object) -> None:
+        raise RuntimeError("no idea")
+
+    monkeypatch.setattr("peft_gradproj.verification.verify_adapter", mistaken)
+    status, out, err = run("verify", tmp_path)
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == "gradproj: RuntimeError: no idea"
+    assert "Traceback" in err
+
+
+def test_how_a_launched_script_ends_is_its_own_affair(monkeypatch, tmp_path):
+    (tmp_path / "script.py").write_text("open('not there')")
+    launched = ["gradproj", "launch", "--uncovered", "ignore", str(tmp_path / "script.py")]
+    monkeypatch.setattr(sys, "argv", launched)
+    with pytest.raises(FileNotFoundError, match="not there"):
+        main()
+
+
 def test_an_adapter_that_could_not_be_checked(run, tmp_path):
     honest_folder(tmp_path)
     (tmp_path / MANIFEST).unlink()
