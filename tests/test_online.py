@@ -1216,6 +1216,17 @@ def test_the_running_estimate_skips_gradients_that_overflowed() -> None:
     assert estimate.metric("q") is None
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam packed in part", "adam packed"])
+def test_a_resumed_run_is_told_of_the_estimates_of_those_parameters_alone_that_need_one(name: str) -> None:
+    task = make_task()
+    projection = attach_online_projection(task.net, "default", task.probes)
+    optimizer = OPTIMIZERS[name](task.parameters())
+    take_steps(task, optimizer, 2)
+    sizes = {values.numel() for values in projection.state_dict()["estimate"]["values"].values()}
+    packed_from = getattr(optimizer, "packed_from", torch.inf)
+    assert sizes == {p.numel() for p in task.parameters() if p.numel() >= packed_from}
+
+
 def test_the_base_output_is_the_target() -> None:
     """The premise of all above: the task's targets are what the network answers without its adapter."""
     task = make_task()
