@@ -197,6 +197,19 @@ class Stack(nn.Module):
         return sample
 
 
+def checked_once_saved(base: nn.Module, folder, inputs: str, **config):
+    """The report on an adapter of linear layers of width 6, filled and saved; the model calls its argument `inputs`."""
+    layers = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    basis = ConceptBasis({name: LayerBasis(input=torch.eye(6, 1)) for name in layers})
+    model = get_peft_model(base, GradProjConfig(r=2, concept_basis=basis, **config))
+    for parameter in trainable(model):
+        nn.init.normal_(parameter)
+    save_adapter(model, folder)
+    model.unload()
+    probes = ConceptProbes({inputs: torch.randn(4, 6)})
+    return verify_adapter(folder, base_model=base, probes=probes, reference=probes, drift_tolerance=1.1)
+
+
 @pytest.mark.parametrize(
     "choice",
     [
@@ -211,17 +224,7 @@ class Stack(nn.Module):
 )
 def test_layers_that_the_config_leaves_out_are_not_missed(tmp_path, choice):
     torch.manual_seed(0)
-    base = Stack()
-    basis = ConceptBasis(
-        {name: LayerBasis(input=torch.eye(6, 1)) for name, m in base.named_modules() if isinstance(m, nn.Linear)}
-    )
-    model = get_peft_model(base, GradProjConfig(r=2, target_modules=["proj"], concept_basis=basis, **choice))
-    for parameter in trainable(model):
-        nn.init.normal_(parameter)
-    save_adapter(model, tmp_path)
-    model.unload()
-    probes = ConceptProbes({"sample": torch.randn(4, 6)})
-    report = verify_adapter(tmp_path, base_model=base, probes=probes, reference=probes, drift_tolerance=1.1)
+    report = checked_once_saved(Stack(), tmp_path, "sample", target_modules=["proj"], **choice)
     assert report.ok, report.render()
 
 
@@ -347,15 +350,7 @@ def test_a_model_may_have_a_text_encoder_within(tmp_path):
     """As MusicGen has: PEFT's layout is of one model, and not of a pipeline with parts."""
     torch.manual_seed(0)
     base = nn.Sequential(OrderedDict(text_encoder=nn.Linear(6, 6), decoder=nn.Linear(6, 6)))
-    names = [name for name, _ in base.named_children()]
-    basis = ConceptBasis({name: LayerBasis(input=torch.eye(6, 1)) for name in names})
-    model = get_peft_model(base, GradProjConfig(r=2, target_modules=names, concept_basis=basis))
-    for parameter in trainable(model):
-        nn.init.normal_(parameter)
-    save_adapter(model, tmp_path)
-    model.unload()
-    probes = ConceptProbes({"input": torch.randn(4, 6)})
-    report = verify_adapter(tmp_path, base_model=base, probes=probes, reference=probes, drift_tolerance=1.1)
+    report = checked_once_saved(base, tmp_path, "input", target_modules=["text_encoder", "decoder"])
     assert report.ok, report.render()
     edit_json(tmp_path, CONFIG, lambda config: config.update(rank_pattern={"text_encoder": 5}))
     reseal(tmp_path)
