@@ -22,7 +22,7 @@ from PIL import Image, ImageChops, ImageOps
 
 from .errors import ConceptDataError
 
-__all__ = ["ConceptPair", "ConceptSet", "Overlay", "Placement", "nth_of_shuffles"]
+__all__ = ["ConceptPair", "ConceptSet", "Overlay", "Placement", "nth_of_shuffles", "upright"]
 
 MASK_THRESHOLD = 8
 """Grey levels that two halves of a pair must differ by, to count as the concept."""
@@ -87,7 +87,7 @@ class Overlay:
         """Read an overlay from an image file; `ranges` are the other arguments."""
         with Image.open(path) as image:
             has_alpha = image.mode in ("LA", "PA") or "transparency" in image.info
-            return cls(_upright(image, "RGBA" if has_alpha else image.mode), **ranges)
+            return cls(upright(image, "RGBA" if has_alpha else image.mode), **ranges)
 
     def draw(self, placement: Placement) -> Image.Image:
         """The overlay as it lies on a picture: scaled, turned, faded, cropped to what is visible."""
@@ -190,7 +190,7 @@ class ConceptSet(Sequence[ConceptPair]):
         pairs = []
         for index in range(count):
             below = nth_of_shuffles(index, len(images), seed)
-            plain = _upright(images[below], "RGB")
+            plain = upright(images[below], "RGB")
             pasted, mask = overlay.paste(plain, overlay.place(plain.size, np.random.default_rng([seed, 1, index])))
             pairs.append(ConceptPair(pasted, plain, mask, prompts[below]))
         return cls(pairs)
@@ -206,11 +206,11 @@ class ConceptSet(Sequence[ConceptPair]):
     ) -> ConceptSet:
         """Take given pairs; where no masks are given, the concept is where the halves differ."""
         _check_lengths(with_concept, without=without, prompts=prompts, masks=masks)
-        halves = [(_upright(w, "RGB"), _upright(o, "RGB")) for w, o in zip(with_concept, without, strict=True)]
+        halves = [(upright(w, "RGB"), upright(o, "RGB")) for w, o in zip(with_concept, without, strict=True)]
         for index, (half, other) in enumerate(halves):
             if half.size != other.size:
                 raise ConceptDataError(f"pair {index}: the halves have sizes {half.size} and {other.size}.")
-        found = [difference_mask(*pair) for pair in halves] if masks is None else [_upright(m, "L") for m in masks]
+        found = [difference_mask(*pair) for pair in halves] if masks is None else [upright(m, "L") for m in masks]
         return cls([ConceptPair(w, o, m, p) for (w, o), m, p in zip(halves, found, prompts, strict=True)])
 
     @classmethod
@@ -220,7 +220,7 @@ class ConceptSet(Sequence[ConceptPair]):
         """Take pictures of which only is known where the concept is; they give probes, but no paired contrast."""
         _check_lengths(images, masks=masks, prompts=prompts)
         triples = zip(images, masks, prompts, strict=True)
-        return cls([ConceptPair(_upright(i, "RGB"), None, _upright(m, "L"), p) for i, m, p in triples])
+        return cls([ConceptPair(upright(i, "RGB"), None, upright(m, "L"), p) for i, m, p in triples])
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -261,7 +261,7 @@ def nth_of_shuffles(index: int, length: int, seed: int) -> int:
     return int(np.random.default_rng([seed, 0, epoch]).permutation(length)[position])
 
 
-def _upright(image: Image.Image, mode: str) -> Image.Image:
+def upright(image: Image.Image, mode: str) -> Image.Image:
     """A copy in a mode, turned as its EXIF orientation says."""
     return ImageOps.exif_transpose(image).convert(mode)
 

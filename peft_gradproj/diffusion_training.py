@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .concepts import upright
 from .config import GradProjConfig
 from .diffusion_inputs import latent_weights, training_target
 from .errors import ConceptDataError, GradProjConfigError
@@ -317,15 +318,15 @@ def square_crop(
     """
     place = (0.5, 0.5) if args.center_crop else (draw.random(), draw.random())
     mirrored = args.random_flip and draw.random() < 0.5
-    upright = ImageOps.exif_transpose(picture).convert("RGB")
-    mask = Image.new("L", upright.size) if mask is None else ImageOps.exif_transpose(mask).convert("L")
-    if mask.size != upright.size:
-        raise ValueError(f"A picture of {upright.size} has a mask of {mask.size}; expected the same size.")
+    whole = upright(picture, "RGB")
+    mask = Image.new("L", whole.size) if mask is None else upright(mask, "L")
+    if mask.size != whole.size:
+        raise ValueError(f"A picture of {whole.size} has a mask of {mask.size}; expected the same size.")
     # A filter that overshoots would leave specks in masks.
     methods = (Image.Resampling[args.image_interpolation_mode.upper()], Image.Resampling.BILINEAR)
     squares = [
-        ImageOps.fit(whole, (args.resolution, args.resolution), method=method, centering=place)
-        for whole, method in zip((upright, mask), methods, strict=True)
+        ImageOps.fit(image, (args.resolution, args.resolution), method=method, centering=place)
+        for image, method in zip((whole, mask), methods, strict=True)
     ]
     square, mask_square = map(ImageOps.mirror, squares) if mirrored else squares
     return square, mask_square

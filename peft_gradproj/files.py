@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "HUB_NAME",
     "checkpoint_step",
     "is_repository",
     "locate_file",
@@ -37,6 +38,9 @@ __all__ = [
     "write_atomically",
     "write_tensor_file",
 ]
+
+HUB_NAME = r"[\w-][\w.-]*"
+"""Of an owner or a repository of the Hub."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -80,7 +84,7 @@ def _is_checkpoint(path: Path) -> bool:
 def is_repository(path_or_repo: str | os.PathLike[str]) -> bool:
     """Whether it is no path that exists, but may be the id of a repository of the Hub."""
     # Not by methods of a path, which raise where a name is too long or a folder may not be entered.
-    return not os.path.exists(path_or_repo) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)))
+    return not os.path.exists(path_or_repo) and bool(re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", str(path_or_repo)))
 
 
 def locate_file(

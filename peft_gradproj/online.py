@@ -338,7 +338,9 @@ class OnlineProjection:
         self._foreign_steps = None
         self._stepping = id(optimizer), number
         if self.rule == "half-space":
-            self._estimate.update({name: parameters[name] for name in needs_estimate(optimizer, parameters)})
+            needed = needs_estimate(optimizer, parameters)
+            self._estimate.update({name: parameters[name] for name in needed})
+            self._estimate.forget(parameters.keys() - needed)
         if due:
             started = time.perf_counter()
             if self.rule == "orthogonal":
@@ -590,7 +592,6 @@ class OnlineProjection:
     def _correct(self, optimizer: torch.optim.Optimizer, pending: _Pending, step: int) -> None:
         started = time.perf_counter()
         metric = optimizer_metric(optimizer, pending.parameters, self._estimate)
-        self._estimate.forget(pending.parameters.keys() - needs_estimate(optimizer, pending.parameters))
         after = {name: p.detach().to(_wide(p)) for name, p in pending.parameters.items() if name in metric}
         delta = {name: x - pending.before[name].to(x.dtype) for name, x in after.items()}
         blocks = Blocks(delta)
