@@ -228,6 +228,18 @@ def test_layers_that_the_config_leaves_out_are_not_missed(tmp_path, choice):
     assert report.ok, report.render()
 
 
+def test_a_pattern_of_layers_is_not_run_either(tmp_path):
+    base = Stack()
+    choice = {"layers_to_transform": [1], "layers_pattern": ["layers"]}
+    checked_once_saved(base, tmp_path, "sample", target_modules=["proj"], **choice)
+    # Whoever ran it would raise an error.
+    edit_json(tmp_path, CONFIG, lambda config: config.update(layers_pattern=["("]))
+    reseal(tmp_path)
+    probes = ConceptProbes({"sample": torch.randn(4, 6)})
+    report = verify_adapter(tmp_path, base_model=base, probes=probes, reference=probes, drift_tolerance=1.1)
+    assert behaviour(report) == {"loaded": True, "drift": True}, report.render()
+
+
 def unet_adapter(folder, metadata: dict[str, object] | None = None):
     """A UNet, and an adapter of it in diffusers' layout that does something, with the basis that it keeps off."""
     unet = tiny_unet()
