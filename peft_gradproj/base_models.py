@@ -7,17 +7,17 @@ that is the same on two machines, so that paths are not compared.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["BaseModel", "identify", "is_hub_id", "layer_widths", "names_conflict", "widths_of"]
+from .files import is_repository
+
+__all__ = ["BaseModel", "identify", "layer_widths", "names_conflict", "widths_of"]
 
 _CACHED = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class BaseModel(NamedTuple):
@@ -43,15 +43,10 @@ def identify(model: Any) -> BaseModel:
     return BaseModel(None, None)
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether `name` is the id of a repository and not a folder that exists."""
-    return _HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
-
-
 def names_conflict(name: str | None, model: nn.Module) -> str | None:
     """The Hub id of `model`, if it is known, `name` is one as well, and they differ."""
     other = identify(model).name
-    if name is None or other is None or name == other or not (is_hub_id(name) and is_hub_id(other)):
+    if name is None or other is None or name == other or not (is_repository(name) and is_repository(other)):
         return None
     return other
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "HUB_NAME",
     "checkpoint_step",
+    "is_hub_id",
     "is_repository",
     "locate_file",
     "read_header_json",
@@ -38,9 +38,6 @@ __all__ = [
     "write_atomically",
     "write_tensor_file",
 ]
-
-HUB_NAME = r"[\w-][\w.-]*"
-"""Of an owner or a repository of the Hub."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -81,10 +78,23 @@ def _is_checkpoint(path: Path) -> bool:
     return re.fullmatch("checkpoint-[0-9]+", path.name) is not None
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form of a repository's id on the Hub: `owner/name`, or `name` alone as the oldest models."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def is_repository(path_or_repo: str | os.PathLike[str]) -> bool:
     """Whether it is no path that exists, but may be the id of a repository of the Hub."""
     # Not by methods of a path, which raise where a name is too long or a folder may not be entered.
-    return not os.path.exists(path_or_repo) and bool(re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", str(path_or_repo)))
+    name = str(path_or_repo)
+    return not os.path.exists(path_or_repo) and "/" in name and is_hub_id(name)
 
 
 def locate_file(
@@ -107,7 +117,7 @@ def locate_file(
     if os.path.isfile(path):
         return path
     repo_id = str(path_or_repo_id)
-    if path.suffix == ".safetensors" or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    if path.suffix == ".safetensors" or not is_repository(repo_id):
         raise error(f"{repo_id} does not exist; expected a file, a folder, or a Hub id (user/name).")
     return _downloaded(repo_id, name, revision, error)
 

@@ -19,7 +19,7 @@ import yaml
 from ._version import __version__
 from .adapter_folder import WEIGHT_NAMES, AdapterFolder, read_adapter_folder
 from .errors import AdapterFolderError
-from .files import write_atomically
+from .files import is_hub_id, write_atomically
 from .untrusted import MAX_JSON_BYTES, printable, read_file
 from .verification import MAX_ROWS, Check, VerificationReport
 
@@ -32,7 +32,6 @@ _END = "<!-- gradproj:end -->"
 # Never from a mark that lost its end to the end of another section: what lies between would be lost.
 _SECTION = re.compile(f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
 _METADATA = re.compile(r"\s*---\r?\n.*?\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
-_HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 
 _BLANK = "[More Information Needed]"
 """What templates of cards have where nobody has written anything yet."""
@@ -177,7 +176,7 @@ def _base_model(folder: AdapterFolder) -> str | None:
 
 def _are_hub_ids(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(v, str) and _HUB_ID.fullmatch(v) is not None for v in values)
+    return bool(values) and all(isinstance(v, str) and is_hub_id(v) for v in values)
 
 
 def _pipeline_tag(folder: AdapterFolder) -> str | None:

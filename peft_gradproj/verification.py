@@ -44,7 +44,7 @@ from .adapter_folder import (
 )
 from .errors import AdapterFolderError, BehaviourError, ConceptBasisError, ConceptDataError
 from .escaping import ESCAPING_OPTIONS, PLAIN_NAME, regular_expressions
-from .files import HUB_NAME
+from .files import is_hub_id
 from .projection import LEAST_REMAINDER, dtype_name, orthonormality_error, principal_cosines
 from .untrusted import parse_json, printable, shown
 
@@ -700,7 +700,7 @@ def _check_base(folder: AdapterFolder) -> list[Check]:
 
 def _is_path(name: Any) -> bool:
     """Whether it cannot be the id of a repository; of `a/b`, which may be either, it is the id that counts."""
-    return isinstance(name, str) and bool(name) and re.fullmatch(f"{HUB_NAME}(?:/{HUB_NAME})?", name) is None
+    return isinstance(name, str) and bool(name) and not is_hub_id(name)
 
 
 # Orthogonality

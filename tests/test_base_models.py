@@ -59,7 +59,7 @@ def test_only_two_different_hub_ids_conflict(tmp_path, monkeypatch):
     (tmp_path / "local" / "folder").mkdir(parents=True)
     model = named(tiny_unet(), "org/name")
     assert names_conflict("org/other", model) == "org/name"
-    for name in ("org/name", None, "/data/other", "other", "local/folder"):
+    for name in ("org/name", None, "/data/other", "other", "./other", "local/folder"):
         assert names_conflict(name, model) is None, name
     assert names_conflict("org/other", named(tiny_unet(), "/data/sd")) is None
 

@@ -78,7 +78,7 @@ def test_the_pipeline_tag_follows_the_task(folder, task, tag):
     assert metadata(written(folder)).get("pipeline_tag") == tag
 
 
-@pytest.mark.parametrize("base", ["/home/me/base", "./base", "a/b/c", None])
+@pytest.mark.parametrize("base", ["/home/me/base", "./base", "base/", "a/b/c", "me/base.git", None])
 def test_a_local_path_is_no_base_model_for_the_hub(tmp_path, base):
     from published_folders import random_basis
 

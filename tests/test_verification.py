@@ -450,7 +450,7 @@ def test_the_base_model_that_only_the_config_names_is_reported(tmp_path):
     assert "someone/model" in check.detail
 
 
-@pytest.mark.parametrize("path", ["/home/me/base", "./base", "../base", "a/b/c", "~/base", "C:\\base"])
+@pytest.mark.parametrize("path", ["/home/me/base", "./base", "../base", "base/", "a/b/c", "~/base", "C:\\base"])
 def test_a_base_model_in_a_folder_is_that_which_the_basis_names(tmp_path, path):
     """It was fitted on the Hub's, and trained on a copy on disk."""
     honest_folder(tmp_path, base_model=path, revision=None, config={"base_model_name_or_path": path, "revision": None})
