@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,10 @@ def save_sidecars(model: nn.Module, folder: str | os.PathLike[str], adapter_name
     Raises:
         AdapterFolderError: If the model has no such GradProj adapter, or there are no LoRA weights in the folder.
     """
+    write_config_sidecars(_config_of(model, adapter_name, folder), folder)
+
+
+def _config_of(model: nn.Module, adapter_name: str, folder: str | os.PathLike[str]) -> GradProjConfig:
     from .config import GradProjConfig
 
     config = getattr(model, "peft_config", {}).get(adapter_name)
@@ -61,7 +66,7 @@ def save_sidecars(model: nn.Module, folder: str | os.PathLike[str], adapter_name
             f"{type(model).__name__} has no adapter '{adapter_name}' made by a GradProjConfig; nothing to write beside "
             f"the weights in '{os.fspath(folder)}'."
         )
-    write_config_sidecars(config, folder)
+    return config
 
 
 def save_adapter(
@@ -92,6 +97,7 @@ def save_adapter(
         AdapterFolderError: If the folder holds other things, or no such adapter was saved.
     """
     folder = Path(folder)
+    _config_of(model, adapter_name, folder)
     strange = sorted(entry for entry in _entries(folder) if entry not in (*PUBLISHED_FILES, "images"))
     if strange:
         raise AdapterFolderError(
@@ -115,16 +121,39 @@ def _save_by_stock_means(model: nn.Module, stage: Path, adapter_name: str) -> No
     from peft import PeftModel
 
     saver: Any = model
-    if not isinstance(model, PeftModel) and hasattr(model, "save_lora_adapter"):
-        saver.save_lora_adapter(str(stage), adapter_name=adapter_name)
+    if not isinstance(model, PeftModel):
+        if hasattr(model, "save_lora_adapter"):
+            saver.save_lora_adapter(str(stage), adapter_name=adapter_name)
+        else:
+            with _alone_active(model, adapter_name):
+                saver.save_pretrained(str(stage))
         return
-    options = {"selected_adapters": [adapter_name]} if isinstance(model, PeftModel) else {}
-    saver.save_pretrained(str(stage), **options)
-    if isinstance(model, PeftModel) and adapter_name != "default":
+    saver.save_pretrained(str(stage), selected_adapters=[adapter_name])
+    if adapter_name != "default":
         # PEFT gives every other adapter a folder of its own.
         for path in (stage / adapter_name).iterdir():
             path.replace(stage / path.name)
         (stage / adapter_name).rmdir()
+
+
+@contextmanager
+def _alone_active(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """One adapter active: transformers saves the one that is, and none where several are. All is restored."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    # No layer is left out of this: those without the adapter may be the ones that transformers asks.
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    active = [list(layer.active_adapters) for layer in layers]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.set_adapter(adapter_name)  # type: ignore[operator]
+        yield
+    finally:
+        for layer, names in zip(layers, active, strict=True):
+            layer.set_adapter(names)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def write_config_sidecars(config: GradProjConfig, folder: str | os.PathLike[str]) -> None:

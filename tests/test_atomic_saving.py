@@ -191,6 +191,31 @@ def test_an_adapter_of_another_name_and_a_model_of_diffusers(tmp_path):
     assert (tmp_path / "unet" / "pytorch_lora_weights.safetensors").exists()
 
 
+def test_of_several_adapters_of_a_transformers_model_the_one_that_is_named_is_saved(tmp_path):
+    """transformers itself saves the one that is active."""
+    from tiny_models import FLOORS, LLAMA_TARGETS, basis_for, folder_leakage, tiny_llama
+
+    llama = tiny_llama()
+    bases = {name: basis_for(llama, LLAMA_TARGETS, seed=seed) for seed, name in enumerate(["one", "two"])}
+    for name, basis in bases.items():
+        llama.add_adapter(GradProjConfig(r=4, target_modules=LLAMA_TARGETS, concept_basis=basis), name)
+    for name, parameter in llama.named_parameters():
+        if "lora_B" in name:
+            parameter.requires_grad_(False).normal_()
+    for active in (["two"], ["one", "two"]):
+        llama.set_adapter(active)
+        llama.model.layers[0].self_attn.q_proj.lora_A["two"].requires_grad_(False)
+        before = {name: parameter.requires_grad for name, parameter in llama.named_parameters()}
+        for name, basis in bases.items():
+            folder = save_adapter(llama, tmp_path / f"{name}-{len(active)}", name)
+            assert folder_leakage(folder, basis) <= FLOORS[torch.float32]
+            assert verify_adapter(folder).ok
+        assert llama.active_adapters() == active
+        assert {name: parameter.requires_grad for name, parameter in llama.named_parameters()} == before
+    with pytest.raises(AdapterFolderError, match="no adapter 'three'"):
+        save_adapter(llama, tmp_path / "three", "three")
+
+
 def test_where_nothing_can_be_exchanged_two_renames_do(states, tmp_path, monkeypatch):
     models, digests = states
     monkeypatch.setattr(swap, "exchange", lambda one, other: False)
