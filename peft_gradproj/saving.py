@@ -40,6 +40,10 @@ __all__ = [
 ]
 
 
+_SAVED_BESIDE = ("generation_config.json",)
+"""What transformers saves beside the adapter of a model that generates, each time anew."""
+
+
 def save_sidecars(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Write the concept basis and the manifest beside LoRA weights that are already in `folder`.
 
@@ -98,7 +102,7 @@ def save_adapter(
     """
     folder = Path(folder)
     _config_of(model, adapter_name, folder)
-    strange = sorted(entry for entry in _entries(folder) if entry not in (*PUBLISHED_FILES, "images"))
+    strange = sorted(entry for entry in _entries(folder) if entry not in (*PUBLISHED_FILES, *_SAVED_BESIDE, "images"))
     if strange:
         raise AdapterFolderError(
             f"{folder} also holds {', '.join(strange[:5])}; it would be replaced as a whole. Give a folder of its own."

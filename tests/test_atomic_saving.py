@@ -212,6 +212,8 @@ def test_of_several_adapters_of_a_transformers_model_the_one_that_is_named_is_sa
             assert verify_adapter(folder).ok
         assert llama.active_adapters() == active
         assert {name: parameter.requires_grad for name, parameter in llama.named_parameters()} == before
+        # What was saved, transformers' generation config beside it, is replaced by the next save.
+        assert verify_adapter(save_adapter(llama, folder, "one")).ok
     with pytest.raises(AdapterFolderError, match="no adapter 'three'"):
         save_adapter(llama, tmp_path / "three", "three")
 
