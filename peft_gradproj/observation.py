@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConceptBasisError, ConceptDataError
-from .probes import evaluation_mode
+from .probes import adapters_disabled, evaluation_mode
 
 __all__ = [
     "Features",
@@ -190,15 +190,14 @@ def undisturbed(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
                 parameter.requires_grad_(needed)
 
 
-def _activate(model: nn.Module, adapter_name: str | None) -> None:
-    """Make one adapter active, or none; inside :func:`undisturbed`, which undoes it."""
+def _activate(model: nn.Module, adapter_name: str) -> None:
+    """Make one adapter active; inside :func:`undisturbed`, which undoes it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            if adapter_name is not None:
-                module.set_adapter(adapter_name)
-            module.enable_adapters(adapter_name is not None)
+            module.set_adapter(adapter_name)
+            module.enable_adapters(True)
 
 
 # Features
@@ -247,9 +246,8 @@ def observe_features(
     def run(forward: Callable[[], Any]) -> Features:
         nonlocal features, recording
         features, recording = Features(), True
-        _activate(model, None)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), adapters_disabled(model):
                 forward()
         finally:
             recording = False

@@ -187,6 +187,24 @@ def test_a_model_with_a_trained_adapter_shows_the_features_of_its_base():
     adapted = injected(init_lora_weights=False)
     x = torch.randn(2, 2, 6, 6)
     assert not torch.allclose(bare.eval()(x), adapted.eval()(x))
+    check_features_of_base(bare, adapted, x)
+
+
+def test_a_model_that_saves_a_trained_module_shows_the_features_of_its_base():
+    """What PEFT trains in full and saves beside the adapter is no part of the base either."""
+    torch.manual_seed(0)
+    bare = Net()
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, target_modules=["to_q", "to_k"], modules_to_save=["shortcut"])
+    adapted = get_peft_model(Net(), config)
+    for parameter in lora_parameters(adapted, "modules_to_save"):
+        nn.init.normal_(parameter)
+    x, before = torch.randn(2, 2, 6, 6), state_of(adapted)
+    check_features_of_base(bare, adapted, x)
+    assert state_of(adapted) == before
+
+
+def check_features_of_base(bare: nn.Module, adapted: nn.Module, x: Tensor) -> None:
     expected, features = (observed(model, x, ("conv", "to_q", "to_k")) for model in (bare, adapted))
     for name in ("conv", "to_q", "to_k"):
         assert torch.allclose(features.inputs[name][0], expected.inputs[name][0], atol=1e-6)
