@@ -177,7 +177,8 @@ def fit_concept_basis(
     Raises:
         ConceptBasisError: If an argument is out of range, no module matches, one is of a kind that has no basis, or
             no layer, or a harmful one, would get a basis.
-        ConceptDataError: If there are no batches, halves do not pair, or a value is not finite.
+        ConceptDataError: If there are no batches, halves do not pair, a value is not finite, or an adapter is merged
+            into a layer.
     """
     options = _Options(
         (spaces,) if isinstance(spaces, str) else tuple(spaces),

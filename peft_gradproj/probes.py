@@ -429,6 +429,9 @@ def adapters_disabled(model: nn.Module, *, only: str | None = None) -> Iterator[
     Args:
         model: The model.
         only: An adapter; others that are active stay so.
+
+    Raises:
+        ConceptDataError: If an adapter is merged into a layer.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -441,6 +444,14 @@ def adapters_disabled(model: nn.Module, *, only: str | None = None) -> Iterator[
         kept, names = ([] if only is None else active_beside(layer, only)), list(layer.active_adapters)
         if not kept or only in names:
             switched.append((layer, kept, names))
+    for layer, kept, _ in switched:
+        if not kept and isinstance(layer, BaseTunerLayer) and layer.merged:
+            # PEFT would take it out of the weights in the next forward pass, and never put it back.
+            raise ConceptDataError(
+                f"adapter {', '.join(map(repr, layer.merged_adapters))} is merged into a layer, and would be lost "
+                "where the base model is run. Make it part of the base model (merge_and_unload of PEFT; "
+                "unload_lora_weights of diffusers after fuse_lora), or take it out (unmerge_adapter, unfuse_lora)."
+            )
     # PEFT's switch also switches requires_grad, of frozen adapters too, hence the copy.
     flags = [(p, p.requires_grad) for layer in enabled for p in layer.parameters()]
     try:
@@ -545,7 +556,7 @@ def collect_concept_probes(
         progress: Show a progress bar.
 
     Raises:
-        ConceptDataError: If there are no batches, or a batch is malformed.
+        ConceptDataError: If there are no batches, a batch is malformed, or an adapter is merged into the model.
     """
     if base_model is None:
         base_model, known = identify(model)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peft_gradproj import fit_concept_basis
 from peft_gradproj.errors import ConceptDataError
 from peft_gradproj.probes import (
     PROBES_FILE_NAME,
@@ -390,6 +391,25 @@ def test_adapters_that_were_off_stay_off() -> None:
         pass
 
     assert model.linear.disable_adapters
+
+
+def test_a_fused_adapter_is_not_taken_out_of_the_weights_and_once_it_is_the_bases_counts_as_such() -> None:
+    """`unload_lora` then keeps the base model as fused, and what was unfused silently would be lost."""
+    from tiny_models import UNET_TARGETS, tiny_unet, unet_inputs
+
+    unet, inputs = tiny_unet(), unet_inputs()
+    unet.add_adapter(LoraConfig(r=4, target_modules=UNET_TARGETS, init_lora_weights=False), "style")
+    unet.fuse_lora()
+    with torch.no_grad():
+        fused = unet(**inputs).sample
+    with pytest.raises(ConceptDataError, match="adapter 'style' is merged into a layer"):
+        collect_concept_probes(unet, [inputs])
+    with pytest.raises(ConceptDataError, match="adapter 'style' is merged into a layer"):
+        fit_concept_basis(unet, [inputs], [unet_inputs(seed=1)], target_modules=["conv1"], progress=False)
+    unet.unload_lora()
+    targets = collect_concept_probes(unet, [inputs]).targets
+    assert targets is not None
+    torch.testing.assert_close(targets, fused)
 
 
 def test_evaluation_mode_restores_every_module_by_itself() -> None:
