@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny_pipelines import PIPELINES, SIDE, image_folder, logo, picture, tokenizer
+from tiny_pipelines import PIPELINES, SIDE, TOKENS, image_folder, logo, picture, tokenizer
 from torch import nn
 from tqdm import tqdm
 from typer.testing import CliRunner
@@ -327,6 +327,20 @@ def test_the_clip_score_is_the_cosine_of_picture_and_prompt(workshop):
     cosines = nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
     torch.testing.assert_close(scores, (100 * cosines).clamp_min(0), atol=1e-3, rtol=1e-4)
     assert scores.max() > 0
+
+
+def test_the_clip_score_of_a_long_prompt_is_that_of_what_the_model_reads_of_it(workshop):
+    from transformers import CLIPModel, CLIPProcessor
+
+    prompts = [f"{letter} picture of a house " + "on a hill " * TOKENS for letter in "ab"]
+    scores = ClipScorer(str(workshop / "clip")).scores([picture(1)] * 2, prompts)
+    model, processor = (kind.from_pretrained(workshop / "clip") for kind in (CLIPModel, CLIPProcessor))
+    inputs = processor(text=prompts, images=[picture(1)] * 2, return_tensors="pt", truncation=True, max_length=TOKENS)
+    with torch.no_grad():
+        output = model(**inputs)
+    cosines = nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
+    torch.testing.assert_close(scores, (100 * cosines).clamp_min(0), atol=1e-3, rtol=1e-4)
+    assert scores[0] != scores[1]
 
 
 @pytest.mark.parametrize("features", ["cells.pt", "clip"])

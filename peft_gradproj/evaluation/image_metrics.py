@@ -211,13 +211,14 @@ class ClipScorer:
         from transformers import CLIPModel, CLIPProcessor
 
         model: Any = _Features(_pretrained(CLIPModel, path_or_id))
-        processor = _pretrained(CLIPProcessor, path_or_id)
+        most = model.config.text_config.max_position_embeddings
+        processor: Any = _Inputs(_pretrained(CLIPProcessor, path_or_id), most)
         self._metric: Any = CLIPScore(model_name_or_path=lambda: (model, processor)).to(device)
 
     def scores(
         self, pictures: Sequence[Image.Image], prompts: Sequence[str], *, progress: Progress = lambda count: None
     ) -> Tensor:
-        """100 times the cosine of each picture with its prompt, at least 0; shape `(N,)`."""
+        """100 times the cosine of each picture with its prompt, as far as it is read, at least 0; shape `(N,)`."""
         scores = []
         for picture, prompt in zip(pictures, prompts, strict=True):
             self._metric.reset()
@@ -226,6 +227,21 @@ class ClipScorer:
             scores.append(self._metric.compute().cpu())
             progress(1)
         return torch.stack(scores)
+
+
+class _Inputs:
+    """A CLIP processor that cuts prompts before their end token.
+
+    torchmetrics cuts it off with the rest, and CLIP takes the embedding of a text from its place: without it from that
+    of the start token, which is the same for all texts.
+    """
+
+    def __init__(self, processor: Any, most: int) -> None:
+        self.processor, self.most = processor, most
+
+    def __call__(self, **given: Any) -> Any:
+        options = {"truncation": True, "max_length": self.most} if "text" in given else {}
+        return self.processor(**given, **options)
 
 
 class _Features(nn.Module):
