@@ -343,6 +343,17 @@ def test_the_clip_score_of_a_long_prompt_is_that_of_what_the_model_reads_of_it(w
     assert scores[0] != scores[1]
 
 
+def test_a_clip_score_that_is_not_finite_is_an_error_and_no_crash_when_all_is_sampled(workshop, tmp_path):
+    from transformers import CLIPModel, CLIPProcessor
+
+    broken = CLIPModel.from_pretrained(workshop / "clip")
+    broken.visual_projection.weight.data.fill_(float("inf"))
+    broken.save_pretrained(tmp_path)
+    CLIPProcessor.from_pretrained(workshop / "clip").save_pretrained(tmp_path)
+    with pytest.raises(BehaviourError, match="gives scores that are not finite"):
+        ClipScorer(str(tmp_path)).scores([picture(1)], ["a house"])
+
+
 @pytest.mark.parametrize("features", ["cells.pt", "clip"])
 def test_kid_is_small_between_pictures_of_one_kind_and_large_between_two(workshop, features):
     pictures = [picture(seed, (SIDE, SIDE)) for seed in range(24)]

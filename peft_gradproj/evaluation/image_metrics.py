@@ -210,6 +210,7 @@ class ClipScorer:
         from torchmetrics.multimodal import CLIPScore
         from transformers import CLIPModel, CLIPProcessor
 
+        self._name = path_or_id
         model: Any = _Features(_pretrained(CLIPModel, path_or_id))
         most = model.config.text_config.max_position_embeddings
         processor: Any = _Inputs(_pretrained(CLIPProcessor, path_or_id), most)
@@ -218,7 +219,11 @@ class ClipScorer:
     def scores(
         self, pictures: Sequence[Image.Image], prompts: Sequence[str], *, progress: Progress = lambda count: None
     ) -> Tensor:
-        """100 times the cosine of each picture with its prompt, as far as it is read, at least 0; shape `(N,)`."""
+        """100 times the cosine of each picture with its prompt, as far as it is read, at least 0; shape `(N,)`.
+
+        Raises:
+            BehaviourError: If they are not finite.
+        """
         scores = []
         for picture, prompt in zip(pictures, prompts, strict=True):
             self._metric.reset()
@@ -226,7 +231,7 @@ class ClipScorer:
                 self._metric.update(_bytes(picture).to(self._metric.device), prompt)
             scores.append(self._metric.compute().cpu())
             progress(1)
-        return torch.stack(scores)
+        return _finite(torch.stack(scores), self._name, "scores")
 
 
 class _Inputs:
@@ -378,9 +383,13 @@ def _on(device: str | torch.device, script: Any) -> Callable[[Tensor], Tensor]:
 def _vectors(found: Tensor, count: int, name: str | Path) -> Tensor:
     if found.ndim != 2 or found.shape[0] != count:
         raise BehaviourError(f"{name} gives shape {tuple(found.shape)} for {count} pictures; expected one vector each.")
+    # No similarity is above a threshold then, and the concept would pass for not found.
+    return _finite(found, name, "vectors")
+
+
+def _finite(found: Tensor, name: str | Path, what: str) -> Tensor:
     if not found.isfinite().all():
-        # No similarity is above a threshold then, and the concept would pass for not found.
-        raise BehaviourError(f"{name} gives vectors that are not finite; does it overflow in half precision?")
+        raise BehaviourError(f"{name} gives {what} that are not finite; does it overflow in half precision?")
     return found
 
 
