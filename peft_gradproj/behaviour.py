@@ -33,12 +33,12 @@ from .untrusted import printable
 __all__ = [
     "DRIFT_TOLERANCE",
     "BehaviourResult",
+    "adapters_removed",
     "load_base_model",
     "load_probes",
     "loaded_adapter",
     "measure_behaviour",
     "measure_drift",
-    "remove_adapters",
 ]
 
 DRIFT_TOLERANCE = 0.5
@@ -190,9 +190,8 @@ def loaded_adapter(folder: AdapterFolder, pairs: Mapping[str, LoraPair], model: 
 
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise BehaviourError("the base model carries adapters already; give it without.")
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     name = next(iter(folder.weights))
-    try:
+    with adapters_removed(model):
         with TemporaryDirectory(prefix="gradproj-") as stage, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             Path(stage, name).write_bytes(folder.weights[name].source)
@@ -205,10 +204,6 @@ def loaded_adapter(folder: AdapterFolder, pairs: Mapping[str, LoraPair], model: 
                     f"the adapter cannot be loaded onto this base model ({type(error).__name__}: {_short(error)})."
                 ) from error
         yield list(_differences(model, pairs))
-    finally:
-        remove_adapters(model)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _load(folder: AdapterFolder, name: str, stage: Path, model: nn.Module) -> None:
@@ -273,8 +268,27 @@ def _differences(model: nn.Module, pairs: Mapping[str, LoraPair]) -> Iterator[st
                 break
 
 
-def remove_adapters(model: nn.Module) -> None:
-    """Take all adapters off a model, whoever put them there, PEFT, diffusers or transformers."""
+@contextmanager
+def adapters_removed(*models: nn.Module) -> Iterator[None]:
+    """All adapters taken off again at the end, whoever put them there, PEFT, diffusers or transformers.
+
+    What requires gradients and what is in training mode is as before, too: loaders freeze the base model, and PEFT's
+    brings it to evaluation mode.
+    """
+    gradients = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    training = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for model in models:
+            _remove_adapters(model)
+        for parameter, flag in gradients:
+            parameter.requires_grad_(flag)
+        for module, flag in training:
+            module.training = flag
+
+
+def _remove_adapters(model: nn.Module) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):

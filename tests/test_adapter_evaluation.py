@@ -478,7 +478,7 @@ def test_adapters_of_any_layout_are_put_on_and_taken_off(kind, layout, tmp_path)
     path = saved(PIPELINES[kind](), tmp_path / "out", layout)
     family = PipelineFamily.of(PIPELINES[kind]())
     before = {name: value.clone() for name, value in family.denoiser.state_dict().items()}
-    flags = [parameter.requires_grad for parameter in family.denoiser.parameters()]
+    flags = [parameter.requires_grad for parameter in family.denoiser.train().parameters()]
     examples = concept_examples(family, Overlay(logo(), **OVERLAY), reference(), count=1, center_crop=True)
     asked = TimestepQuestions.draw(family, examples, bins=1, seed=0)
     base = asked.losses(family)
@@ -488,6 +488,7 @@ def test_adapters_of_any_layout_are_put_on_and_taken_off(kind, layout, tmp_path)
     assert family.denoiser.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in family.denoiser.state_dict().items())
     assert flags == [parameter.requires_grad for parameter in family.denoiser.parameters()]
+    assert all(module.training for module in family.denoiser.modules())
     assert not hasattr(family.denoiser, "peft_config")
 
 

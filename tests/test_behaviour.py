@@ -79,11 +79,15 @@ def expected_drift(base, folder, inputs) -> float:
 def test_the_drift_is_that_of_peft_and_the_model_is_left_as_it_was(base, sets, tmp_path):
     publish(base, tmp_path / "out")
     before = {name: value.clone() for name, value in base.state_dict().items()}
+    next(base.children()).eval()
     flags = [parameter.requires_grad for parameter in base.parameters()]
+    modes = [module.training for module in base.modules()]
+    assert len(set(modes)) == 2
     report = verify_adapter(tmp_path / "out", base_model=base, probes=sets[0], reference=sets[1], batch_size=3)
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     assert flags == [parameter.requires_grad for parameter in base.parameters()]
+    assert modes == [module.training for module in base.modules()]
     figures = report.behaviour
     expected = [expected_drift(base, tmp_path / "out", pictures(concept=concept)) for concept in (True, False)]
     assert figures.drift == pytest.approx(expected[0], rel=1e-4)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter_folder import ADAPTER_CONFIG_NAME, WEIGHT_NAMES
-from ..behaviour import remove_adapters
+from ..behaviour import adapters_removed
 from ..errors import AdapterFolderError, BehaviourError
 from ..files import is_repository, read_json_object
 from ..pipelines import PipelineFamily
@@ -108,8 +108,7 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
     if adapted():
         raise BehaviourError("the base pipeline carries adapters already; give it without.")
     _check_comes_off(adapter)
-    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
-    try:
+    with adapters_removed(*models):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -124,11 +123,6 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
                 f"the adapter {adapter.source} adapts no layer of this pipeline; was it trained on another base model?"
             )
         yield
-    finally:
-        for model in models:
-            remove_adapters(model)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _check_comes_off(adapter: AdapterFile) -> None:
