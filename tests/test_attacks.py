@@ -464,6 +464,16 @@ def test_pia_is_the_same_of_one_model_whatever_it_predicts(world):
     assert torch.allclose(by_noise, pia_scores(world.pipeline.unet, *asked, world.schedule), rtol=1e-4)
 
 
+@pytest.mark.parametrize("attack", [loss_scores, pia_scores])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_model_in_half_precision_gives_the_scores_that_it_gives_in_float32(attack, kind, world):
+    schedule = DDPMScheduler.from_config(world.schedule.config, prediction_type=kind)
+    asked = (world.others, world.embeddings.repeat(4, 1, 1))
+    half = attack(copy.deepcopy(world.pipeline.unet).to(torch.bfloat16), *(x.bfloat16() for x in asked), schedule)
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, attack(world.pipeline.unet, *asked, schedule), rtol=0.1)
+
+
 def test_scores_count_where_the_weights_are(world):
     """A member's half beside a half that was not trained on: with the weights there it looks like a member."""
     mixed, left = world.members.clone(), torch.zeros(4, 1, 8, 8)

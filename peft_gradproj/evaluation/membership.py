@@ -106,7 +106,8 @@ def pia_scores(
             clean, condition = latents[index], embeddings[index]
             start = _predicted_noise(unet, clean, condition, _alike(0, clean), schedule)
             later = _alike(timestep, clean)
-            noised = noised_inputs(clean, condition, start, later, schedule)["sample"]
+            # In float32, in which the answers are: a model in half precision takes no such pictures.
+            noised = noised_inputs(clean.float(), condition, start, later, schedule)["sample"].to(clean.dtype)
             distance = (start - _predicted_noise(unet, noised, condition, later, schedule)).abs().pow(order)
             distance = distance.mean(1, keepdim=True)
             where = torch.ones_like(distance) if weights is None else weights[index]
