@@ -705,6 +705,19 @@ def test_the_pictures_that_are_asked_about_are_drawn_from_the_whole_reference_se
     assert drawn(50, 0) == [*range(40)]
 
 
+def test_of_pairs_all_halves_without_the_concept_are_the_reference_set():
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    shown, free = ([picture(first + index) for index in range(6)] for first in (0, 10))
+    pairs = ConceptSet.from_pairs(shown, free, [*CAPTIONS, "a cup"])
+    pictures = _pictures(family, pairs, None, None, 2, None, 0)
+    assert (len(pictures.concept), len(pictures.reference), len(pictures.reference_set)) == (2, 2, 6)
+    assert {square.size for square in pictures.reference_set} == {(SIDE, SIDE)}
+    for without in pictures.reference:
+        assert without.picture in list(pictures.reference_set)
+    masks = ConceptSet.from_masks(shown, [Image.new("L", shown[0].size, 255)] * 6, [*CAPTIONS, "a cup"])
+    assert len(_pictures(family, masks, None, None, 2, None, 0).reference_set) == 0
+
+
 def test_what_no_model_was_given_for_is_not_measured(workshop):
     concept = ConceptSet.from_pairs([picture(0)], [picture(1)], ["a house"])
     report = evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, ["a house"], **FAST)

@@ -269,12 +269,15 @@ def _pictures(
     available = len(concept) if isinstance(concept, ConceptSet) else most if below is None else len(below)
     options: Any = {"resolution": resolution, "center_crop": True, "seed": seed + _APART}
     examples = concept_examples(family, concept, below, count=min(most, available), **options)
+    side = examples[0].picture.width
     if reference_data is None:
-        # Of an overlay or of words these are the data below, which may show the concept.
-        pairs = [e for e in examples if isinstance(concept, ConceptSet) and e.without is not None]
-        halves = [ConceptExample(e.without, e.prompt, e.frame) for e in pairs if e.without is not None]
-        return Pictures(examples, halves, [half.picture for half in halves])
-    squares = _Squares(reference_data, examples[0].picture.width)
+        # The other halves of an overlay or of words are the data below, which may show the concept.
+        if not isinstance(concept, ConceptSet):
+            return Pictures(examples, [], [])
+        halves = [ConceptExample(e.without, e.prompt, e.frame) for e in examples if e.without is not None]
+        every = [(pair.without, pair.prompt) for pair in concept if pair.without is not None]
+        return Pictures(examples, halves, _Squares(TrainingData(*zip(*every, strict=True)), side) if every else [])
+    squares = _Squares(reference_data, side)
     for index in range(len(squares)):
         # What cannot be read is to show before hours of sampling.
         squares[index]
