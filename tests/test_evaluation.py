@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from peft_gradproj.concepts import Overlay
 from peft_gradproj.diffusion_inputs import training_target
 from peft_gradproj.errors import BehaviourError, ConceptDataError
 from peft_gradproj.evaluation.denoising import DenoisingQuestions, denoising_loss, denoising_losses
-from peft_gradproj.evaluation.detector import ConceptDetector, _threshold
+from peft_gradproj.evaluation.detector import ConceptDetector, _compose, _threshold
 from peft_gradproj.evaluation.fidelity import PromptFidelity
 from peft_gradproj.evaluation.figures import Share, share_of_drop
 
@@ -184,6 +185,18 @@ def test_the_detector_finds_its_overlay_and_not_another_or_a_blob_of_its_colour(
     assert detector.detect(pasted(stripes("red", "blue"))).float().mean() > 0.8
     assert detector.detect(pasted(stripes("green", "yellow"))).float().mean() < 0.2
     assert detector.detect(pasted(stripes("red", "red"))).float().mean() < 0.2
+
+
+@pytest.mark.parametrize("way", ["alpha", "opacity"])
+def test_a_faint_overlay_is_marked_where_an_opaque_one_is(way):
+    opaque = stripes("red", "blue")
+    faint = opaque.image.copy()
+    faint.putalpha(80)
+    overlay = replace(opaque, **({"image": faint} if way == "alpha" else {"opacity": (0.3, 0.3)}))
+    expected, found = (_compose(each, [scene(0)], [], lambda x: x, 40, seed=0).marks for each in (opaque, overlay))
+    assert found[::2].flatten(1).any(1).all()
+    assert not found[1::2].any()
+    assert (found == expected).float().mean() > 0.99
 
 
 def test_the_detector_tells_its_errors_on_as_many_scenes_as_it_was_asked_for(detector):

@@ -170,17 +170,26 @@ def _compose(
 ) -> _Scenes:
     """Half of the scenes show the overlay; of all, most show distractors, which may lie beneath it."""
     generator = np.random.default_rng(seed)
-    composed, masks = [], []
+    composed, masks, opacities = [], [], torch.ones(count, 1, 1, 1)
     for index in range(count):
         scene = pictures[int(generator.integers(len(pictures)))].convert("RGB")
         scene = _distract(scene, overlay, distractors, generator)
         mask = Image.new("L", scene.size)
         if index % 2 == 0:
-            scene, mask = overlay.paste(scene, overlay.place(scene.size, generator))
+            place = overlay.place(scene.size, generator)
+            scene, mask = overlay.paste(scene, place)
+            opacities[index] = place.opacity * _opacity(overlay)
         composed.append(scene)
         masks.append(mask)
     marks = F.avg_pool2d((pictures_to_tensor(masks) + 1) / 2, STRIDE)
-    return _Scenes(distort(pictures_to_tensor(composed)), (marks > 0.5).float(), torch.arange(count) % 2 == 0)
+    # A faint overlay is as much there as an opaque one.
+    marks = (marks > 0.5 * opacities).float()
+    return _Scenes(distort(pictures_to_tensor(composed)), marks, torch.arange(count) % 2 == 0)
+
+
+def _opacity(overlay: Overlay) -> float:
+    """Of its most opaque pixels, in (0, 1]."""
+    return float(np.asarray(overlay.image)[..., 3].max()) / 255
 
 
 def _distract(
@@ -195,7 +204,7 @@ def _distract(
 
 def _paste_blob(scene: Image.Image, overlay: Overlay, generator: np.random.Generator) -> Image.Image:
     """A flat shape in one of the overlay's colours, as large as the overlay."""
-    colours = np.asarray(overlay.image)[np.asarray(overlay.image)[..., 3] > 128][:, :3]
+    colours = np.asarray(overlay.image)[np.asarray(overlay.image)[..., 3] > 128 * _opacity(overlay)][:, :3]
     colour = tuple(int(level) for level in colours[int(generator.integers(len(colours)))])
     size = max(2, round(generator.uniform(*overlay.scale) * min(scene.size)))
     left, top = (int(generator.integers(0, side - size + 1)) for side in scene.size)
