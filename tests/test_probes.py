@@ -383,6 +383,19 @@ def test_switching_one_adapter_off_leaves_those_beside_it(beside: list[str]) -> 
     assert [layer.active_adapters for layer in model] == [beside, beside]
 
 
+def test_another_adapter_that_is_merged_and_active_stays_in_the_weights() -> None:
+    model = _adapted().eval()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False), model, "other")
+    model.linear.set_adapter(["default", "other"])
+    model.linear.merge(adapter_names=["other"])
+    merged = model.linear.get_base_layer().weight.clone()
+    with adapters_disabled(model, only="default"):
+        model(torch.randn(3, 6))
+    assert torch.equal(model.linear.get_base_layer().weight, merged)
+    with pytest.raises(ConceptDataError, match="'other' is merged"), adapters_disabled(model):
+        pass
+
+
 def test_adapters_that_were_off_stay_off() -> None:
     model = _adapted().eval()
     model.linear.enable_adapters(False)
