@@ -27,7 +27,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -113,8 +113,7 @@ class _HalfSpace:
     offset: Tensor
 
     def drift_at(self, before: Mapping[str, Tensor]) -> Tensor:
-        names = [name for name in before if name in self.gradient]
-        linear = inner([self.gradient[n].to(before[n].device) for n in names], [before[n] for n in names])
+        linear = inner([s.to(before[n].device) for n, s in self.gradient.items()], [before[n] for n in self.gradient])
         return (self.offset.to(linear.device) + linear).clamp_min(0.0)
 
 
@@ -174,7 +173,8 @@ class OnlineProjection:
             the overflow by itself.
         probe_batch_size: Probes per correction, over all processes.
         restore: Share :math:`\kappa` in [0, 1] of the drift that a corrected step takes back.
-        probe_history: So many of the last half-spaces are kept, and swept from the oldest to the newest.
+        probe_history: So many of the last half-spaces, of each optimizer, are kept and swept from the oldest to the
+            newest.
         seed: Of the order in which probes are drawn.
         on_report: Called with each :class:`OnlineReport`.
         config: The adapter's config; by default what `model.peft_config` holds. Once another config has its place, the
@@ -233,7 +233,7 @@ class OnlineProjection:
         self._autocast = _Autocast()
         self._floor = _Floor()
         self._estimate = RunningSecondMoment()
-        self._history: deque[_HalfSpace] = deque(maxlen=probe_history - 1)
+        self._history: dict[frozenset[str], deque[_HalfSpace]] = {}
         self._counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._first_count = 0
         self._stepping: tuple[int, int] | None = None
@@ -289,7 +289,8 @@ class OnlineProjection:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue exactly: the step, and what was learned from earlier ones."""
-        history = [{"gradient": dict(h.gradient), "offset": h.offset} for h in self._history]
+        kept = [half_space for earlier in self._history.values() for half_space in earlier]
+        history = [{"gradient": dict(h.gradient), "offset": h.offset} for h in kept]
         return {"step": self.step, "estimate": self._estimate.state_dict(), "history": history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -306,7 +307,9 @@ class OnlineProjection:
         self._forget_counts()
         self._first_count = int(state["step"])
         self._estimate.load_state_dict(state["estimate"])
-        self._history = deque((_HalfSpace(**h) for h in state["history"]), maxlen=self.probe_history - 1)
+        self._history = {}
+        for half_space in state["history"]:
+            self._earlier(half_space["gradient"]).append(_HalfSpace(**half_space))
 
     def log(self, prefix: str = "gradproj") -> dict[str, float]:
         """The last report as flat numbers, for any tracker; empty before the first correction."""
@@ -612,17 +615,22 @@ class OnlineProjection:
         """The step after a sweep over the half-spaces, the newest last (Kaczmarz)."""
         limit = RESTORE_LIMIT * self.probe_every * metric_norm(step, diagonal)
         constraints: list[tuple[dict[str, Tensor], float | Tensor]]
-        constraints = [(h.gradient, h.drift_at(pending.before)) for h in self._history]
+        constraints = [(h.gradient, h.drift_at(pending.before)) for h in self._earlier(pending.gradient)]
         for gradient, drift in [*constraints, (pending.gradient, pending.drift)]:
             s = blocks.join(gradient)
             step = project_half_space(step, s, drift, restore=self.restore, metric=diagonal, restore_limit=limit)
         return step
 
+    def _earlier(self, names: Iterable[str]) -> deque[_HalfSpace]:
+        """The half-spaces of earlier corrections of these parameters, from the oldest on."""
+        # Each optimizer has its own: those of another one are about parameters that this one does not move.
+        return self._history.setdefault(frozenset(names), deque(maxlen=self.probe_history - 1))
+
     def _remember(self, pending: _Pending) -> None:
-        if self._history.maxlen:
+        if self.probe_history > 1:
             names = list(pending.gradient)
             along = inner([pending.gradient[n] for n in names], [pending.before[n] for n in names])
-            self._history.append(_HalfSpace(pending.gradient, pending.drift - along))
+            self._earlier(names).append(_HalfSpace(pending.gradient, pending.drift - along))
 
     def _correct_moments(self, optimizer: torch.optim.Optimizer, pending: _Pending, metric: dict[str, Tensor]) -> None:
         for moment, projected in projected_moments(optimizer, pending.parameters, pending.gradient, metric):

@@ -325,6 +325,43 @@ def test_older_half_spaces_are_swept_before_the_newest() -> None:
         assert torch.allclose(p.detach(), b + d, atol=1e-6)
 
 
+def test_two_optimizers_of_one_adapter_sweep_the_half_spaces_of_their_own_parameters(tmp_path: Path) -> None:
+    """Muon on matrices beside AdamW on convolutions, say: neither moves what the other's half-spaces are about."""
+
+    def build(state: dict[str, Any] | None) -> tuple[Task, OnlineProjection, list[torch.optim.Optimizer]]:
+        task = make_task()
+        projection = attach_online_projection(
+            task.net, "default", task.probes, probe_every=1, probe_batch_size=PROBES, probe_history=2
+        )
+        first, *others = task.parameters()
+        optimizers = [torch.optim.SGD([first], lr=0.1), torch.optim.AdamW(others, lr=1e-2)]
+        if state is not None:
+            task.net.load_state_dict(state["net"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            projection.load_state_dict(state["projection"])
+        return task, projection, optimizers
+
+    def train(task: Task, optimizers: list[torch.optim.Optimizer]) -> None:
+        for _ in range(3):
+            task.net.zero_grad()
+            task.loss().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    task, projection, optimizers = build(None)
+    train(task, optimizers)
+    kept = projection.state_dict()["history"]
+    assert sorted(len(half_space["gradient"]) for half_space in kept) == [1, len(task.parameters()) - 1]
+
+    state = {"net": task.net.state_dict(), "projection": projection.state_dict()}
+    torch.save({**state, "optimizers": [o.state_dict() for o in optimizers]}, tmp_path / "state.pt")
+    resumed, _, optimizers_too = build(torch.load(tmp_path / "state.pt", weights_only=True))
+    for each in ((task, optimizers), (resumed, optimizers_too)):
+        train(*each)
+    assert all(torch.equal(a, b) for a, b in zip(task.parameters(), resumed.parameters(), strict=True))
+
+
 # Protection
 
 
