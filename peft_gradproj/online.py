@@ -338,6 +338,7 @@ class OnlineProjection:
         _refuse_partitioned(optimizer)
         if self.rule == "half-space":
             _refuse_schedule_free(optimizer)
+            _refuse_remembered_steps(optimizer)
         self._foreign_steps = None
         self._stepping = id(optimizer), number
         if self.rule == "half-space":
@@ -757,6 +758,17 @@ def _refuse_schedule_free(optimizer: torch.optim.Optimizer) -> None:
             f"the optimizer, {type(optimizer).__name__}, is schedule-free: the parameters that it steps are not those "
             "that are used in the end, so that the online projection cannot correct its steps. Take another "
             "optimizer, such as AdamW."
+        )
+
+
+def _refuse_remembered_steps(optimizer: torch.optim.Optimizer) -> None:
+    # It learns the curvature from the steps that it believes to have taken. Of corrected ones that is wrong, and its
+    # next steps go anywhere: in a trial the drift came to that of the plain adapter, or above, and less was learned.
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise OnlineProjectionError(
+            "the optimizer is LBFGS, which reckons with the steps that it took, and not with corrected ones, so that "
+            "the online projection would mislead it. Take another optimizer, such as AdamW, or use the projection on a "
+            "concept basis, which works with it."
         )
 
 

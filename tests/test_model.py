@@ -52,6 +52,28 @@ def test_what_is_saved_after_training_does_not_leak(optimizer, accumulation, cli
     assert saved_leakage(tmp_path, basis) <= 1e-6
 
 
+def test_lbfgs_learns_on_the_constraint_what_it_does_not_leak(tmp_path):
+    # The steps that it remembers are the ones that are left after the retraction, since its gradients are projected.
+    basis = small_net_basis()
+    model = get_peft_model(SmallNet(), gradproj_config(basis))
+    optimizer = torch.optim.LBFGS(trainable(model), max_iter=4, line_search_fn="strong_wolfe")
+    pictures = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    losses = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(pictures), torch.arange(16) % 5)
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    for _ in range(20):
+        optimizer.step(closure)
+    model.save_pretrained(tmp_path)
+    assert losses[-1] < 0.9 * losses[0]
+    assert saved_leakage(tmp_path, basis) <= 1e-6
+
+
 def test_plain_lora_leaks_in_the_same_training(tmp_path):
     # Without it, the test above could pass for a reason of its own.
     model = get_peft_model(SmallNet(), LoraConfig(r=4, lora_alpha=8, target_modules=list(LAYERS)))

@@ -184,7 +184,7 @@ def test_steps_with_a_closure_fulfil_the_constraint(monkeypatch: pytest.MonkeyPa
         task.net, "default", task.probes, probe_every=1, probe_batch_size=PROBES, restore=0.7
     )
     parameters = task.parameters()
-    optimizer = torch.optim.LBFGS(parameters, lr=0.05, max_iter=3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -1189,6 +1189,15 @@ def test_a_schedule_free_optimizer_is_refused_before_it_moves_anything_and_steps
     attach_online_projection(task.net, "default", task.probes)
     with pytest.raises(OnlineProjectionError, match="ScheduleFreeSGD, is schedule-free"):
         take_steps(task, optimizer)
+    assert all(torch.equal(p, b) for p, b in zip(task.parameters(), before, strict=True))
+
+
+def test_lbfgs_is_refused_before_it_moves_anything() -> None:
+    task = make_task()
+    before = copies(task.parameters())
+    attach_online_projection(task.net, "default", task.probes)
+    with pytest.raises(OnlineProjectionError, match="the optimizer is LBFGS"):
+        torch.optim.LBFGS(task.parameters()).step(task.loss)
     assert all(torch.equal(p, b) for p, b in zip(task.parameters(), before, strict=True))
 
 
