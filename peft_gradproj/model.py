@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.utils import PeftType
 from torch import Tensor, nn
 
 from .base_models import names_conflict, widths_of
@@ -81,8 +82,9 @@ class GradProjModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter, then let its concept probes watch the optimizer; see [`~peft.LoraModel`]."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
+        _target_as_lora(config, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         # In inference mode too: a saved config says so, and add_adapter makes its adapter trainable all the same.
         if config.concept_probes is None:
             detach_online_projection(model, adapter_name)  # of an adapter that had the name before
@@ -158,6 +160,35 @@ class GradProjModel(LoraModel):
             self.peft_config.update(configs)
         for _, module in projected_weights(self.model, adapter_name):
             module.restart(initial=False)
+
+
+def _target_as_lora(config: GradProjConfig, model: Any) -> None:
+    """Rename targets to what they are in this model, as PEFT does for the type LORA alone.
+
+    The experts of some models are parameters since transformers 5. Names of the former modules match nothing any more,
+    so that the experts would be left out without a word.
+
+    Raises:
+        GradProjConfigError: If parameters become targets and `uncovered="error"`.
+    """
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_config_for_transformers,
+        get_model_conversion_mapping,
+    )
+
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return
+    former, own_type = set(config.target_parameters or ()), config.peft_type
+    config.peft_type = PeftType.LORA
+    try:
+        convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
+    finally:
+        config.peft_type = own_type
+    made = sorted(set(config.target_parameters or ()) - former)
+    if made:
+        config.report_uncovered(
+            [f"{', '.join(made)}, parameters of {type(model).__name__} that PEFT adapts for its `target_modules`"]
+        )
 
 
 def _check_widths(name: str, basis: LayerBasis, module: nn.Module) -> None:

@@ -317,6 +317,45 @@ def test_a_head_that_peft_trains_by_itself_is_refused_and_recorded_on_request(ta
     assert "modules_to_save" in part
 
 
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (["q_proj", "w1", "w2", "w3"], "down_proj, gate_up_proj"),
+        (["q_proj", "gate"], "gate.weight"),
+        ("all-linear", "down_proj, gate.weight, gate_up_proj"),
+    ],
+    ids=["experts", "router", "all-linear"],
+)
+def test_experts_that_lora_adapts_as_parameters_are_refused_and_not_left_out_in_silence(targets, named):
+    base = tiny_mixtral()
+    options = {"target_modules": targets, "concept_basis": basis_for(base, ["q_proj"])}
+    with pytest.raises(GradProjConfigError, match=f"{named}, parameters of MixtralForCausalLM"):
+        get_peft_model(base, gradproj_config(**options))
+    assert not any("lora_" in name for name, _ in base.named_modules())
+
+    def trained(config: LoraConfig) -> set[str]:
+        return {n for n, p in get_peft_model(tiny_mixtral(), config).named_parameters() if p.requires_grad}
+
+    plain = LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+    assert trained(gradproj_config(**options, uncovered="ignore")) == trained(plain)
+
+
+def test_the_attention_of_a_mixture_of_experts_is_projected(tmp_path):
+    base = tiny_mixtral()
+    options = {"target_modules": ["q_proj", "v_proj"], "concept_basis": basis_for(base, ["q_proj", "v_proj"])}
+    model = get_peft_model(base, gradproj_config(**options))
+    assert model.peft_config["default"].peft_type == PeftType("GRADPROJ")
+    model.save_pretrained(tmp_path)
+    assert verify_adapter(tmp_path).ok
+
+
+def tiny_mixtral():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=32, **sizes, **heads))
+
+
 def test_an_option_that_is_set_after_the_config_was_made_is_refused_before_anything_is_injected():
     # As TRL does for tokens that it adds, and PEFT for the head of a classifier.
     base, config = SmallNet(), gradproj_config(target_modules=["query"])
