@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base_models import widths_of
 from .errors import ConceptBasisError, ConceptDataError
 from .probes import adapters_disabled, evaluation_mode
 
@@ -47,8 +48,8 @@ class TargetLayer:
     name: str
     """Its name in the bare base model."""
 
-    base: nn.Linear | nn.Conv2d
-    """The layer of the base model."""
+    base: Any
+    """The layer of the base model: Linear, Conv2d, or GPT-2's Conv1D, which is a Linear with its weight transposed."""
 
     wrapper: Any = None
     """PEFT's layer around it, if adapters are injected."""
@@ -56,19 +57,23 @@ class TargetLayer:
     @property
     def d_in(self) -> int:
         """Width of its input space."""
-        if isinstance(self.base, nn.Linear):
-            return self.base.in_features
-        return self.base.in_channels * self.base.kernel_size[0] * self.base.kernel_size[1]
+        return self._widths[0]
 
     @property
     def d_out(self) -> int:
         """Width of its output space."""
-        return self.base.out_features if isinstance(self.base, nn.Linear) else self.base.out_channels
+        return self._widths[1]
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        widths = widths_of(self.base)
+        assert widths is not None  # `_checked_layer` refuses others
+        return widths
 
     @property
     def geometry(self) -> tuple[Any, ...]:
         """What, beside its input, decides on its input vectors."""
-        if isinstance(self.base, nn.Linear):
+        if not isinstance(self.base, nn.Conv2d):
             return ()
         conv = self.base
         return (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
@@ -80,7 +85,7 @@ class TargetLayer:
             x: The layer's input.
             choose: Given the number of positions, the indices of those that are wanted; `None` for all.
         """
-        if isinstance(self.base, nn.Linear):
+        if not isinstance(self.base, nn.Conv2d):
             return _rows(x, choose)
         conv = self.base
         # Padding first, in the layer's own mode, since unfold knows zeros alone, and the same on either side.
@@ -110,7 +115,7 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str]) -> list[T
         target_modules: As in `LoraConfig`: names or ends of names, a regular expression, or `"all-linear"`.
 
     Raises:
-        ConceptBasisError: If nothing matches, or what matches is neither Linear nor Conv2d with one group.
+        ConceptBasisError: If nothing matches, or what matches is no layer that can be adapted with projection.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import (
@@ -153,7 +158,7 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _checked_layer(name: str, base: nn.Module, wrapper: Any) -> TargetLayer:
-    if not isinstance(base, nn.Linear | nn.Conv2d):
+    if widths_of(base) is None:
         raise ConceptBasisError(
             f"{name} is a {type(base).__name__}; a concept basis can be fitted for Linear and Conv2d layers. "
             "Narrow target_modules."

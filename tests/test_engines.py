@@ -30,12 +30,13 @@ from tiny_models import (
     unet_inputs,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from peft_gradproj import (
     ConceptProbes,
     GradProjConfig,
     collect_concept_probes,
+    fit_concept_basis,
     online_projections,
     refresh_concept_basis,
     save_sidecars,
@@ -101,6 +102,33 @@ def adapted_llama():
     basis = basis_for(model, LLAMA_TARGETS)
     model.add_adapter(GradProjConfig(r=4, lora_alpha=8, target_modules=LLAMA_TARGETS, concept_basis=basis))
     return model, basis
+
+
+def test_gpt_2_whose_layers_are_transposed_is_fitted_trained_and_loaded_as_any(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=32, **sizes))
+    tokens = torch.randint(3, 32, (4, 12), generator=torch.Generator().manual_seed(0))
+    with_it, without = {"input_ids": tokens}, {"input_ids": tokens.flip(0)}
+    targets = ["c_attn", "c_fc", "c_proj"]
+    basis = fit_concept_basis(base, [with_it], [without], target_modules=targets, rank=2, progress=False)
+    layer = basis["transformer.h.0.attn.c_attn"]
+    assert (layer.input.shape, layer.output.shape) == ((16, 2), (48, 2))
+    probes = collect_concept_probes(base, [(with_it, None)])
+    config = GradProjConfig(
+        r=4, lora_alpha=8, target_modules=targets, concept_basis=basis, concept_probes=probes, probe_every=2
+    )
+    stock = copy.deepcopy(base)
+    model = get_peft_model(base, config)
+    losses = fit_tokens(model)
+    assert losses[-1] < losses[0]
+    assert online_projections(model)["default"].last.removed_share > 0
+    model.save_pretrained(tmp_path)
+    assert folder_leakage(tmp_path, basis) <= FLOORS[torch.float32]
+    assert verify_adapter(tmp_path).ok
+    loaded = PeftModel.from_pretrained(stock, str(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**with_it).logits, model.eval()(**with_it).logits)
 
 
 # diffusers

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_gradproj.errors import ConceptBasisError, ConceptDataError
 from peft_gradproj.observation import (
@@ -86,6 +87,14 @@ def test_a_linear_layer_has_a_vector_per_token():
     assert (layer.d_in, layer.d_out) == (4, 6)
     assert layer.input_vectors(torch.randn(2, 5, 4)).shape == (10, 4)
     assert layer.output_vectors(torch.randn(2, 5, 6)).shape == (10, 6)
+
+
+def test_a_transposed_linear_layer_has_the_vectors_of_the_other():
+    layer = TargetLayer("c_attn", Conv1D(6, 4))  # of transformers: outputs first, and a weight of 4 by 6
+    x = torch.randn(2, 5, 4)
+    assert (layer.d_in, layer.d_out, layer.geometry) == (4, 6, ())
+    assert torch.equal(layer.input_vectors(x), x.flatten(0, 1))
+    assert layer.output_vectors(layer.base(x)).shape == (10, 6)
 
 
 @pytest.mark.parametrize(
