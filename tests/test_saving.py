@@ -246,3 +246,16 @@ def test_a_process_that_does_not_know_the_type_yet_can_unpickle_a_config(tmp_pat
     command = [sys.executable, "-c", code, str(tmp_path / "config.pkl")]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert answer.strip() == "GRADPROJ 0.5 torch.Size([4, 1])"
+
+
+def test_an_adapter_on_the_head_verifies_only_without_the_base_models_own_head(tmp_path):
+    targets = ["q_proj", "lm_head"]
+    base = tiny_llama()
+    basis = basis_for(base, targets)
+    model = get_peft_model(base, GradProjConfig(r=4, target_modules=targets, concept_basis=basis))
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path / "with")
+    model.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+    failed = [check.layer for check in verify_adapter(tmp_path / "with").checks if not check.passed]
+    assert failed == ["base_model.model.lm_head.base_layer.weight"]
+    assert verify_adapter(tmp_path / "without").ok
