@@ -26,6 +26,9 @@ _Path = str | os.PathLike[str]
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """For these `get_peft_model` trains the model's head in full."""
 
+_PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+"""Those that leave the base weights as they are, and A and B as they were injected."""
+
 _SHOWN_PARTS = 8
 """So many uncovered parts are named in a message; a model may have hundreds of layers."""
 
@@ -133,14 +136,13 @@ class GradProjConfig(LoraConfig):
 
     def _escaping_options(self) -> list[str]:
         """Options that would train, or change, something that the projection does not reach."""
-        plain_init = self.init_lora_weights in (True, False, "gaussian", "orthogonal")
         escaping = {name: bool(getattr(self, name, None)) for name in ESCAPING_OPTIONS}
         if self.task_type in _TASKS_WITH_HEAD:
             # Some of PEFT's classes set the option only after they have injected the adapter.
             del escaping["modules_to_save"]
             escaping[f"modules_to_save, which PEFT sets for task_type={TaskType(self.task_type).value!r}"] = True
         escaping[f"bias={self.bias!r}"] = self.bias != "none"
-        escaping[f"init_lora_weights={self.init_lora_weights!r}"] = not plain_init
+        escaping[f"init_lora_weights={self.init_lora_weights!r}"] = self.init_lora_weights not in _PLAIN_INITIALISATIONS
         parts = [name for name, given in escaping.items() if given]
         basis: ConceptBasis | None = self.concept_basis  # type: ignore[attr-defined]
         ranked = [name for name, layer in (basis or {}).items() if layer.rank is not None]
@@ -158,9 +160,23 @@ class GradProjConfig(LoraConfig):
         Once when the config is made and once before an adapter is injected: PEFT and TRL set options in between.
 
         Raises:
-            GradProjConfigError: If there are any and `uncovered="error"`; it names them.
+            GradProjConfigError: If there are any and `uncovered="error"`; it names them. Whatever `uncovered` says, if
+                a concept basis is given and `init_lora_weights` is an initialisation that it would spoil.
         """
+        self._refuse_spoilt_start()
         self.report_uncovered(self._escaping_options())
+
+    def _refuse_spoilt_start(self) -> None:
+        basis: ConceptBasis | None = self.concept_basis  # type: ignore[attr-defined]
+        if basis is not None and self.init_lora_weights not in _PLAIN_INITIALISATIONS:
+            # PiSSA and its like take B A out of the base weights, and the projection a part of B A: the sum would no
+            # longer be the base model. EVA makes A and B anew after the injection, without the basis.
+            raise GradProjConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} cannot go with a concept basis: the adapted model would "
+                "not start as the base model, or would lose the basis. Expected one of "
+                f"{', '.join(map(repr, _PLAIN_INITIALISATIONS))}. With concept probes alone, uncovered='warn' lets it "
+                "through."
+            )
 
     def report_uncovered(self, parts: list[str]) -> None:
         """Refuse, warn of, or note parts that escape the projection, as `uncovered` says.

@@ -297,6 +297,22 @@ def test_an_option_that_escapes_the_projection_is_refused_by_name(option):
         gradproj_config(target_modules=["query"], **option)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "eva"])
+def test_an_initialisation_that_a_basis_would_spoil_is_refused_with_it_even_on_request(init):
+    with pytest.raises(GradProjConfigError, match=f"init_lora_weights='{init}' cannot go with a concept basis"):
+        gradproj_config(init_lora_weights=init, uncovered="ignore")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_with_probes_alone_such_an_initialisation_is_let_through_and_starts_as_the_base_model(init):
+    base, pictures = base_net().eval(), torch.randn(4, 3, 8, 8)
+    expected = base(pictures)
+    options = {"target_modules": ["query", "key"], "concept_probes": small_probes(), "uncovered": "warn"}
+    with pytest.warns(UserWarning, match="init_lora_weights"):
+        config = GradProjConfig(r=4, init_lora_weights=init, **options)
+    torch.testing.assert_close(get_peft_model(base, config)(pictures), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("task", "kind"),
     [
