@@ -1,4 +1,4 @@
-"""Training loops that users have: transformers' Trainer, TRL's SFTTrainer, accelerate, and a loop with GradScaler."""
+"""Training loops that users have: transformers' Trainer, TRL's trainers, accelerate, and a loop with GradScaler."""
 
 from __future__ import annotations
 
@@ -153,16 +153,27 @@ def words_tokenizer(folder: Path):
     )
 
 
-def test_sft_trainer_takes_our_config_as_its_peft_config(tmp_path):
+TEXTS = [" ".join(f"w{t % 28}" for t in row.tolist()) for row in TOKENS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns"),
+    [
+        ("SFT", {"text": TEXTS}),
+        # Its reference is the model with the adapter switched off, in every step.
+        ("DPO", {"prompt": ["w1 w2"] * len(TEXTS), "chosen": TEXTS, "rejected": TEXTS[::-1]}),
+    ],
+    ids=["sft", "dpo"],
+)
+def test_trainers_of_trl_take_our_config_as_their_peft_config(kind, columns, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
     base = tiny_llama()
     basis = basis_for(base, LLAMA_TARGETS)
-    texts = [" ".join(f"w{t % 28}" for t in row.tolist()) for row in TOKENS]
-    trainer = trl.SFTTrainer(
+    trainer = getattr(trl, f"{kind}Trainer")(
         model=base,
-        args=trl.SFTConfig(
+        args=getattr(trl, f"{kind}Config")(
             output_dir=str(tmp_path),
             per_device_train_batch_size=4,
             learning_rate=2e-2,
@@ -176,7 +187,7 @@ def test_sft_trainer_takes_our_config_as_its_peft_config(tmp_path):
             disable_tqdm=True,
             gradient_checkpointing=False,
         ),
-        train_dataset=Dataset.from_dict({"text": texts}),
+        train_dataset=Dataset.from_dict(columns),
         processing_class=words_tokenizer(tmp_path),
         peft_config=llama_config(base),
     )
