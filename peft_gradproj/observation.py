@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .base_models import widths_of
 from .errors import ConceptBasisError, ConceptDataError
-from .probes import adapters_disabled, evaluation_mode
+from .probes import adapters_as_before, adapters_disabled, evaluation_mode
 
 __all__ = [
     "Features",
@@ -178,21 +178,9 @@ def _checked_layer(name: str, base: nn.Module, wrapper: Any) -> TargetLayer:
 @contextmanager
 def undisturbed(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
     """Evaluation mode, and after it every mode, `requires_grad`, active adapter and random state as before."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    wrappers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    adapters = [(module, module.active_adapter, module.disable_adapters) for module in wrappers]
-    with torch.random.fork_rng(), evaluation_mode(model):
+    with torch.random.fork_rng(), evaluation_mode(model), adapters_as_before(model):
         torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            for wrapper, active, disabled in adapters:
-                wrapper.set_adapter(active)
-                wrapper.enable_adapters(not disabled)
-            for parameter, needed in gradients:
-                parameter.requires_grad_(needed)
+        yield
 
 
 def _activate(model: nn.Module, adapter_name: str) -> None:

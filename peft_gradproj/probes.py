@@ -43,6 +43,7 @@ __all__ = [
     "ProbeBatch",
     "RunModel",
     "active_beside",
+    "adapters_as_before",
     "adapters_disabled",
     "call_model",
     "check_probes_fit",
@@ -470,6 +471,28 @@ def adapters_disabled(model: nn.Module, *, only: str | None = None) -> Iterator[
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+@contextmanager
+def adapters_as_before(model: nn.Module) -> Iterator[None]:
+    """After it, each layer's active adapters, whether they are enabled, and `requires_grad` are as they were."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    states = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for layer, names, disabled in states:
+            # Both switch `requires_grad` as well, and a module that is saved may refuse the names that it has.
+            if layer.active_adapters != names:
+                layer.set_adapter(names)
+            if layer.disable_adapters != disabled:
+                layer.enable_adapters(not disabled)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 @contextmanager

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -124,12 +123,16 @@ def _entries(folder: Path) -> list[str]:
 def _save_by_stock_means(model: nn.Module, stage: Path, adapter_name: str) -> None:
     from peft import PeftModel
 
+    from .probes import adapters_as_before
+
     saver: Any = model
     if not isinstance(model, PeftModel):
         if hasattr(model, "save_lora_adapter"):
             saver.save_lora_adapter(str(stage), adapter_name=adapter_name)
         else:
-            with _alone_active(model, adapter_name):
+            with adapters_as_before(model):
+                # transformers saves the adapter that is active, and none where several are.
+                saver.set_adapter(adapter_name)
                 saver.save_pretrained(str(stage))
         return
     saver.save_pretrained(str(stage), selected_adapters=[adapter_name])
@@ -138,26 +141,6 @@ def _save_by_stock_means(model: nn.Module, stage: Path, adapter_name: str) -> No
         for path in (stage / adapter_name).iterdir():
             path.replace(stage / path.name)
         (stage / adapter_name).rmdir()
-
-
-@contextmanager
-def _alone_active(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """One adapter active: transformers saves the one that is, and none where several are. All is restored."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    # No layer is left out of this: those without the adapter may be the ones that transformers asks.
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    active = [list(layer.active_adapters) for layer in layers]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.set_adapter(adapter_name)  # type: ignore[operator]
-        yield
-    finally:
-        for layer, names in zip(layers, active, strict=True):
-            layer.set_adapter(names)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def write_config_sidecars(config: GradProjConfig, folder: str | os.PathLike[str]) -> None:
