@@ -69,6 +69,8 @@ def test_lbfgs_learns_on_the_constraint_what_it_does_not_leak(tmp_path):
 
     for _ in range(20):
         optimizer.step(closure)
+    for _, module in projected_weights(model, "default"):
+        torch.testing.assert_close(module.project(module.weight), module.weight, atol=1e-6, rtol=0.0)
     model.save_pretrained(tmp_path)
     assert losses[-1] < 0.9 * losses[0]
     assert saved_leakage(tmp_path, basis) <= 1e-6
