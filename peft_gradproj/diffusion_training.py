@@ -44,6 +44,7 @@ __all__ = [
     "add_concept_arguments",
     "add_training_arguments",
     "concept_options",
+    "count",
     "draws",
     "finish",
     "load_parts",
@@ -72,14 +73,27 @@ _PROJECTION_OPTIONS = ("strength", "probe_every", "probe_batch_size", "restore")
 # Flags
 
 
+def count(text: str) -> int:
+    """A whole number above 0, for argparse's `type`.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is another number.
+        ValueError: If it is no number.
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is given; expected a whole number above 0.")
+    return number
+
+
 def add_concept_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that diffusers' scripts do not have."""
     add = parser.add_argument_group("concept").add_argument
     add("--concept_basis", help="Concept basis: file, folder or Hub id.")
     add("--concept_probes", help="Concept probes: file, folder or Hub id.")
     add("--strength", type=float, help="Share of the concept that is removed; only 1 gives a guarantee.")
-    add("--probe_every", type=int, help="A step is corrected every so many optimizer steps.")
-    add("--probe_batch_size", type=int, help="Concept probes per correction, over all processes.")
+    add("--probe_every", type=count, help="A step is corrected every so many optimizer steps.")
+    add("--probe_batch_size", type=count, help="Concept probes per correction, over all processes.")
     add("--restore", type=float, help="Share of the drift that a corrected step takes back.")
     add("--mask_column", help="Column of masks, white where the loss does not count; `gradproj mask` makes them.")
     add("--uncovered", choices=["error", "warn", "ignore"], default="error", help="About what is not projected.")
@@ -99,10 +113,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="Branch, tag or commit of the pipeline.")
     add("--variant", help="Variant of the weights, such as fp16.")
     add("--cache_dir", help="Where downloads are kept.")
-    add("--rank", type=int, default=4, help="Rank of the LoRA, and its alpha.")
+    add("--rank", type=count, default=4, help="Rank of the LoRA, and its alpha.")
     add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Layers of the UNet to adapt, with commas.")
     add = parser.add_argument_group("pictures").add_argument
-    add("--resolution", type=int, default=512, help="Side of the square that pictures are scaled and cropped to.")
+    add("--resolution", type=count, default=512, help="Side of the square that pictures are scaled and cropped to.")
     add("--center_crop", action="store_true", help="Crop in the centre, not at random.")
     add("--random_flip", action="store_true", help="Mirror half of the pictures.")
     add("--image_interpolation_mode", default="lanczos", choices=[m.name.lower() for m in Image.Resampling])
@@ -110,10 +124,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", help="Weights, checkpoints and logs.")
     add("--seed", type=int, default=0, help="Of the order of the pictures and of all that is drawn.")
-    add("--train_batch_size", type=int, help="Pictures in a batch, per process.")
-    add("--num_train_epochs", type=int)
-    add("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
-    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--train_batch_size", type=count, help="Pictures in a batch, per process.")
+    add("--num_train_epochs", type=count)
+    add("--max_train_steps", type=count, help="Optimizer steps; overrides --num_train_epochs.")
+    add("--gradient_accumulation_steps", type=count, default=1)
     add("--gradient_checkpointing", action="store_true", help="Save memory at the cost of time.")
     add("--learning_rate", type=float)
     add("--scale_lr", action="store_true", help="Scale the learning rate by the size of the joined batch.")
@@ -127,13 +141,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_grad_norm", type=float, default=1.0)
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default as accelerate is configured.")
     add("--allow_tf32", action="store_true")
-    add("--checkpointing_steps", type=int, default=500, help="Save the training state every so many steps.")
-    add("--checkpoints_total_limit", type=int, help="Keep so many checkpoints, the latest.")
+    add("--checkpointing_steps", type=count, default=500, help="Save the training state every so many steps.")
+    add("--checkpoints_total_limit", type=count, help="Keep so many checkpoints, the latest.")
     add("--resume_from_checkpoint", help="Name of a checkpoint in --output_dir, or latest.")
     add = parser.add_argument_group("validation, logs and the Hub").add_argument
     add("--validation_prompt", help="Prompt that is sampled during the training and at its end.")
     add("--num_validation_images", type=int, default=4)
-    add("--validation_epochs", type=int, help="Sample every so many epochs.")
+    add("--validation_epochs", type=count, help="Sample every so many epochs.")
     add("--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, comet_ml, all, none.")
     add("--logging_dir", default="logs", help="Folder of the tracker's logs, in --output_dir.")
     add("--push_to_hub", action="store_true", help="Publish the verified adapter at the end.")

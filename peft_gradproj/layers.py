@@ -352,15 +352,15 @@ def check_supported(module: nn.Module, name: str) -> None:
         name: Its name in the base model.
 
     Raises:
-        GradProjConfigError: If it is neither Linear nor Conv2d, or a grouped convolution; it names the module.
+        GradProjConfigError: If it is not Linear, Conv1D or Conv2d, or is a grouped convolution; it names the module.
     """
     from transformers.pytorch_utils import Conv1D
 
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if not isinstance(base, nn.Linear | nn.Conv2d | Conv1D) or getattr(base, "groups", 1) != 1:
         raise GradProjConfigError(
-            f"layer '{name}' is a {type(base).__name__}; gradient projection supports Linear and Conv2d with groups=1. "
-            "Take it out of `target_modules` (or list it in `exclude_modules`)."
+            f"layer '{name}' is a {type(base).__name__}; gradient projection supports Linear, Conv1D and Conv2d "
+            "with groups=1. Take it out of `target_modules` (or list it in `exclude_modules`)."
         )
 
 

@@ -160,7 +160,7 @@ def _bare(model: nn.Module) -> nn.Module:
 def _checked_layer(name: str, base: nn.Module, wrapper: Any) -> TargetLayer:
     if widths_of(base) is None:
         raise ConceptBasisError(
-            f"{name} is a {type(base).__name__}; a concept basis can be fitted for Linear and Conv2d layers. "
+            f"{name} is a {type(base).__name__}; a concept basis can be fitted for Linear, Conv1D and Conv2d. "
             "Narrow target_modules."
         )
     if isinstance(base, nn.Conv2d) and base.groups != 1:

@@ -38,6 +38,19 @@ def flags(*given: object) -> argparse.Namespace:
     return parser.parse_args(["--pretrained_model_name_or_path", "x", "--report_to", "none", *map(str, given)])
 
 
+# Flags
+
+
+@pytest.mark.parametrize("flag", ["--rank", "--max_train_steps", "--checkpoints_total_limit", "--probe_every"])
+@pytest.mark.parametrize("number", ["0", "-2", "some"])
+def test_numbers_of_things_are_refused_by_their_flag_unless_above_zero(flag, number, capsys):
+    with pytest.raises(SystemExit):
+        flags(flag, number)
+    said = capsys.readouterr().err
+    assert f"argument {flag}: " in said
+    assert number in said
+
+
 # Trackers
 
 

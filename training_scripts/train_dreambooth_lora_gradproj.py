@@ -42,6 +42,7 @@ from peft_gradproj.diffusion_training import (
     add_concept_arguments,
     add_training_arguments,
     concept_options,
+    count,
     draws,
     finish,
     load_parts,
@@ -83,12 +84,12 @@ def parse_args() -> argparse.Namespace:
     add("--class_prompt", help="Prompt of the class.")
     add("--prior_loss_weight", type=float, default=1.0)
     add("--num_class_images", type=int, default=100, help="Sample pictures of the class until there are so many.")
-    add("--sample_batch_size", type=int, default=4, help="Pictures of the class that are sampled at once.")
+    add("--sample_batch_size", type=count, default=4, help="Pictures of the class that are sampled at once.")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="By default fp16 on GPUs.")
     add("--train_text_encoder", action="store_true", help="Adapt the text encoder as well.")
     add("--lora_dropout", type=float, default=0.0)
-    add("--tokenizer_max_length", type=int, help="By default the tokenizer's.")
-    add("--lr_num_cycles", type=int, default=1, help="Restarts of the cosine_with_restarts schedule.")
+    add("--tokenizer_max_length", type=count, help="By default the tokenizer's.")
+    add("--lr_num_cycles", type=count, default=1, help="Restarts of the cosine_with_restarts schedule.")
     add("--lr_power", type=float, default=1.0, help="Of the polynomial schedule.")
     args = parser.parse_args()
     if args.with_prior_preservation and (args.class_data_dir is None or args.class_prompt is None):

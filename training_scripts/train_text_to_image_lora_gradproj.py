@@ -31,6 +31,7 @@ from peft_gradproj.diffusion_training import (
     add_concept_arguments,
     add_training_arguments,
     concept_options,
+    count,
     draws,
     finish,
     load_parts,
@@ -68,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     add("--train_data_dir", help="Folder of pictures with a metadata.jsonl that captions them.")
     add("--image_column", default="image", help="Column of the pictures.")
     add("--caption_column", default="text", help="Column of the captions; of several, one is drawn each time.")
-    add("--max_train_samples", type=int, help="Use so many pictures, drawn at random.")
+    add("--max_train_samples", type=count, help="Use so many pictures, drawn at random.")
     add("--snr_gamma", type=float, help="Weigh the loss by min(SNR, gamma); 5 is usual.")
     add("--noise_offset", type=float, default=0.0, help="Scale of noise that all pixels of a channel share.")
     add("--prediction_type", choices=["epsilon", "v_prediction"], help="By default as the pipeline's scheduler says.")
