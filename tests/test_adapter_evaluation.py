@@ -492,14 +492,20 @@ def test_adapters_of_any_layout_are_put_on_and_taken_off(kind, layout, tmp_path)
     assert not hasattr(family.denoiser, "peft_config")
 
 
-def test_an_adapter_of_the_text_encoder_counts_as_well(tmp_path):
+def saved_with_text_encoder(folder: Path) -> Path:
+    """A random adapter on the UNet and the text encoder of Stable Diffusion 1.x."""
     from peft.utils import get_peft_model_state_dict
 
     pipeline = adapted(PIPELINES["sd"](), 0.3)
     pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     layers = {f"{part}_lora_layers": getattr(pipeline, part) for part in ("unet", "text_encoder")}
     states = {name: get_peft_model_state_dict(model) for name, model in layers.items()}
-    type(pipeline).save_lora_weights(tmp_path, **states)
+    type(pipeline).save_lora_weights(folder, **states)
+    return folder
+
+
+def test_an_adapter_of_the_text_encoder_counts_as_well(tmp_path):
+    saved_with_text_encoder(tmp_path)
     family = PipelineFamily.of(PIPELINES["sd"]())
 
     def embeddings() -> torch.Tensor:
@@ -566,6 +572,33 @@ def test_an_adapter_whose_tensors_find_no_layer_is_refused_and_not_measured_as_n
         adapter_on(family, locate_adapter(path)),
     ):
         pass
+    assert not any("lora" in name for name in family.denoiser.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("layout", "old", "new"),
+    [
+        ("pipeline", "attn1", "attn9"),
+        ("pipeline", "self_attn.q_proj", "self_attn.z_proj"),
+        ("pipeline", "text_encoder.", "text_encoder_2."),
+        ("kohya", "attn1", "attn9"),
+    ],
+)
+def test_a_file_of_diffusers_of_which_some_layers_find_no_place_is_refused(layout, old, new, tmp_path):
+    from diffusers.utils import convert_state_dict_to_kohya
+    from safetensors.torch import load_file, save_file
+
+    path = next(saved_with_text_encoder(tmp_path).iterdir())
+    state = load_file(path)
+    if layout == "kohya":  # whose names of text encoders diffusers does not read beside this transformers
+        state = {name: value for name, value in state.items() if name.startswith("unet.")}
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    for replaced in (old, new):
+        renamed = {name.replace(old, replaced): value for name, value in state.items()}
+        save_file(renamed if layout == "pipeline" else convert_state_dict_to_kohya(renamed), path)
+        refusal = pytest.raises(BehaviourError, match=r"of the \d+ layers that the file adapts")
+        with nullcontext() if replaced == old else refusal, adapter_on(family, locate_adapter(path)):
+            pass
     assert not any("lora" in name for name in family.denoiser.state_dict())
 
 

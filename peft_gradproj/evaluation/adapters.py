@@ -27,6 +27,8 @@ _ADAPTER = "evaluated"
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 """Of A and B alone; all others of PEFT subtract something from the base weights, when an adapter is loaded as well."""
+_A_SUFFIXES = ("lora_A.weight", "lora.down.weight", "lora_down.weight", "lora_linear_layer.down.weight")
+"""How tensors A are called in files that diffusers reads: PEFT's name, diffusers' former ones, and kohya's."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                _load(family, adapter)
+                _load(family, adapter, models)
             except Exception as error:
                 raise BehaviourError(
                     f"the adapter {adapter.source} cannot be loaded onto this pipeline ({type(error).__name__}: "
@@ -146,8 +148,9 @@ def _check_comes_off(adapter: AdapterFile) -> None:
         )
 
 
-def _load(family: PipelineFamily, adapter: AdapterFile) -> None:
+def _load(family: PipelineFamily, adapter: AdapterFile, models: list[nn.Module]) -> None:
     folder, name = str(adapter.path.parent), adapter.path.name
+    from peft.tuners.lora import LoraLayer
     from safetensors import safe_open
 
     with safe_open(adapter.path, framework="pt") as file:
@@ -169,3 +172,9 @@ def _load(family: PipelineFamily, adapter: AdapterFile) -> None:
         family.denoiser.load_lora_adapter(folder, prefix=None, adapter_name=_ADAPTER, weight_name=name)
     else:
         family.pipeline.load_lora_weights(folder, adapter_name=_ADAPTER, weight_name=name, use_safetensors=True)
+    given = sum(key.endswith(_A_SUFFIXES) for key in keys)
+    layers = [module for model in models for module in model.modules() if isinstance(module, LoraLayer)]
+    found = sum(_ADAPTER in layer.lora_A for layer in layers)
+    if found < given:
+        # diffusers only logs it.
+        raise ValueError(f"{given - found} of the {given} layers that the file adapts are not in this pipeline")
