@@ -165,6 +165,8 @@ MODELS = {
     "sd15": unet(320, 16, batch=8, text=(77, 768)),
     "llama1b": llama(2048, 8192, 128_256, tokens=64, batch=2),
 }
+AT_512_PIXELS = unet(320, 64, batch=2, text=(77, 768))
+"""The latents that Stable Diffusion 1.5 was made for; a step takes two cores the better part of a minute."""
 NARROW = {
     "sd15": unet(32, 8, batch=2, text=(4, 16)),
     "llama1b": llama(64, 128, 64, tokens=8, batch=2),
@@ -533,6 +535,8 @@ def cells(quick: bool, blocks: int, minutes: float) -> dict[str, Callable[[], di
         add(f"memory/{name}/r{r}/k{k}", measure_memory, name, ("stock", "both") if quick else ALL_ARMS, r, k, quick)
         add(f"operators/{name}/r{r}/k{k}", count_operators, narrow[name], ALL_ARMS, r, k)
         add(f"parts/{name}/r{r}/k{k}", time_parts, work, r, k, repeats)
+    if not quick:
+        add(f"parts/sd15-512px/r{r}/k{k}", time_parts, AT_512_PIXELS, r, k, 3)
     add("import", time_import, repeats)
     add("verify", run_verify, repeats)
     for name, work in models.items():

@@ -29,6 +29,7 @@ CORRECTED_ARMS = ("online", "both")
 """Those of whose steps the online projection corrects some."""
 MODELS = {
     "sd15": "UNet of Stable Diffusion 1.5, 860 M parameters",
+    "sd15-512px": "UNet of Stable Diffusion 1.5, on pictures of 512x512",
     "llama1b": "Llama, 1.2 B parameters",
 }
 DEFAULT_PROBES, DEFAULT_EVERY = GradProjConfig.probe_batch_size, GradProjConfig.probe_every
