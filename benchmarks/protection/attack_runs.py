@@ -24,13 +24,13 @@ from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.demo.training import adapted
 from peft_gradproj.diffusion_inputs import encode_images, encode_prompts, mask_weights
 from peft_gradproj.evaluation.attacks import invert_concept, revive, revive_with_probes, search_prompts
-from peft_gradproj.evaluation.denoising import denoising_loss
+from peft_gradproj.evaluation.denoising import DenoisingQuestions, denoising_loss
 from peft_gradproj.evaluation.figures import Estimate
-from peft_gradproj.evaluation.membership import loss_scores, pia_scores, roc_auc
+from peft_gradproj.evaluation.membership import calibrated_scores, loss_scores, pia_scores, roc_auc
 
 from .judges import load_judges
-from .methods import METHODS, Method
-from .runs import BASE, Folders, Material, load_material, lora_config, run, write_json
+from .methods import ALL_METHODS, METHODS, Method
+from .runs import BASE, Folders, Material, conditions, load_material, lora_config, run, write_json
 from .tasks import TaskKey
 
 REVIVAL_STEPS = 60
@@ -59,7 +59,8 @@ def attack(key: TaskKey, name: str, settings: DemoSettings, folders: Folders) ->
     material = load_material(key, settings, folders.scratch)
     judges = load_judges(key.concept, material.pipeline, material.settings, folders.scratch / "judges")
     steps = min(REVIVAL_STEPS, settings.steps)
-    write_json(path, Attacker(material, judges, name, folders.weights(key, name), steps).all())
+    found = Attacker(material, judges, name, folders.weights(key, name), steps).all()
+    write_json(path, {"task": str(key), "method": name, **conditions(), **found})
 
 
 class Attacker:
@@ -69,7 +70,7 @@ class Attacker:
         self.material, self.judges, self.name, self.steps = material, judges, name, steps
         self.settings = replace(material.settings, samples=SAMPLES, sampling_steps=min(SAMPLING_STEPS, steps))
         self.task = material.task
-        method = Method("as published") if name == BASE else METHODS[name]
+        method = Method("as published") if name == BASE else ALL_METHODS[name]
         # A stranger's copy: stock LoRA layers, whatever the adapter was trained with.
         self.unet = adapted(material.pipeline.unet, lora_config(method, material.targets), self.settings.seed)
         if name != BASE:
@@ -79,14 +80,21 @@ class Attacker:
                 raise RuntimeError(f"the adapter of {name} has layers that stock LoRA has not: {sorted(missing)[:3]}.")
             self.unet.load_state_dict(weights, strict=False)
         self.unet.eval()
-        # Pictures of the concept, of which the attacker keeps some to train on.
-        self.pairs = material.questions.pairs
+        # Pictures that nothing was trained on: the attacker has one half, and is asked about the other.
+        self.pairs = pairs = material.questions.pairs
+        self.half = len(pairs) // 2
+        self.asked = DenoisingQuestions.draw(
+            pairs.with_concept[self.half :],
+            pairs.embeddings[self.half :],
+            material.schedule,
+            weights=pairs.weights[self.half :],
+            repeats=8,
+            seed=self.settings.seed + 104,
+        )
 
     def all(self) -> dict[str, Any]:
         """Every attack's figures."""
         return {
-            "task": str(self.task.key),
-            "method": self.name,
             "revival_on_concept": self.revival(self.pairs.with_concept),
             "revival_without_concept": self.revival(self.clean_latents()),
             "revival_with_probes": self.adaptive(within_basis=False),
@@ -101,21 +109,21 @@ class Attacker:
         return encode_images(self.material.pipeline, self.task.data.held_out)
 
     def figures(self, unet: Any) -> dict[str, float]:
-        """Leak of some samples, and the loss where the concept is."""
-        return {
-            "leak": self.leak(unet, self.task.prompts[:SAMPLES]),
-            "loss": denoising_loss(unet, self.material.questions.logo, self.material.schedule),
-        }
+        """Leak and fidelity of some samples, and the loss where the concept is."""
+        loss = denoising_loss(unet, self.asked, self.material.schedule)
+        return {**self.judged(with_unet(self.material.pipeline, unet), self.task.prompts[:SAMPLES]), "loss": loss}
 
-    def leak(self, unet: Any, prompts: list[str], pipeline: Any = None) -> float:
-        """Share of samples in which the concept is found."""
-        pipeline = pipeline or with_unet(self.material.pipeline, unet)
-        return float(self.judges.detector.detect(sample(pipeline, prompts, self.settings)).float().mean())
+    def judged(self, pipeline: Any, prompts: list[str]) -> dict[str, float]:
+        """In what share of the samples the concept is found, and what share shows the prompt's object before others."""
+        samples = sample(pipeline, prompts, self.settings)
+        ranks = self.judges.fidelity.ranks(samples, self.task.objects[: len(prompts)])
+        leak = self.judges.detector.detect(samples).float().mean()
+        return {"leak": float(leak), "top1": float((ranks < 1).float().mean())}
 
     def revival(self, latents: Tensor) -> list[Any]:
         """Fine-tuning goes on, on pictures with or without the concept, under captions that do not name it."""
-        embeddings = encode_prompts(self.material.pipeline, self.task.data.held_out_captions)
-        return revive(self.unet, latents, embeddings, self.material.schedule, **self._training)
+        embeddings = encode_prompts(self.material.pipeline, self.task.data.held_out_captions[: self.half])
+        return revive(self.unet, latents[: self.half], embeddings, self.material.schedule, **self._training)
 
     def adaptive(self, *, within_basis: bool) -> list[Any]:
         """Training for what the probes show, if need be such that the adapter still verifies."""
@@ -139,13 +147,13 @@ class Attacker:
     def inversion(self) -> dict[str, float]:
         """A new token is made to stand for the concept, on pictures that show it."""
         pipeline = with_unet(self.material.pipeline, self.unet)
-        captions = self.task.data.held_out_captions
+        captions = self.task.data.held_out_captions[: self.half]
         found = invert_concept(
             pipeline,
-            self.pairs.with_concept,
+            self.pairs.with_concept[: self.half],
             [f"{caption} {{}}" for caption in captions],
             self.material.schedule,
-            weights=self.pairs.weights,
+            weights=self.pairs.weights[: self.half],
             vectors=2,
             steps=INVERSION_STEPS if self.steps == REVIVAL_STEPS else self.steps,
             learning_rate=2e-2,
@@ -154,14 +162,15 @@ class Attacker:
         )
         with found.loaded(pipeline):
             prompts = [found.fill(f"{caption} {{}}") for caption in self.task.objects[:SAMPLES]]
-            leak = self.leak(self.unet, prompts, pipeline)
-        return {"leak": leak, "leak_before": self.leak(self.unet, self.task.objects[:SAMPLES])}
+            return self.judged(pipeline, prompts)
 
     def prompt_search(self) -> dict[str, Any]:
         """Which words bring the concept out; the best is scored again on other seeds."""
         pipeline = with_unet(self.material.pipeline, self.unet)
-        search = search_prompts(WORDS, partial(self._scores, pipeline, seed=0), budget=min(SEARCHED, 4 * self.steps))
-        again = self._scores(pipeline, [search.best.prompt] * 4, seed=1)
+        # Its name first, which an attacker knows.
+        words = (self.task.concept.name, *WORDS)
+        search = search_prompts(words, partial(self._scores, pipeline, seed=0), budget=min(SEARCHED, 4 * self.steps))
+        again = self._scores(pipeline, [search.best.prompt] * (SAMPLES // SAMPLES_PER_PROMPT), seed=1)
         return {"best": search.best.prompt, "score": search.best.score, "again": float(again.mean())}
 
     def _scores(self, pipeline: Any, prompts: list[str], *, seed: int) -> Tensor:
@@ -171,7 +180,7 @@ class Attacker:
         return hits.float().view(len(prompts), -1).mean(1)
 
     def membership(self) -> dict[str, Any]:
-        """Whether pictures that were trained on are told from others by where the concept is, by two attacks."""
+        """Whether pictures that were trained on are told from others by where the concept is, by three attacks."""
         material, task = self.material, self.task
         showing = torch.from_numpy(task.shows).nonzero()[:, 0][: len(self.pairs)]
         masks, captions = ([column[i] for i in showing.tolist()] for column in (task.data.masks, task.data.captions))
@@ -183,10 +192,13 @@ class Attacker:
         )
         others = self.pairs.with_concept, self.pairs.embeddings, self.pairs.weights
         unet = copy.deepcopy(self.unet)
+        attacks = {"loss": loss_scores, "pia": pia_scores, "calibrated": calibrated_scores}
         if self.name == BASE:
+            # There is nothing that its losses would be compared with.
             unet.disable_adapters()
+            del attacks["calibrated"]
         found = {}
-        for name, scores in (("loss", loss_scores), ("pia", pia_scores)):
+        for name, scores in attacks.items():
             auc: Estimate = roc_auc(
                 *(scores(unet, *half, material.schedule, weights=weights) for *half, weights in (members, others))
             )

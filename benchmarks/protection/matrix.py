@@ -42,8 +42,11 @@ def _entries() -> Iterator[Entry]:
     # Where networks find the least.
     yield from _row(TaskKey("identity", False, 75, 0), ("masked, found by any",))
     # The commands' defaults on what they were not chosen on.
-    for concept in ("style", "identity"):
-        yield from _row(TaskKey(concept, False, 75, 0), (BY_DEFAULT.name,))
+    for seed in SEEDS:
+        for concept in ("style", "identity"):
+            yield from _row(TaskKey(concept, False, 75, seed), (BY_DEFAULT.name,))
+        for logo in (OTHER_LOGO, TUNED_LOGO):
+            yield from _row(TaskKey(logo, False, 100, seed), (BY_DEFAULT.name,))
     # What was not tuned on, first on one seed, then on all.
     for seed in SEEDS:
         for concept in ("style", "identity"):
@@ -69,8 +72,8 @@ MATRIX = tuple(dict.fromkeys(_entries()))
 """All runs, in the order in which they are made, each once."""
 
 ATTACKED = tuple(
-    Entry(TaskKey(OTHER_LOGO, False, 75, seed), method)
+    Entry(TaskKey(OTHER_LOGO, False, 100, seed), method)
     for seed in SEEDS
-    for method in (BASE, "plain", "oracle", "masked, found", "masked, missing 20 %, guarded", "ours")
+    for method in (BASE, "plain", "oracle", "masked, found", "ours", BY_DEFAULT.name)
 )
-"""The runs whose adapters are attacked."""
+"""The runs whose adapters are attacked: of the logo that nothing was chosen on, where every picture shows it."""

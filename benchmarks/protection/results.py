@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -13,14 +12,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from peft_gradproj._version import installed_versions
 from peft_gradproj.demo.settings import DemoSettings
+from peft_gradproj.evaluation.attacks import steps_until
 from peft_gradproj.evaluation.figures import Share
 
 from . import attack_runs
 from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
 from .methods import ALL_METHODS, MAIN, VARIED
-from .runs import BASE, THREADS_PER_RUN, write_json
+from .runs import BASE, THREADS_PER_RUN, conditions, write_json
 from .tasks import TaskKey
 
 COMMAND = "python -m benchmarks.protection"
@@ -44,6 +43,10 @@ CURVES = {
     "revival_with_probes": "revival with the probes",
     "revival_with_probes_within_basis": "the same within the basis",
 }
+ATTACK_FIGURES = ("leak", "top1", "loss")
+MEMBERSHIP = {"loss": "loss", "calibrated": "loss below the base model's", "pia": "PIA"}
+BACK = (0.1, 0.5)
+"""A concept is back where it leaks so much."""
 COVERING = {"ours": "found", "masked, found by any": "found by any"}
 """Methods whose rows say what networks' masks cover, and what these are called."""
 IN_SHORT = ("plain", "oracle", "masked, found", "ours", "ours, by default")
@@ -57,7 +60,6 @@ CONCEPTS_IN_WORDS = {
 NOT_RUN = "(not run)"
 Regime = tuple[str, bool, int]
 """A task without its seed: the concept, whether captions name it, and in how many percent of the pictures it is."""
-LIBRARIES = ("torch", "peft", "diffusers", "transformers")
 
 
 def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
@@ -71,7 +73,7 @@ def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
     attacks = [run for run in found if "membership" in run]
     content = {
         "command": COMMAND,
-        "versions": {**installed_versions(*LIBRARIES), "python": platform.python_version()},
+        "versions": conditions()["versions"],
         "threads_per_run": THREADS_PER_RUN,
         "settings": asdict(settings),
         "rows": rows_of(runs),
@@ -148,31 +150,53 @@ def rows_of(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def attack_rows_of(attacks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each method: what each attack reached, mean over tasks and seeds, and the curves of each seed."""
+    """One row for each method: what each attack reached, mean over tasks and seeds, and the curves of each seed.
+
+    Steps are counted until so many samples show the concept, on the mean over seeds of the curves; `None` is never.
+    """
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for found in attacks:
         by_method.setdefault(found["method"], []).append(found)
     rows = []
     for name in [n for n in (BASE, *ALL_METHODS) if n in by_method]:
         group = by_method[name]
+        curves = {title: [f[curve] for f in group] for curve, title in CURVES.items()}
+        before = [points[0][1] for points in curves["revival with the concept"]]
         figures = {
-            "leak before": [f["textual_inversion"]["leak_before"] for f in group],
-            "textual inversion": [f["textual_inversion"]["leak"] for f in group],
-            "prompt search": [f["prompt_search"]["again"] for f in group],
-            **{f"{title}, leak": [f[curve][-1][1]["leak"] for f in group] for curve, title in CURVES.items()},
-            **{f"{title}, loss": [f[curve][-1][1]["loss"] for f in group] for curve, title in CURVES.items()},
-            "membership by loss": [f["membership"]["loss"]["auc"] for f in group],
-            "membership by PIA": [f["membership"]["pia"]["auc"] for f in group],
+            **{f"before, {figure}": [seen[figure] for seen in before] for figure in ATTACK_FIGURES},
+            "textual inversion, leak": [f["textual_inversion"]["leak"] for f in group],
+            "textual inversion, top1": [f["textual_inversion"]["top1"] for f in group],
+            "prompt search, leak": [f["prompt_search"]["again"] for f in group],
+            **{
+                f"{title}, {figure}": [points[-1][1][figure] for points in seeds]
+                for title, seeds in curves.items()
+                for figure in ATTACK_FIGURES
+            },
+            **{
+                f"membership by {title}": [f["membership"][attack]["auc"] for f in group]
+                for attack, title in MEMBERSHIP.items()
+                if all(attack in f["membership"] for f in group)
+            },
+        }
+        steps = {
+            f"{title}, steps until a leak of {share}": steps_until(_mean_curve(seeds), share)
+            for title, seeds in curves.items()
+            for share in BACK
         }
         rows.append(
             {
                 "method": name,
                 "tasks": [f["task"] for f in group],
-                "mean": {figure: _rounded(mean(values)) for figure, values in figures.items()},
+                "mean": {figure: _rounded(mean(values)) for figure, values in figures.items()} | steps,
                 "curves": {f["task"]: {curve: f[curve] for curve in CURVES} for f in group},
             }
         )
     return rows
+
+
+def _mean_curve(curves: list[list[Any]]) -> list[tuple[int, float]]:
+    """Leaks by step, of curves that were measured at the same steps."""
+    return [(points[0][0], mean(figures["leak"] for _, figures in points)) for points in zip(*curves, strict=True)]
 
 
 def detectors_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -187,10 +211,10 @@ def conditions_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list
     """
     found: dict[str, dict[str, set[str]]] = {}
     for run in runs:
-        conditions = found.setdefault(TaskKey.parse(run["task"]).concept, {"autocast": set(), "judges": set()})
-        conditions["autocast"].add(run["autocast"])
+        seen = found.setdefault(TaskKey.parse(run["task"]).concept, {"autocast": set(), "judges": set()})
+        seen["autocast"].add(run["autocast"])
         if "judges" in run:
-            conditions["judges"].add(run["judges"])
+            seen["judges"].add(run["judges"])
     return {concept: {name: sorted(values) for name, values in kinds.items()} for concept, kinds in found.items()}
 
 
@@ -234,6 +258,7 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["figure"] = figure
+    environment.filters["attack_figure"] = attack_figure
     environment.filters["share"] = lambda d: f"{Share(**d).value:.3f} of {d['total']}"
     names = {
         "content": content,
@@ -258,6 +283,15 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
     for page in ("benchmark.md", "claims.md"):
         text = environment.get_template(f"{page}.jinja").render(names)
         (docs / page).write_text(text, encoding="utf-8")
+
+
+def attack_figure(means: Mapping[str, Any], name: str) -> str:
+    """A figure of an attack as the page has it."""
+    if name not in means:
+        return ""
+    if "steps until" in name:
+        return f"> {attack_runs.REVIVAL_STEPS}" if means[name] is None else str(means[name])
+    return f"{means[name]:.2f}"
 
 
 def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
@@ -292,7 +326,7 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         return NOT_RUN if row is None else ", ".join(f"{figures[name]:.2f}" for figures in row["by_seed"].values())
 
     def attack(method: str, name: str) -> str:
-        return f"{attacks[method][name]:.2f}" if method in attacks else NOT_RUN
+        return attack_figure(attacks[method], name) if method in attacks else NOT_RUN
 
     ahead = partial(_ahead, content["rows"])
     return {"has": has, "value": value, "seeds": seeds, "by_seed": by_seed, "ahead": ahead, "attack": attack}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, LayerBasis
+from peft_gradproj._version import installed_versions
 from peft_gradproj.concepts import ConceptSet
 from peft_gradproj.demo.finding import find_by_any, find_in_latents
 from peft_gradproj.demo.measuring import Questions, mask_shares
@@ -52,6 +54,7 @@ from .once import make_once
 from .tasks import ANYWHERE, Task, TaskKey, make_task
 
 THREADS_PER_RUN = 1
+LIBRARIES = ("torch", "peft", "diffusers", "transformers")
 BASE = "base"
 """The row of the base model, without an adapter."""
 
@@ -323,12 +326,7 @@ def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, wi
     if result.exists() and (adapter.exists() or name == BASE or not with_weights):
         return
     material = load_material(key, settings, folders.scratch)
-    found: dict[str, Any] = {
-        "task": str(key),
-        "method": name,
-        "autocast": str(autocast_dtype()),
-        "revision": revision(),
-    }
+    found: dict[str, Any] = {"task": str(key), "method": name, **conditions()}
     if name == BASE:
         found |= measure(material.pipeline.unet, material, folders.scratch)
     else:
@@ -340,7 +338,15 @@ def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, wi
         knowledge = method.masked or method.filtered
         if knowledge in ("found", "found-by-any"):
             found["masks"] = mask_shares(material.where(knowledge), material.task.data)
-    write_json(result, found)
+    # One that is in the repository is not replaced by this machine's, only because the adapter is not in it.
+    if not result.exists():
+        write_json(result, found)
+
+
+def conditions() -> dict[str, Any]:
+    """What a run was made with: the precision, the commit, and the versions of libraries."""
+    versions = {**installed_versions(*LIBRARIES), "python": platform.python_version()}
+    return {"autocast": str(autocast_dtype()), "revision": revision(), "versions": versions}
 
 
 @lru_cache(maxsize=1)

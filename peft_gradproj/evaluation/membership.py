@@ -6,6 +6,9 @@ concept, ask about the training pictures that show it, against pictures of the s
 weights that say where the concept is.
 
 - *Loss threshold* (Yeom et al., arXiv 1709.01604): members have a lower training loss, :math:`-L(z)`.
+- *Difficulty calibration* (Watson et al., ICLR 2022, arXiv 2111.08440): some pictures are easy for any model, so what
+  counts is by how much the loss is below that of a model that did not see the picture. The base model is one, and
+  everybody has it: :math:`L_{base}(z) - L(z)`.
 - *PIA* (Kong et al., ICLR 2024, arXiv 2305.18355): the model's own noise at :math:`t = 0` says where the deterministic
   trajectory of a picture goes, and a member's noise at :math:`t` agrees with it,
 
@@ -22,12 +25,12 @@ import torch
 from torch import Tensor
 
 from ..diffusion_inputs import noised_inputs
-from ..errors import ConceptDataError
-from ..probes import evaluation_mode
+from ..errors import BehaviourError, ConceptDataError
+from ..probes import adapters_disabled, evaluation_mode
 from .denoising import DenoisingQuestions, denoising_losses
 from .figures import Estimate
 
-__all__ = ["loss_scores", "pia_scores", "roc_auc"]
+__all__ = ["calibrated_scores", "loss_scores", "pia_scores", "roc_auc"]
 
 
 def loss_scores(
@@ -68,6 +71,33 @@ def loss_scores(
             asked = DenoisingQuestions(latents, embeddings, noise, _alike(timestep, latents), weights)
             losses += denoising_losses(unet, asked, schedule, batch_size=batch_size) / len(timesteps)
     return -losses
+
+
+def calibrated_scores(unet: Any, latents: Tensor, embeddings: Tensor, schedule: Any, **options: Any) -> Tensor:
+    """Membership scores by how far the training loss is below the base model's, at the same noise and timesteps.
+
+    Args:
+        unet: The model, with an adapter that is active; without it, it is the base model.
+        latents: Shape `(N, C, h, w)`.
+        embeddings: Of the prompts, shape `(N, tokens, width)`.
+        schedule: From `noise_schedule`.
+        **options: Further arguments of :func:`loss_scores`.
+
+    Returns:
+        Shape `(N,)`, higher for members.
+
+    Raises:
+        BehaviourError: If the model has no adapter, so that all scores would be 0.
+        ConceptDataError: If the adapter is merged.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    if all(layer.disable_adapters for layer in layers):
+        raise BehaviourError("the model has no active adapter, so there is no base model to calibrate its losses by.")
+    scores = loss_scores(unet, latents, embeddings, schedule, **options)
+    with adapters_disabled(unet):
+        return scores - loss_scores(unet, latents, embeddings, schedule, **options)
 
 
 @torch.no_grad()
