@@ -31,7 +31,7 @@ from peft_gradproj.evaluation.attacks import (
     steps_until,
 )
 from peft_gradproj.evaluation.denoising import DenoisingQuestions, denoising_loss
-from peft_gradproj.evaluation.membership import loss_scores, pia_scores, roc_auc
+from peft_gradproj.evaluation.membership import calibrated_scores, loss_scores, pia_scores, roc_auc
 from peft_gradproj.probes import collect_concept_probes
 from peft_gradproj.projection import drift
 
@@ -472,6 +472,30 @@ def test_a_model_in_half_precision_gives_the_scores_that_it_gives_in_float32(att
     half = attack(copy.deepcopy(world.pipeline.unet).to(torch.bfloat16), *(x.bfloat16() for x in asked), schedule)
     assert half.dtype == torch.float32
     assert torch.allclose(half, attack(world.pipeline.unet, *asked, schedule), rtol=0.1)
+
+
+def test_what_the_base_model_finds_easy_is_no_member_once_losses_are_calibrated_by_it(world):
+    learned, prompts = world.others[:4], world.embeddings
+    options = {"steps": 40, "every": 40, "learning_rate": 1e-2, "measure": lambda attacked: attacked}
+    fresh = with_adapter(world, plain_config())
+    _, (_, trained) = revive(fresh, learned, prompts, world.schedule, **options)
+    before = state(trained)
+    areas = {}
+    for attack in (loss_scores, calibrated_scores):
+        of_base, of_adapter = (attack(trained, x, prompts, world.schedule) for x in (world.members, learned))
+        areas[attack] = roc_auc(of_adapter, of_base).value
+    assert areas[loss_scores] < 0.5
+    assert areas[calibrated_scores] > 0.9
+    assert_same(before, state(trained))
+    assert torch.equal(calibrated_scores(fresh, learned, prompts, world.schedule), torch.zeros(4))
+
+
+def test_losses_are_not_calibrated_without_an_adapter(world, published):
+    off = copy.deepcopy(published)
+    off.disable_adapters()
+    for unet in (world.pipeline.unet, off):
+        with pytest.raises(BehaviourError, match="no active adapter"):
+            calibrated_scores(unet, world.members, world.embeddings, world.schedule)
 
 
 def test_scores_count_where_the_weights_are(world):

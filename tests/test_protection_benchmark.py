@@ -7,6 +7,7 @@ import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
 from benchmarks.protection.methods import ALL_METHODS, FEWER_STEPS, MAIN, METHODS
 from benchmarks.protection.results import (
+    CURVES,
     IN_SHORT,
     NOT_RUN,
+    attack_figure,
+    attack_rows_of,
     costs_of,
     figures_of,
     in_short,
@@ -245,6 +249,50 @@ def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
     page = (folders["docs"] / "benchmark.md").read_text()
     assert "| oracle | 0 | " in page
     assert (folders["docs"] / "images" / "leak-against-kept.png").stat().st_size > 1000
+
+
+def test_tiny_attacks_are_told_beside_their_quality_and_leave_results_as_they_are(tmp_path):
+    folders = {name: tmp_path / name for name in ("scratch", "results", "docs")}
+    where = Folders(folders["results"] / "protection", folders["scratch"])
+    task = ATTACKED[0].task
+    given = [part for name, folder in folders.items() for part in (f"--{name}", str(folder))]
+    given += ["--quick", "--tasks", str(task), "--methods", BASE, "ours", "--workers", "2"]
+    main(given)
+    # As on a clone, whose results are there and whose adapters are not.
+    where.weights(task, "ours").unlink()
+    result = where.result(task, "ours")
+    write_json(result, {**json.loads(result.read_text()), "revision": "another"})
+    main([*given, "--attacks"])
+    assert where.weights(task, "ours").exists()
+    assert json.loads(result.read_text())["revision"] == "another"
+    found = json.loads(where.attacks(task, "ours").read_text())
+    assert {"autocast", "revision", "versions"} <= found.keys()
+    for curve in CURVES:
+        assert [set(figures) for _, figures in found[curve]] == [{"leak", "top1", "loss"}] * len(found[curve])
+    assert set(found["membership"]) == {"loss", "pia", "calibrated"}
+    page = (folders["docs"] / "benchmark.md").read_text()
+    rows = [line for line in page.partition("## Attacks")[2].splitlines() if line.startswith("| ")]
+    assert rows[0].split(" | ")[1:] == [BASE, "ours |"]
+    assert any(row.startswith("| revival with the concept, steps until a leak of 0.5 | ") for row in rows)
+
+
+def test_steps_until_a_concept_is_back_are_those_of_the_mean_over_seeds():
+    def attacked(seed: int, leaks: list[float]) -> dict[str, Any]:
+        curve = [[10 * i, {"leak": leak, "top1": 0.5, "loss": 1.0}] for i, leak in enumerate(leaks)]
+        return {
+            "task": f"logo-spotify/unnamed-100/{seed}",
+            "method": "ours",
+            **dict.fromkeys(CURVES, curve),
+            "textual_inversion": {"leak": 0.0, "top1": 0.5},
+            "prompt_search": {"again": 0.0},
+            "membership": {name: {"auc": 0.5} for name in ("loss", "pia", "calibrated")},
+        }
+
+    (row,) = attack_rows_of([attacked(0, [0.0, 0.0, 0.2]), attacked(1, [0.0, 0.25, 0.4])])
+    told = {name: attack_figure(row["mean"], name) for name in row["mean"]}
+    assert told["revival with the concept, steps until a leak of 0.1"] == "10"
+    assert told["revival with the concept, steps until a leak of 0.5"] == "> 60"
+    assert told["revival with the concept, leak"] == "0.30"
 
 
 def test_a_method_of_fewer_steps_takes_its_share_of_them(tmp_path, monkeypatch):
