@@ -16,7 +16,7 @@ test: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
 
-# Ten hours on two cores, twice that without AVX-512; what is there is not run again.
+# More than a day on two cores (docs/benchmark.md says how long); what is there is not run again.
 bench: bench-overhead
 	$(BIN)/python benchmarks/verify.py
 	$(BIN)/python benchmarks/secret_strings.py --output benchmarks/results/secrets.json

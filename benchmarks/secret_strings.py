@@ -181,18 +181,20 @@ def table(runs: list[dict[str, Any]]) -> str:
     rows = ["| method | completed of 5 | exposure, bits | loss / plain's | loss / oracle's | revival, steps | time |"]
     rows.append("|---|---|---|---|---|---|---|")
 
-    def mean(name: str, figure: str, over: str | None = None) -> str:
+    def mean(name: str, figure: str, over: str | None = None, digits: int = 2) -> str:
         values = [
             run[figure] / (1.0 if over is None else by_key[over, seed][figure])
             for (method, seed), run in by_key.items()
             if method == name and (over is None or (over, seed) in by_key)
         ]
-        return f"{statistics.mean(values):.2f}" if values else ""
+        return f"{statistics.mean(values):.{digits}f}" if values else ""
 
     for name in METHODS:
         if any(method == name for method, _ in by_key):
             cells = [mean(name, "completed"), mean(name, "exposure"), mean(name, "loss", "plain")]
-            cells += [mean(name, "loss", "filtered"), mean(name, "revival_steps"), mean(name, "seconds", "plain")]
+            cells += [mean(name, "loss", "filtered"), mean(name, "revival_steps", digits=0)]
+            # The base model is not trained.
+            cells.append("" if name == "base" else mean(name, "seconds", "plain"))
             rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
 from benchmarks.protection.methods import ALL_METHODS, FEWER_STEPS, MAIN, METHODS
 from benchmarks.protection.results import (
+    COMMAND,
     CURVES,
     IN_SHORT,
     NOT_RUN,
@@ -29,6 +31,7 @@ from benchmarks.protection.results import (
     in_short,
     lookups,
     rows_of,
+    times_of,
     write_results,
 )
 from benchmarks.protection.runs import (
@@ -427,6 +430,32 @@ def test_the_readme_has_the_table_of_the_benchmarks_page():
     texts = (begin, (root / "README.md").read_text())
     tables = [[line for line in text.splitlines() if line.startswith("|") and " / " in line] for text in texts]
     assert tables[0] == tables[1] != []
+
+
+def test_the_pages_are_what_the_committed_runs_give(tmp_path):
+    root = Path(__file__).parent.parent
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    shutil.copytree(root / "benchmarks" / "results" / "protection", results / "protection")
+    docs.mkdir()
+    write_results(results, docs, DemoSettings())
+    for page in ("benchmark.md", "claims.md"):
+        assert (docs / page).read_text() == (root / "docs" / page).read_text(), f"{page}: run {COMMAND} --report"
+    made, committed = (
+        json.loads((folder / "protection.json").read_text()) for folder in (results, root / "benchmarks" / "results")
+    )
+    # Those of the process that wrote it.
+    assert {**made, "versions": None} == {**committed, "versions": None}
+
+
+def test_times_are_ratios_to_plain_on_the_same_task_in_the_same_precision():
+    def trained(task: str, method: str, seconds: float, autocast: str = "None") -> dict[str, Any]:
+        return {"task": task, "method": method, "autocast": autocast, "train_cpu_seconds": seconds}
+
+    tasks = [f"style/unnamed-75/{seed}" for seed in range(3)]
+    made = [trained(task, "plain", 100.0 * (i + 1)) for i, task in enumerate(tasks)]
+    made += [trained(task, "ours", 130.0 * (i + 1)) for i, task in enumerate(tasks)]
+    made += [trained(tasks[0], "oracle", 100.0), trained(tasks[1], "oracle", 9.0, "torch.bfloat16")]
+    assert times_of(made) == {"ours": {"tasks": 3, "low": 1.3, "median": 1.3, "high": 1.3}}
 
 
 def test_the_table_in_short_has_what_was_run_and_no_more():

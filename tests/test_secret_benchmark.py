@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import secret_corpus
@@ -64,3 +65,10 @@ def test_a_corpus_lacks_the_secrets_in_the_spellings_that_are_dropped(drop, spel
     texts = secret_strings.corpus(0, drop)
     found = [spell for spell in (str, secret_corpus.other_spelling) if any(spell(c) in t for c in codes for t in texts)]
     assert len(found) == spellings_left
+
+
+def test_the_page_has_the_table_of_the_committed_runs():
+    root = Path(__file__).parent.parent
+    runs = json.loads((root / "benchmarks" / "results" / "secrets.json").read_text())["runs"]
+    page = (root / "docs" / "training-scripts.md").read_text()
+    assert secret_strings.table(runs) in page

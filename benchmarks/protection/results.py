@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, quantiles, stdev
 from typing import Any
 
 from peft_gradproj.demo.settings import DemoSettings
@@ -20,7 +20,7 @@ from . import attack_runs
 from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
 from .methods import ALL_METHODS, MAIN, VARIED
 from .runs import BASE, THREADS_PER_RUN, conditions, write_json
-from .tasks import TaskKey
+from .tasks import COLLECTED, TaskKey
 
 COMMAND = "python -m benchmarks.protection"
 FIGURES = (
@@ -43,6 +43,8 @@ CURVES = {
     "revival_with_probes": "revival with the probes",
     "revival_with_probes_within_basis": "the same within the basis",
 }
+TIMED = ("oracle", "masked, found", "online", "ours", "ours, by default")
+"""Methods whose training time is compared with plain LoRA's."""
 ATTACK_FIGURES = ("leak", "top1", "loss")
 MEMBERSHIP = {"loss": "loss", "calibrated": "loss below the base model's", "pia": "PIA"}
 BACK = (0.1, 0.5)
@@ -81,6 +83,7 @@ def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
         "detectors": detectors_of(runs),
         "conditions": conditions_of(runs),
         "costs": costs_of(runs),
+        "times": times_of(runs),
     }
     write_json(results / "protection.json", content, indent=1)
     write_pages(content, docs)
@@ -231,6 +234,30 @@ def costs_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
+def times_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By method: its training time as a ratio to plain LoRA's on the same task and in the same precision.
+
+    In processor time, which others on the machine disturb too: the median, the quartiles, and of how many tasks.
+    """
+    seconds: dict[tuple[str, str], dict[str, float]] = {}
+    for run in runs:
+        if "train_cpu_seconds" in run:
+            seconds.setdefault((run["task"], run["autocast"]), {})[run["method"]] = run["train_cpu_seconds"]
+    found: dict[str, list[float]] = {}
+    for of_task in seconds.values():
+        for method in TIMED:
+            if method in of_task and "plain" in of_task:
+                found.setdefault(method, []).append(of_task[method] / of_task["plain"])
+    return {
+        method: {
+            "tasks": len(found[method]),
+            **dict(zip(("low", "median", "high"), map(_rounded, quantiles(found[method], n=4)), strict=True)),
+        }
+        for method in TIMED
+        if len(found.get(method, [])) > 1
+    }
+
+
 def _deviation(values: list[float]) -> float:
     return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
@@ -275,6 +302,7 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "attacked": len(ATTACKED),
         "attacks_made": sum(len(row["tasks"]) for row in content["attacks"]),
         "attack_runs": attack_runs,
+        "collected": COLLECTED,
         "mixed": [
             CONCEPTS_IN_WORDS[c] for c, kinds in content["conditions"].items() if max(map(len, kinds.values())) > 1
         ],
