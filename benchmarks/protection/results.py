@@ -18,7 +18,7 @@ from peft_gradproj.evaluation.figures import Share
 
 from . import attack_runs
 from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
-from .methods import ALL_METHODS, MAIN, VARIED
+from .methods import ALL_METHODS, BY_DEFAULT, MAIN, VARIED
 from .runs import BASE, THREADS_PER_RUN, conditions, write_json
 from .tasks import COLLECTED, TaskKey
 
@@ -281,6 +281,7 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
     made = {Entry(TaskKey(*_regime_of(row), seed), row["method"]) for row in rows for seed in row["seeds"]}
     ordered = sorted(tables.items(), key=lambda item: (-len(item[1]), item[0]))
     plot_leak_against_kept(rows, docs / "images" / "leak-against-kept.png")
+    plot_sweeps(rows, docs / "images" / "one-setting-changed.png")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -462,5 +463,43 @@ def plot_leak_against_kept(rows: Iterable[Mapping[str, Any]], path: Path) -> Non
     methods = [name for name in ALL_METHODS if name in handles]
     figure.legend([handles[name] for name in methods], methods, loc="lower center", ncols=2 * columns, fontsize=7)
     figure.tight_layout(rect=(0, 1.5 / size[1], 1, 1))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_sweeps(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """What one setting changes, on seed 0: kept against leak, between oracle and plain, and against what is learned."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    of_task: dict[Regime, dict[str, Any]] = {}
+    for row in rows:
+        if "0" in row["by_seed"]:
+            of_task.setdefault(_regime_of(row), {})[row["method"]] = row["by_seed"]["0"]
+    of_task = {key: found for key, found in sorted(of_task.items()) if not VARIED.keys().isdisjoint(found)}
+    figure, axes = pyplot.subplots(max(1, len(of_task)), 2, figsize=(13, 4 * max(1, len(of_task)) + 1.5), squeeze=False)
+    colours, handles = pyplot.get_cmap("tab10").colors, {}
+    shown = ("plain", "oracle", "masked, found", "ours", BY_DEFAULT.name, *VARIED)
+    for (of_leak, of_learned), (key, found) in zip(axes, of_task.items(), strict=False):
+        for place, name in enumerate(shown):
+            figures = found.get(name)
+            if figures is None or figures["kept"] is None:
+                continue
+            look = {"marker": "o*^sD"[place // 10 + (name in VARIED)], "color": colours[place % 10], "linestyle": ""}
+            (handles[name],) = of_leak.plot(figures["leak"], figures["kept"], **look)
+            # Plain LoRA is 1 by definition, and would press all others into a corner.
+            if name != "plain":
+                of_learned.plot(figures["learned"], figures["kept"], **look)
+        of_leak.set_xlim(-0.05, 1.05)
+        of_leak.set_xlabel("leak")
+        of_learned.set_xlabel("learned where the concept is, of plain LoRA's")
+        for axis in (of_leak, of_learned):
+            axis.set_title(f"{title(key)}, seed 0", fontsize=9)
+            axis.set_ylabel("kept")
+            axis.grid(alpha=0.3)
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8)
+    figure.tight_layout(rect=(0, 1.5 / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
