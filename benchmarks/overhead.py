@@ -54,6 +54,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.overhead_page import QUICK_RESULTS, RESULTS, ratios
+from benchmarks.revision import revision
 from peft_gradproj import (
     ConceptBasis,
     ConceptProbes,
@@ -586,6 +587,7 @@ def measure(wanted: list[str], output: Path, known: dict[str, Callable[[], dict[
             "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
             "took_seconds": round(time.time() - start, 1),
             "load_average": {"before": load, "after": os.getloadavg()},
+            "revision": revision(),
             "versions": versions(),
         }
         results["cells"][key] = {**cell, **about}

@@ -356,6 +356,7 @@ def conditions(results: Results) -> str:
             str(cell["versions"]["threads"]),
             # What trains no model is in no precision.
             cell["versions"]["precision"] if "/" in key else "",
+            cell.get("revision") or "",
         ]
         for key, cell in results.items()
     ]
@@ -370,9 +371,10 @@ def conditions(results: Results) -> str:
             *(f"- {machine}" for machine in machines),
             "",
             "The load average is that of the last minute, before the cell and after it. Where it is above the number "
-            "of cores, others were computing: look at the processor time then.",
+            "of cores, others were computing: look at the processor time then. The first cells do not "
+            "say their commit.",
             "",
-            *table(("cell", "measured", "seconds", "load", "threads", "precision"), rows),
+            *table(("cell", "measured", "seconds", "load", "threads", "precision", "commit"), rows),
         ]
     )
 

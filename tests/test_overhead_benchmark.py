@@ -58,6 +58,10 @@ def test_each_part_of_the_projections_takes_time(found):
     assert all(seconds > 0 for seconds in parts.values())
 
 
+def test_each_cell_says_of_which_commit_it_is(found):
+    assert all(cell["revision"] is None or len(cell["revision"]) >= 7 for cell in found.values())
+
+
 def test_what_was_measured_is_not_measured_again(file):
     before = file.read_text()
     overhead.measure(HERE, file, reduced(), again=False)

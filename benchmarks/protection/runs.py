@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +47,7 @@ from peft_gradproj.online import detach_online_projection
 from peft_gradproj.probes import collect_concept_probes
 from peft_gradproj.projection import drift
 
+from ..revision import revision
 from .judges import judges_digest, load_judges, load_style_judge
 from .methods import ALL_METHODS, METHODS, Knowledge, Method
 from .once import make_once
@@ -347,17 +347,6 @@ def conditions() -> dict[str, Any]:
     """What a run was made with: the precision, the commit, and the versions of libraries."""
     versions = {**installed_versions(*LIBRARIES), "python": platform.python_version()}
     return {"autocast": str(autocast_dtype()), "revision": revision(), "versions": versions}
-
-
-@lru_cache(maxsize=1)
-def revision() -> str | None:
-    """Commit of the working tree that this runs from, `-dirty` behind it where files differ; `None` outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return told.stdout.strip()
 
 
 def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
