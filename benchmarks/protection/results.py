@@ -49,6 +49,28 @@ ATTACK_FIGURES = ("leak", "top1", "loss")
 MEMBERSHIP = {"loss": "loss", "calibrated": "loss below the base model's", "pia": "PIA"}
 BACK = (0.1, 0.5)
 """A concept is back where it leaks so much."""
+ADVERSARY_STEPS = "revival with the concept, steps until a leak of 0.1"
+ADVERSARY = (
+    "before, leak",
+    "before, top1",
+    "before, loss",
+    "textual inversion, leak",
+    "textual inversion, top1",
+    "prompt search, leak",
+    "revival without it, leak",
+    "revival without it, top1",
+    ADVERSARY_STEPS,
+    "revival with the concept, steps until a leak of 0.5",
+    "revival with the concept, leak",
+    "revival with the concept, top1",
+    "revival with the concept, loss",
+    "revival with the probes, leak",
+    "revival with the probes, top1",
+    "the same within the basis, leak",
+    "the same within the basis, top1",
+    *(f"membership by {title}" for title in MEMBERSHIP.values()),
+)
+"""Figures of attacks that the page of claims has."""
 COVERING = {"ours": "found", "masked, found by any": "found by any"}
 """Methods whose rows say what networks' masks cover, and what these are called."""
 IN_SHORT = ("plain", "oracle", "masked, found", "ours", "ours, by default")
@@ -304,6 +326,8 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "attacks_made": sum(len(row["tasks"]) for row in content["attacks"]),
         "attack_runs": attack_runs,
         "collected": COLLECTED,
+        "adversary": ADVERSARY,
+        "adversary_steps": ADVERSARY_STEPS,
         "mixed": [
             CONCEPTS_IN_WORDS[c] for c, kinds in content["conditions"].items() if max(map(len, kinds.values())) > 1
         ],
