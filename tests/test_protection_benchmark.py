@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.protection import runs
+from benchmarks.protection import attack_runs, runs
+from benchmarks.protection.attack_runs import Attacker
 from benchmarks.protection.cli import main, parse_args
 from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
@@ -277,6 +278,17 @@ def test_tiny_attacks_are_told_beside_their_quality_and_leave_results_as_they_ar
     rows = [line for line in page.partition("## Attacks")[2].splitlines() if line.startswith("| ")]
     assert rows[0].split(" | ")[1:] == [BASE, "ours |"]
     assert any(row.startswith("| revival with the concept, steps until a leak of 0.5 | ") for row in rows)
+
+
+def test_attackers_are_asked_about_pictures_that_they_do_not_train_on(tmp_path, monkeypatch):
+    taken: list[Any] = []
+    monkeypatch.setattr(attack_runs, "revive", lambda unet, latents, *_, **__: taken.extend(latents))
+    material = Material(ATTACKED[0].task, DemoSettings().quick(), tmp_path)
+    attacker = Attacker(material, None, BASE, tmp_path, 1)
+    attacker.revival(attacker.pairs.with_concept)
+    trained, asked = ({bytes(latents.numpy()) for latents in of} for of in (taken, attacker.asked.latents))
+    assert len(trained) == len(asked) == len(attacker.pairs) // 2
+    assert trained.isdisjoint(asked)
 
 
 def test_steps_until_a_concept_is_back_are_those_of_the_mean_over_seeds():
