@@ -273,7 +273,13 @@ def times_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return {
         method: {
             "tasks": len(found[method]),
-            **dict(zip(("low", "median", "high"), map(_rounded, quantiles(found[method], n=4)), strict=True)),
+            **dict(
+                zip(
+                    ("low", "median", "high"),
+                    map(_rounded, quantiles(found[method], n=4, method="inclusive")),
+                    strict=True,
+                )
+            ),
         }
         for method in TIMED
         if len(found.get(method, [])) > 1
