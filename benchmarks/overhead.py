@@ -581,13 +581,13 @@ def measure(wanted: list[str], output: Path, known: dict[str, Callable[[], dict[
     }
     for number, (key, function) in enumerate(todo.items(), 1):
         print(f"[{number}/{len(todo)}] {key}", flush=True)
-        load, start = os.getloadavg(), time.time()
+        load, start, commit = os.getloadavg(), time.time(), revision()
         cell = function()
         about = {
             "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
             "took_seconds": round(time.time() - start, 1),
             "load_average": {"before": load, "after": os.getloadavg()},
-            "revision": revision(),
+            "revision": commit,
             "versions": versions(),
         }
         results["cells"][key] = {**cell, **about}

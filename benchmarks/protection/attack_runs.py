@@ -55,12 +55,13 @@ def attack(key: TaskKey, name: str, settings: DemoSettings, folders: Folders) ->
     path = folders.attacks(key, name)
     if path.exists():
         return
+    about = {"task": str(key), "method": name, **conditions()}
     run(key, name, settings, folders, with_weights=True)
     material = load_material(key, settings, folders.scratch)
     judges = load_judges(key.concept, material.pipeline, material.settings, folders.scratch / "judges")
     steps = min(REVIVAL_STEPS, settings.steps)
     found = Attacker(material, judges, name, folders.weights(key, name), steps).all()
-    write_json(path, {"task": str(key), "method": name, **conditions(), **found})
+    write_json(path, {**about, **found})
 
 
 class Attacker:

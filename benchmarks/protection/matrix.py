@@ -76,4 +76,4 @@ ATTACKED = tuple(
     for seed in SEEDS
     for method in (BASE, "plain", "oracle", "masked, found", "ours", BY_DEFAULT.name)
 )
-"""The runs whose adapters are attacked: of the logo that nothing was chosen on, where every picture shows it."""
+"""The runs whose adapters are attacked: of the logo that *ours* was not chosen on, where every picture shows it."""

@@ -45,29 +45,30 @@ CURVES = {
 }
 TIMED = ("oracle", "masked, found", "online", "ours", "ours, by default")
 """Methods whose training time is compared with plain LoRA's."""
-ATTACK_FIGURES = ("leak", "top1", "loss")
+ATTACK_FIGURES = {"leak": "leak", "top1": "top 1", "loss": "loss"}
+"""Of samples and pictures under attack, and what they are called."""
 MEMBERSHIP = {"loss": "loss", "calibrated": "loss below the base model's", "pia": "PIA"}
 BACK = (0.1, 0.5)
 """A concept is back where it leaks so much."""
-ADVERSARY_STEPS = "revival with the concept, steps until a leak of 0.1"
+ADVERSARY_STEPS = f"revival with the concept, steps until a leak of {BACK[0]}"
 ADVERSARY = (
     "before, leak",
-    "before, top1",
+    "before, top 1",
     "before, loss",
     "textual inversion, leak",
-    "textual inversion, top1",
+    "textual inversion, top 1",
     "prompt search, leak",
     "revival without it, leak",
-    "revival without it, top1",
+    "revival without it, top 1",
     ADVERSARY_STEPS,
-    "revival with the concept, steps until a leak of 0.5",
+    f"revival with the concept, steps until a leak of {BACK[1]}",
     "revival with the concept, leak",
-    "revival with the concept, top1",
+    "revival with the concept, top 1",
     "revival with the concept, loss",
     "revival with the probes, leak",
-    "revival with the probes, top1",
+    "revival with the probes, top 1",
     "the same within the basis, leak",
-    "the same within the basis, top1",
+    "the same within the basis, top 1",
     *(f"membership by {title}" for title in MEMBERSHIP.values()),
 )
 """Figures of attacks that the page of claims has."""
@@ -188,14 +189,14 @@ def attack_rows_of(attacks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
         curves = {title: [f[curve] for f in group] for curve, title in CURVES.items()}
         before = [points[0][1] for points in curves["revival with the concept"]]
         figures = {
-            **{f"before, {figure}": [seen[figure] for seen in before] for figure in ATTACK_FIGURES},
+            **{f"before, {figure}": [seen[key] for seen in before] for key, figure in ATTACK_FIGURES.items()},
             "textual inversion, leak": [f["textual_inversion"]["leak"] for f in group],
-            "textual inversion, top1": [f["textual_inversion"]["top1"] for f in group],
+            "textual inversion, top 1": [f["textual_inversion"]["top1"] for f in group],
             "prompt search, leak": [f["prompt_search"]["again"] for f in group],
             **{
-                f"{title}, {figure}": [points[-1][1][figure] for points in seeds]
+                f"{title}, {figure}": [points[-1][1][key] for points in seeds]
                 for title, seeds in curves.items()
-                for figure in ATTACK_FIGURES
+                for key, figure in ATTACK_FIGURES.items()
             },
             **{
                 f"membership by {title}": [f["membership"][attack]["auc"] for f in group]

@@ -326,21 +326,21 @@ def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, wi
     if result.exists() and (adapter.exists() or name == BASE or not with_weights):
         return
     material = load_material(key, settings, folders.scratch)
-    found: dict[str, Any] = {"task": str(key), "method": name, **conditions()}
-    if name == BASE:
-        found |= measure(material.pipeline.unet, material, folders.scratch)
-    else:
+    # Before what takes long, in which somebody may commit.
+    about = {"task": str(key), "method": name, **conditions()}
+    unet, seen = material.pipeline.unet, {}
+    if name != BASE:
         method = ALL_METHODS[name]
         unet, seen = material.train(method)
         adapter.parent.mkdir(parents=True, exist_ok=True)
         save_file({n: p.detach().contiguous() for n, p in unet.named_parameters() if ".lora_" in n}, adapter)
-        found |= {**measure(unet, material, folders.scratch), **seen, "settings": asdict(method)}
+        seen["settings"] = asdict(method)
         knowledge = method.masked or method.filtered
         if knowledge in ("found", "found-by-any"):
-            found["masks"] = mask_shares(material.where(knowledge), material.task.data)
+            seen["masks"] = mask_shares(material.where(knowledge), material.task.data)
     # One that is in the repository is not replaced by this machine's, only because the adapter is not in it.
     if not result.exists():
-        write_json(result, found)
+        write_json(result, {**about, **measure(unet, material, folders.scratch), **seen})
 
 
 def conditions() -> dict[str, Any]:
