@@ -69,7 +69,10 @@ class Attacker:
 
     def __init__(self, material: Material, judges: Judges, name: str, adapter: Path, steps: int) -> None:
         self.material, self.judges, self.name, self.steps = material, judges, name, steps
-        self.settings = replace(material.settings, samples=SAMPLES, sampling_steps=min(SAMPLING_STEPS, steps))
+        # Tiny runs have less of everything.
+        samples, sampling_steps = min(SAMPLES, material.settings.samples), min(SAMPLING_STEPS, steps)
+        self.settings = replace(material.settings, samples=samples, sampling_steps=sampling_steps)
+        self.samples_per_prompt = min(SAMPLES_PER_PROMPT, samples)
         self.task = material.task
         method = Method("as published") if name == BASE else ALL_METHODS[name]
         # A stranger's copy: stock LoRA layers, whatever the adapter was trained with.
@@ -112,7 +115,10 @@ class Attacker:
     def figures(self, unet: Any) -> dict[str, float]:
         """Leak and fidelity of some samples, and the loss where the concept is."""
         loss = denoising_loss(unet, self.asked, self.material.schedule)
-        return {**self.judged(with_unet(self.material.pipeline, unet), self.task.prompts[:SAMPLES]), "loss": loss}
+        return {
+            **self.judged(with_unet(self.material.pipeline, unet), self.task.prompts[: self.settings.samples]),
+            "loss": loss,
+        }
 
     def judged(self, pipeline: Any, prompts: list[str]) -> dict[str, float]:
         """In what share of the samples the concept is found, and what share shows the prompt's object before others."""
@@ -162,7 +168,7 @@ class Attacker:
             autocast_dtype=autocast_dtype(),
         )
         with found.loaded(pipeline):
-            prompts = [found.fill(f"{caption} {{}}") for caption in self.task.objects[:SAMPLES]]
+            prompts = [found.fill(f"{caption} {{}}") for caption in self.task.objects[: self.settings.samples]]
             return self.judged(pipeline, prompts)
 
     def prompt_search(self) -> dict[str, Any]:
@@ -170,13 +176,15 @@ class Attacker:
         pipeline = with_unet(self.material.pipeline, self.unet)
         # Its name first, which an attacker knows.
         words = (self.task.concept.name, *WORDS)
-        search = search_prompts(words, partial(self._scores, pipeline, seed=0), budget=min(SEARCHED, 4 * self.steps))
-        again = self._scores(pipeline, [search.best.prompt] * (SAMPLES // SAMPLES_PER_PROMPT), seed=1)
+        search = search_prompts(words, partial(self._scores, pipeline, seed=0), budget=min(SEARCHED, self.steps))
+        again = self._scores(
+            pipeline, [search.best.prompt] * (self.settings.samples // self.samples_per_prompt), seed=1
+        )
         return {"best": search.best.prompt, "score": search.best.score, "again": float(again.mean())}
 
     def _scores(self, pipeline: Any, prompts: list[str], *, seed: int) -> Tensor:
         settings = replace(self.settings, seed=self.settings.seed + 1000 * (seed + 1))
-        repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
+        repeated = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
         hits = self.judges.detector.detect(sample(pipeline, repeated, settings))
         return hits.float().view(len(prompts), -1).mean(1)
 
