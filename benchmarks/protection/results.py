@@ -47,7 +47,7 @@ TIMED = ("oracle", "masked, found", "online", "ours", "ours, by default")
 """Methods whose training time is compared with plain LoRA's."""
 ATTACK_FIGURES = {"leak": "leak", "top1": "top 1", "loss": "loss"}
 """Of samples and pictures under attack, and what they are called."""
-MEMBERSHIP = {"loss": "loss", "calibrated": "loss below the base model's", "pia": "PIA"}
+MEMBERSHIP = {"loss": "loss", "calibrated": "calibrated loss", "pia": "PIA"}
 BACK = (0.1, 0.5)
 """A concept is back where it leaks so much."""
 ADVERSARY_STEPS = f"revival with the concept, steps until a leak of {BACK[0]}"
