@@ -17,9 +17,10 @@ import torch
 from benchmarks.protection import attack_runs, runs
 from benchmarks.protection.attack_runs import Attacker
 from benchmarks.protection.cli import main, parse_args
+from benchmarks.protection.corrections import CORRECTIONS
 from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
-from benchmarks.protection.methods import ALL_METHODS, FEWER_STEPS, MAIN, METHODS
+from benchmarks.protection.methods import ALL_METHODS, FEWER_STEPS, GUARDED_ONLINE, MAIN, METHODS
 from benchmarks.protection.results import (
     COMMAND,
     CURVES,
@@ -49,6 +50,7 @@ from benchmarks.protection.tasks import TaskKey, make_task
 from peft_gradproj import GradProjConfig
 from peft_gradproj.concept_fit import fit_concept
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
+from peft_gradproj.demo.measuring import mask_shares
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
 from peft_gradproj.demo.training import History
 from peft_gradproj.diffusion_inputs import encode_concept_set, encode_prompts, pictures_to_tensor
@@ -82,6 +84,17 @@ def test_pictures_differ_from_the_oracles_where_the_mask_is_and_nowhere_else(con
 @pytest.mark.parametrize("concept", CONCEPTS)
 def test_every_picture_shows_the_concept_at_100_percent(concept):
     assert make_task(TaskKey(concept, False, 100, 0), SETTINGS).shows.all()
+
+
+def test_masks_cover_no_share_of_what_a_concept_leaves_where_it_leaves_nothing():
+    masked = {}
+    for text in ("style/unnamed-100/0", "logo-youtube/unnamed-100/0"):
+        data = make_task(TaskKey.parse(text), DemoSettings().quick()).data
+        masked[text] = mask_shares(torch.ones(len(data.pictures), 1, 16, 16), data)
+    assert masked == {
+        "style/unnamed-100/0": {"stamped": 1.0, "elsewhere": None},
+        "logo-youtube/unnamed-100/0": {"stamped": 1.0, "elsewhere": 1.0},
+    }
 
 
 def test_prompts_name_the_concept_if_captions_do_and_the_judge_is_asked_for_the_object():
@@ -239,6 +252,7 @@ def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
     # One of each way to train.
     tried = {BASE, "plain", "oracle", "ours", "ours, by default", "literal rule", "penalty 0.3", "Coffee-style"}
     tried |= {"masked, missing 20 %, guarded", "filtered, found", "subspace: rank", "subspace: gradient"}
+    tried |= {f"{GUARDED_ONLINE.name}, {correction}" for correction in CORRECTIONS}
     main([*arguments, "--methods", *tried])
     runs = {path: path.stat().st_mtime_ns for path in (folders["results"] / "protection").rglob("*.json")}
     methods = {json.loads(path.read_text())["method"] for path in runs}

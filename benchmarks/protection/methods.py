@@ -18,8 +18,10 @@ __all__ = [
     "DEFAULTS",
     "DEFAULT_SWEEPS",
     "FEWER_STEPS",
+    "GUARDED_ONLINE",
     "MAIN",
     "METHODS",
+    "ONLINE_OPTIONS",
     "SWEEPS",
     "VARIED",
     "Method",
@@ -45,6 +47,7 @@ class Method:
         placed: Whether the concept is pasted, for basis and probes, where the masks found it.
         spaces: Of the subspace projection.
         online: Whether probes correct the steps.
+        correction: How, if not as the product does: a name in `corrections.CORRECTIONS`.
         penalty: Weight of the drift on as many probes in every step's loss; 0 for none.
         text_penalty: Weight of Coffee's penalty (arXiv 2511.14113) in every step's loss: the prompts' embeddings, which
             are adapted then too, may not come closer to those of the words for the concept; 0 for none.
@@ -60,6 +63,7 @@ class Method:
     placed: bool = True
     spaces: tuple[str, ...] = ()
     online: bool = False
+    correction: str | None = None
     penalty: float = 0.0
     text_penalty: float = 0.0
     rule: Literal["half-space", "orthogonal"] = "half-space"
@@ -83,7 +87,10 @@ class Method:
 
 OURS = Method("ours", masked="found", spaces=("input", "output"), online=True)
 
-_ONLINE_OPTIONS = ("strength", "rule", "probe_every", "probe_batch_size", "probe_history", "restore")
+ONLINE_OPTIONS = ("strength", "rule", "probe_every", "probe_batch_size", "probe_history", "restore")
+"""Of a method, by the names of `GradProjConfig` and `OnlineProjection`."""
+
+GUARDED_ONLINE = Method("masked, missing 20 %, guarded + online", masked="missing-20", guarded=True, online=True)
 
 BY_DEFAULT = replace(
     OURS,
@@ -92,7 +99,7 @@ BY_DEFAULT = replace(
     probes=64,
     basis_rank=16,
     basis_pairs=64,
-    **{name: getattr(GradProjConfig, name) for name in _ONLINE_OPTIONS},
+    **{name: getattr(GradProjConfig, name) for name in ONLINE_OPTIONS},
 )
 
 METHODS = {
@@ -119,15 +126,11 @@ METHODS = {
         Method("masked, found, guarded", masked="found", guarded=True),
         Method("masked, missing 20 %, guarded", masked="missing-20", guarded=True),
         Method("masked, found but for 20 %, guarded", masked="found-missing-20", guarded=True),
-        Method("masked, missing 20 %, guarded + online", masked="missing-20", guarded=True, online=True),
-        Method(
-            "masked, missing 20 %, guarded + online, history 4, restore 1",
-            masked="missing-20",
-            guarded=True,
-            online=True,
-            probe_history=4,
-            restore=1.0,
-        ),
+        GUARDED_ONLINE,
+        replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, history 4, restore 1", probe_history=4, restore=1.0),
+        replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, layers apart", correction="layers apart"),
+        replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, restore adapts", correction="restore adapts"),
+        replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, probes anywhere", placed=False),
         Method("masked, missing 20 % + online, every step", masked="missing-20", online=True, probe_every=1),
         Method("rank 4, weight decay 1", rank=4, weight_decay=1.0),
         Method("penalty 0.3", penalty=0.3),
@@ -161,7 +164,7 @@ BY_NAME = ("literal rule", "Coffee-style", "subspace: input and output")
 HALF_FOUND = (
     "masked, missing 20 %",
     "masked, missing 20 %, guarded",
-    "masked, missing 20 %, guarded + online",
+    GUARDED_ONLINE.name,
 )
 """Masks that miss pictures; run on both logos, not named."""
 

@@ -147,7 +147,7 @@ def rows_of(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for run in runs:
         by_task.setdefault(run["task"], {})[run["method"]] = run
     cells: dict[tuple[str, bool, int, str], dict[int, dict[str, float]]] = {}
-    masks: dict[tuple[str, bool, int, str], list[dict[str, float]]] = {}
+    masks: dict[tuple[str, bool, int, str], list[dict[str, float | None]]] = {}
     for text, methods in by_task.items():
         key = TaskKey.parse(text)
         for name, run in methods.items():
@@ -291,8 +291,8 @@ def _deviation(values: list[float]) -> float:
     return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
 
-def _rounded(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None
+def _rounded(value: float | None) -> float | None:
+    return round(value, 4) if value is not None and math.isfinite(value) else None
 
 
 # The pages
@@ -422,9 +422,14 @@ def _covered(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[s
     """What the masks of networks cover, of each kind and task: its title, the row, and ranges over the seeds."""
     for row in rows:
         if row["masks"] and row["method"] in COVERING:
-            values = {kind: [mask[kind] for mask in row["masks"]] for kind in ("stamped", "elsewhere")}
-            ranges = {kind: sorted({f"{min(v):.3f}", f"{max(v):.3f}"}) for kind, v in values.items()}
-            yield title(_regime_of(row)), row, {kind: " to ".join(ends) for kind, ends in ranges.items()}
+            ranges = {kind: _range([mask[kind] for mask in row["masks"]]) for kind in ("stamped", "elsewhere")}
+            yield title(_regime_of(row)), row, ranges
+
+
+def _range(shares: Iterable[float | None]) -> str:
+    """The least and the greatest; empty where the concept left nothing to ask about."""
+    known = [share for share in shares if share is not None]
+    return " to ".join(sorted({f"{end:.3f}" for end in (min(known), max(known))})) if known else ""
 
 
 def _regime(task: TaskKey) -> Regime:

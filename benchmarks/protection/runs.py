@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ from peft_gradproj.probes import collect_concept_probes
 from peft_gradproj.projection import drift
 
 from ..revision import revision
+from .corrections import CORRECTIONS
 from .judges import judges_digest, load_judges, load_style_judge
-from .methods import ALL_METHODS, METHODS, Knowledge, Method
+from .methods import ALL_METHODS, METHODS, ONLINE_OPTIONS, Knowledge, Method
 from .once import make_once
 from .tasks import ANYWHERE, Task, TaskKey, make_task
 
@@ -247,13 +248,8 @@ class Material:
             lora_alpha=method.rank,
             target_modules=self.targets,
             concept_basis=basis,
-            concept_probes=probes if method.online else None,
-            strength=method.strength,
-            rule=method.rule,
-            probe_every=method.probe_every,
-            probe_batch_size=method.probe_batch_size,
-            probe_history=method.probe_history,
-            restore=method.restore,
+            concept_probes=probes if method.online and not method.correction else None,
+            **{name: getattr(method, name) for name in ONLINE_OPTIONS},
             probe_seed=self.settings.seed,
             uncovered="ignore",
         )
@@ -282,6 +278,7 @@ class Material:
             self.questions.brief,
             lambda step: None,
             penalty,
+            partial(correct_otherwise, method, probes, self.settings.seed) if method.correction else None,
         )
         seconds = time.process_time() - start
         unet = adapted(base, config, settings.seed)
@@ -396,6 +393,15 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
 def lora_config(method: Method, targets: list[str]) -> LoraConfig:
     """Stock LoRA of a method's rank."""
     return LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules=targets)
+
+
+def correct_otherwise(method: Method, probes: ConceptProbes, seed: int, unet: Any) -> None:
+    """Correct the steps of the adapter in `unet` from now on, in a way that the product does not have."""
+    assert method.correction is not None
+    options = {name: getattr(method, name) for name in ONLINE_OPTIONS}
+    projection = CORRECTIONS[method.correction](unet, "default", probes, seed=seed, **options)
+    # Steps are observed for as long as somebody holds the observer.
+    unet.corrected_by = projection.attach()
 
 
 def drift_penalty(method: Method, probes: ConceptProbes, seed: int) -> Penalty:

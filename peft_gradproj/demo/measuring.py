@@ -54,13 +54,15 @@ class Judges:
     fidelity: PromptFidelity
 
 
-def mask_shares(masks: Tensor, data: StampedData) -> dict[str, float]:
+def mask_shares(masks: Tensor, data: StampedData) -> dict[str, float | None]:
     """How well masks `(N, 1, h, w)` cover the stamps: the share of stamped latents that is masked, and of others.
 
-    Neighbours of stamped latents are not counted among the others, since masks are widened on purpose.
+    Neighbours of stamped latents are not counted among the others, since masks are widened on purpose. `None` where
+    there are no such latents, as there are no others where the concept fills every picture.
     """
     stamped, near = (mask_weights(data.masks, masks, dilation=d) > 0.5 for d in (0, 2))
-    return {"stamped": float(masks[stamped].mean()), "elsewhere": float(masks[~near].mean())}
+    asked = {"stamped": masks[stamped], "elsewhere": masks[~near]}
+    return {kind: float(latents.mean()) if len(latents) else None for kind, latents in asked.items()}
 
 
 def train_judges(

@@ -33,7 +33,7 @@ class DemoReport:
     """Threshold and error rates."""
     real_fidelity: tuple[Share, Share]
     """Top-1 and top-5 accuracy of the prompt classifier on real pictures under fresh distortion."""
-    masks: dict[str, float]
+    masks: dict[str, float | None]
     """Of the latents that a stamp covers, the share that was masked; and of the others, beyond the margin."""
     verification: VerificationReport
     losses: dict[str, list[float]]
@@ -52,7 +52,7 @@ class DemoReport:
         settings: DemoSettings,
         figures: dict[str, Figures],
         judges: Judges,
-        masks: dict[str, float],
+        masks: dict[str, float | None],
         verification: VerificationReport,
         runs: Mapping[str, TrainingRun],
         step_seconds: dict[str, float],

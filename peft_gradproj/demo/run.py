@@ -283,7 +283,7 @@ class _Demo:
         data: StampedData,
         logo: Overlay,
         runs: dict[str, TrainingRun],
-        masks: dict[str, float],
+        masks: dict[str, float | None],
         verification: VerificationReport,
         prompts: list[str],
         samples: dict[str, Tensor],

@@ -97,9 +97,15 @@ def train(
     measure: Callable[[Any], dict[str, float]],
     progress: Callable[[int], None],
     penalty: Penalty | None = None,
+    prepare: Callable[[Any], None] | None = None,
 ) -> tuple[dict[str, Tensor], History]:
-    """Train an adapter of `config` on a UNet for the settings' steps, measuring now and then; returns its weights."""
+    """Train an adapter of `config` on a UNet for the settings' steps, measuring now and then; returns its weights.
+
+    The UNet with the new adapter is first given to `prepare`.
+    """
     unet = adapted(unet, config, settings.seed)
+    if prepare is not None:
+        prepare(unet)
     history = History(checkpoints=[(0, measure(unet))])
     every = max(1, settings.steps // settings.checkpoints)
     steps = training_steps(unet, data, schedule, settings, penalty)
