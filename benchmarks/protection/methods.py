@@ -22,6 +22,7 @@ __all__ = [
     "MAIN",
     "METHODS",
     "ONLINE_OPTIONS",
+    "OTHERWISE",
     "SWEEPS",
     "VARIED",
     "Method",
@@ -92,6 +93,12 @@ ONLINE_OPTIONS = ("strength", "rule", "probe_every", "probe_batch_size", "probe_
 
 GUARDED_ONLINE = Method("masked, missing 20 %, guarded + online", masked="missing-20", guarded=True, online=True)
 
+OTHERWISE = tuple(
+    replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, {correction}", correction=correction)
+    for correction in ("layers apart", "restore adapts")
+)
+"""The same with steps corrected as the product does not."""
+
 BY_DEFAULT = replace(
     OURS,
     name="ours, by default",
@@ -128,8 +135,7 @@ METHODS = {
         Method("masked, found but for 20 %, guarded", masked="found-missing-20", guarded=True),
         GUARDED_ONLINE,
         replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, history 4, restore 1", probe_history=4, restore=1.0),
-        replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, layers apart", correction="layers apart"),
-        replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, restore adapts", correction="restore adapts"),
+        *OTHERWISE,
         replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, probes anywhere", placed=False),
         Method("masked, missing 20 % + online, every step", masked="missing-20", online=True, probe_every=1),
         Method("rank 4, weight decay 1", rank=4, weight_decay=1.0),

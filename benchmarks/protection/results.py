@@ -18,7 +18,7 @@ from peft_gradproj.evaluation.figures import Share
 
 from . import attack_runs
 from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
-from .methods import ALL_METHODS, BY_DEFAULT, MAIN, VARIED
+from .methods import ALL_METHODS, BY_DEFAULT, GUARDED_ONLINE, MAIN, OTHERWISE, VARIED
 from .runs import BASE, THREADS_PER_RUN, conditions, write_json
 from .tasks import COLLECTED, TaskKey
 
@@ -74,6 +74,23 @@ ADVERSARY = (
 """Figures of attacks that the page of claims has."""
 COVERING = {"ours": "found", "masked, found by any": "found by any"}
 """Methods whose rows say what networks' masks cover, and what these are called."""
+TRADING = (
+    "oracle",
+    "masked, missing 20 %, guarded",
+    GUARDED_ONLINE.name,
+    f"{GUARDED_ONLINE.name}, probes anywhere",
+    *(method.name for method in OTHERWISE),
+    f"{GUARDED_ONLINE.name}, history 4, restore 1",
+    "masked, found",
+    BY_DEFAULT.name,
+    "ours, by default, probe every 4",
+    "ours, probe every 8",
+    "ours",
+    "ours, probe every 2",
+    "ours, restore 1.0",
+    "ours, probe history 4",
+)
+"""What trades how little is learned where the concept is for what is kept."""
 IN_SHORT = ("plain", "oracle", "masked, found", "ours", "ours, by default")
 """Methods of the table that the page begins with."""
 CONCEPTS_IN_WORDS = {
@@ -329,6 +346,8 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "untouched": [title(key) for key in sorted({_regime(e.task) for e in MATRIX} - tables.keys())],
         "masks": list(_covered(rows)),
         "covering": COVERING,
+        "trading": TRADING,
+        "otherwise": [method.name for method in OTHERWISE],
         "attacked": len(ATTACKED),
         "attacks_made": sum(len(row["tasks"]) for row in content["attacks"]),
         "attack_runs": attack_runs,
