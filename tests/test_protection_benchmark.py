@@ -257,7 +257,7 @@ def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
     main([*arguments, "--methods", *tried])
     runs = {path: path.stat().st_mtime_ns for path in (folders["results"] / "protection").rglob("*.json")}
     methods = {json.loads(path.read_text())["method"] for path in runs}
-    assert all("revision" in json.loads(path.read_text()) for path in runs)
+    assert all({"revision", "processor"} <= json.loads(path.read_text()).keys() for path in runs)
     assert methods == tried
     main([*arguments, "--methods", "plain"])
     where = Folders(folders["results"] / "protection", folders["scratch"])
@@ -474,14 +474,15 @@ def test_the_pages_are_what_the_committed_runs_give(tmp_path):
     assert {**made, "versions": None} == {**committed, "versions": None}
 
 
-def test_times_are_ratios_to_plain_on_the_same_task_in_the_same_precision():
-    def trained(task: str, method: str, seconds: float, autocast: str = "None") -> dict[str, Any]:
-        return {"task": task, "method": method, "autocast": autocast, "train_cpu_seconds": seconds}
+def test_times_are_ratios_to_plain_on_the_same_task_and_processor_in_the_same_precision():
+    def trained(task: str, method: str, seconds: float, autocast: str = "None", **about: str) -> dict[str, Any]:
+        return {"task": task, "method": method, "autocast": autocast, "train_cpu_seconds": seconds, **about}
 
     tasks = [f"style/unnamed-75/{seed}" for seed in range(3)]
     made = [trained(task, "plain", 100.0 * (i + 1)) for i, task in enumerate(tasks)]
     made += [trained(task, "ours", 130.0 * (i + 1)) for i, task in enumerate(tasks)]
     made += [trained(tasks[0], "oracle", 100.0), trained(tasks[1], "oracle", 9.0, "torch.bfloat16")]
+    made += [trained(tasks[2], "oracle", 9.0, processor="a faster one")]
     assert times_of(made) == {"ours": {"tasks": 3, "low": 1.3, "median": 1.3, "high": 1.3}}
 
 

@@ -275,14 +275,16 @@ def costs_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def times_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By method: its training time as a ratio to plain LoRA's on the same task and in the same precision.
+    """By method: its training time as a ratio to plain LoRA's on the same task and processor, in the same precision.
 
     In processor time, which others on the machine disturb too: the median, the quartiles, and of how many tasks.
+    Earlier runs do not tell their processor, and are compared with each other.
     """
-    seconds: dict[tuple[str, str], dict[str, float]] = {}
+    seconds: dict[tuple[str, str, str | None], dict[str, float]] = {}
     for run in runs:
         if "train_cpu_seconds" in run:
-            seconds.setdefault((run["task"], run["autocast"]), {})[run["method"]] = run["train_cpu_seconds"]
+            where = (run["task"], run["autocast"], run.get("processor"))
+            seconds.setdefault(where, {})[run["method"]] = run["train_cpu_seconds"]
     found: dict[str, list[float]] = {}
     for of_task in seconds.values():
         for method in TIMED:

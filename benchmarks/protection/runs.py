@@ -47,7 +47,7 @@ from peft_gradproj.online import detach_online_projection
 from peft_gradproj.probes import collect_concept_probes
 from peft_gradproj.projection import drift
 
-from ..revision import revision
+from ..revision import processor, revision
 from .corrections import CORRECTIONS
 from .judges import judges_digest, load_judges, load_style_judge
 from .methods import ALL_METHODS, METHODS, ONLINE_OPTIONS, Knowledge, Method
@@ -341,9 +341,14 @@ def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, wi
 
 
 def conditions() -> dict[str, Any]:
-    """What a run was made with: the precision, the commit, and the versions of libraries."""
+    """What a run was made with: the precision, the processor, the commit, and the versions of libraries."""
     versions = {**installed_versions(*LIBRARIES), "python": platform.python_version()}
-    return {"autocast": str(autocast_dtype()), "revision": revision(), "versions": versions}
+    return {
+        "autocast": str(autocast_dtype()),
+        "processor": processor(),
+        "revision": revision(),
+        "versions": versions,
+    }
 
 
 def measure(unet: Any, material: Material, scratch: Path) -> dict[str, Any]:
