@@ -12,25 +12,46 @@ from benchmarks.protection.corrections import LayersApart, RestoreAdapts
 from peft_gradproj.online import OnlineProjection, OnlineReport
 
 
-def raised_by(task: Task, kind: type[OnlineProjection], steps: int = 8) -> Iterator[list[float]]:
-    """Of each corrected step, by how much every layer's part of it raises the drift, to first order."""
+def raised_by(
+    task: Task, kind: type[OnlineProjection], restore: float = 0.0, steps: int = 8
+) -> Iterator[tuple[list[float], list[float]]]:
+    """Of each corrected step, by how much every layer's part of it raises the drift, to first order; and its share.
+
+    That is of the drift, in proportion to the squares of its gradient.
+    """
     parameters = task.parameters()
     optimizer = torch.optim.SGD(parameters, lr=0.05)
-    projection = kind(task.net, "default", task.probes, probe_every=1, probe_batch_size=PROBES, restore=0.0).attach()
+    options = {"probe_every": 1, "probe_batch_size": PROBES, "restore": restore}
+    projection = kind(task.net, "default", task.probes, **options).attach()
     for _ in range(steps):
-        gradient, before = torch.autograd.grad(task.drift(), parameters), copies(parameters)
+        drift = task.drift()
+        gradient, before = torch.autograd.grad(drift, parameters), copies(parameters)
         take_steps(task, optimizer)
         moved = [p.detach() - b for p, b in zip(parameters, before, strict=True)]
         # A and B of one layer after those of another.
-        yield [dot([*gradient[i : i + 2]], moved[i : i + 2]) for i in range(0, len(parameters), 2)]
+        layers = [slice(i, i + 2) for i in range(0, len(parameters), 2)]
+        squares = [dot([*gradient[layer]], [*gradient[layer]]) for layer in layers]
+        raised = [dot([*gradient[layer]], moved[layer]) for layer in layers]
+        yield raised, [drift.item() * square / sum(squares) for square in squares]
     projection.detach()
 
 
 def test_no_layers_part_raises_the_drift_where_layers_are_apart_and_some_do_where_they_are_not():
-    apart, together = (list(raised_by(make_task(), kind)) for kind in (LayersApart, OnlineProjection))
+    apart, together = ([r for r, _ in raised_by(make_task(), kind)] for kind in (LayersApart, OnlineProjection))
     assert all(raised < 1e-6 for step in apart for raised in step)
     assert max(raised for step in together for raised in step) > 1e-5
     assert all(sum(step) < 1e-6 for step in together)
+
+
+def test_each_layer_takes_back_its_share_of_the_drift():
+    restore = 0.02
+    steps = [
+        [(-raised, restore * share) for raised, share in zip(*layers, strict=True)]
+        for layers in raised_by(make_task(), LayersApart, restore)
+    ]
+    # More only where the optimizer's own step goes that way.
+    assert all(taken >= 0.999 * asked - 1e-6 for step in steps for taken, asked in step)
+    assert any(all(taken == pytest.approx(asked, rel=1e-3) for taken, asked in step) for step in steps)
 
 
 def test_a_single_layer_is_corrected_as_by_the_product():
