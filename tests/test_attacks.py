@@ -476,7 +476,8 @@ def test_a_model_in_half_precision_gives_the_scores_that_it_gives_in_float32(att
 
 def test_what_the_base_model_finds_easy_is_no_member_once_losses_are_calibrated_by_it(world):
     learned, prompts = world.others[:4], world.embeddings
-    options = {"steps": 40, "every": 40, "learning_rate": 1e-2, "measure": lambda attacked: attacked}
+    # Few steps: after 40, on some processors, what was learned is as easy as what the base model knows.
+    options = {"steps": 10, "every": 10, "learning_rate": 1e-2, "measure": lambda attacked: attacked}
     fresh = with_adapter(world, plain_config())
     _, (_, trained) = revive(fresh, learned, prompts, world.schedule, **options)
     before = state(trained)
