@@ -23,20 +23,18 @@ class LayersApart(OnlineProjection):
     """
 
     def _swept(self, step: list[Tensor], diagonal: list[Tensor], blocks: Blocks, pending: Any) -> list[Tensor]:
-        steps, metric = blocks.split(step), blocks.split(diagonal)
-        gradient = blocks.split(blocks.join(pending.gradient))
-        layers = [*_layers(steps)]
-        squares = [inner(*([gradient[n] for n in names],) * 2, [metric[n] for n in names]) for names in layers]
-        total = sum(map(float, squares))
-        for names, square in zip(layers, squares, strict=True):
-            part, diagonals = [steps[n] for n in names], [metric[n] for n in names]
+        whole = blocks.join(pending.gradient)
+        total = inner(whole, whole, diagonal).clamp_min(1e-300)
+        steps, gradient, metric = (blocks.split(vectors) for vectors in (step, whole, diagonal))
+        for names in _layers(steps):
+            part, s, m = ([of[name] for name in names] for of in (steps, gradient, metric))
             corrected = project_half_space(
                 part,
-                [gradient[n] for n in names],
-                pending.drift * square / total if total else 0.0,
+                s,
+                pending.drift * inner(s, s, m) / total,
                 restore=self.restore,
-                metric=diagonals,
-                restore_limit=RESTORE_LIMIT * self.probe_every * metric_norm(part, diagonals),
+                metric=m,
+                restore_limit=RESTORE_LIMIT * self.probe_every * metric_norm(part, m),
             )
             steps |= dict(zip(names, corrected, strict=True))
         return blocks.join(steps)

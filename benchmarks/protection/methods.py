@@ -21,11 +21,11 @@ __all__ = [
     "GUARDED_ONLINE",
     "MAIN",
     "METHODS",
-    "ONLINE_OPTIONS",
     "OTHERWISE",
     "SWEEPS",
     "VARIED",
     "Method",
+    "online_options",
 ]
 
 Knowledge = Literal["perfect", "missing-20", "found", "found-missing-20", "found-by-any"]
@@ -88,8 +88,12 @@ class Method:
 
 OURS = Method("ours", masked="found", spaces=("input", "output"), online=True)
 
-ONLINE_OPTIONS = ("strength", "rule", "probe_every", "probe_batch_size", "probe_history", "restore")
-"""Of a method, by the names of `GradProjConfig` and `OnlineProjection`."""
+
+def online_options(of: Any) -> dict[str, Any]:
+    """How a method, or `GradProjConfig` by default, corrects steps, by the names of the latter."""
+    names = ("strength", "rule", "probe_every", "probe_batch_size", "probe_history", "restore")
+    return {name: getattr(of, name) for name in names}
+
 
 GUARDED_ONLINE = Method("masked, missing 20 %, guarded + online", masked="missing-20", guarded=True, online=True)
 
@@ -106,7 +110,7 @@ BY_DEFAULT = replace(
     probes=64,
     basis_rank=16,
     basis_pairs=64,
-    **{name: getattr(GradProjConfig, name) for name in ONLINE_OPTIONS},
+    **online_options(GradProjConfig),
 )
 
 METHODS = {

@@ -50,7 +50,7 @@ from peft_gradproj.projection import drift
 from ..revision import processor, revision
 from .corrections import CORRECTIONS
 from .judges import judges_digest, load_judges, load_style_judge
-from .methods import ALL_METHODS, METHODS, ONLINE_OPTIONS, Knowledge, Method
+from .methods import ALL_METHODS, METHODS, Knowledge, Method, online_options
 from .once import make_once
 from .tasks import ANYWHERE, Task, TaskKey, make_task
 
@@ -249,7 +249,7 @@ class Material:
             target_modules=self.targets,
             concept_basis=basis,
             concept_probes=probes if method.online and not method.correction else None,
-            **{name: getattr(method, name) for name in ONLINE_OPTIONS},
+            **online_options(method),
             probe_seed=self.settings.seed,
             uncovered="ignore",
         )
@@ -403,8 +403,8 @@ def lora_config(method: Method, targets: list[str]) -> LoraConfig:
 def correct_otherwise(method: Method, probes: ConceptProbes, seed: int, unet: Any) -> None:
     """Correct the steps of the adapter in `unet` from now on, in a way that the product does not have."""
     assert method.correction is not None
-    options = {name: getattr(method, name) for name in ONLINE_OPTIONS}
-    projection = CORRECTIONS[method.correction](unet, "default", probes, seed=seed, **options)
+    kind = CORRECTIONS[method.correction]
+    projection = kind(unet, "default", probes, seed=seed, **online_options(method))
     # Steps are observed for as long as somebody holds the observer.
     unet.corrected_by = projection.attach()
 
