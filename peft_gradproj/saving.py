@@ -6,14 +6,17 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from math import sqrt
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
 from torch import nn
 
 from .adapter_folder import (
     MANIFEST_NAME,
     PUBLISHED_FILES,
+    WEIGHT_NAMES,
     has_adapter_weights,
     publishes_basis,
     read_settings,
@@ -156,6 +159,28 @@ def write_config_sidecars(config: GradProjConfig, folder: str | os.PathLike[str]
         concept=probes.concept if probes is not None else "",
         uncovered=config.uncovered_parts,
     )
+    _warn_of_a_lost_scale(config, Path(folder, WEIGHT_NAMES[1]))
+
+
+def _warn_of_a_lost_scale(config: GradProjConfig, weights: Path) -> None:
+    """Warn if diffusers would load `weights`, in its layout, at another scale than they were trained at.
+
+    Where the file does not say, it takes alpha = r for every layer, of a stock LoRA just the same.
+    """
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    sizes = [(config.r, config.lora_alpha)]
+    sizes += [(ranks.get(key, config.r), alphas.get(key, config.lora_alpha)) for key in {*ranks, *alphas}]
+    if all(alpha == (sqrt(rank) if config.use_rslora else rank) for rank, alpha in sizes) or not weights.is_file():
+        return
+    with safe_open(weights, framework="pt") as file:
+        names = [*(file.metadata() or {}), *file.keys()]
+    if not any(name == "lora_adapter_metadata" or name.endswith(".alpha") for name in names):
+        warnings.warn(
+            f"'{weights}' does not say with which alpha the adapter was trained, and diffusers will load it as if that "
+            "were its rank, so that it acts at another strength. Give save_lora_weights the config as well, such as "
+            "unet_lora_adapter_metadata=unet.peft_config['default'].to_dict(), or train with lora_alpha=r.",
+            stacklevel=4,
+        )
 
 
 def write_sidecars_of_weights(config: GradProjConfig, folder: str | os.PathLike[str]) -> None:

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from conftest import SmallNet
 from distributed_case import PROBE_OPTIONS, adapted_net, small_probes, train_alone
 from helpers import LAYERS, saved_leakage, small_net_basis, train, trainable
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
@@ -189,6 +191,56 @@ def test_what_diffusers_saves_does_not_leak_verifies_and_is_loaded_by_stock_diff
     run_python("-c", STOCK_DIFFUSERS, str(tmp_path / "inputs.safetensors"), *map(str, expected))
     for folder, output in expected.items():
         torch.testing.assert_close(load_file(folder / "output.safetensors")["output"], output, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_alpha": 8},
+        {"use_rslora": True},
+        {"rank_pattern": {"to_q": 2}},
+        {"alpha_pattern": {"to_q": 2}},
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_say_their_scale_are_saved_with_a_warning_since_diffusers_loads_another(options, tmp_path):
+    unet, _ = adapted_unet(**options)
+    fit_noise(unet)
+    expected = unet.eval()(**unet_inputs(2)).sample
+    save_with_pipeline(unet, tmp_path / "silent")
+    with pytest.warns(UserWarning, match="does not say with which alpha"):
+        save_sidecars(unet, tmp_path / "silent")
+    save_with_metadata(unet, tmp_path / "told")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_sidecars(unet, tmp_path / "told")
+    assert scales_of(unet) == scales_of(reloaded(unet, tmp_path / "told"))
+    torch.testing.assert_close(unet(**unet_inputs(2)).sample, expected, atol=1e-5, rtol=1e-4)
+    assert set(scales_of(reloaded(unet, tmp_path / "silent"))) == {1.0}
+
+
+def test_weights_at_scale_one_in_every_layer_need_not_say_it(tmp_path):
+    unet, _ = adapted_unet(rank_pattern={"to_q": 2}, alpha_pattern={"to_q": 2})
+    fit_noise(unet)
+    expected = unet.eval()(**unet_inputs(2)).sample
+    save_with_pipeline(unet, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_sidecars(unet, tmp_path)
+    torch.testing.assert_close(reloaded(unet, tmp_path)(**unet_inputs(2)).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+def reloaded(unet, folder):
+    """The same model with the adapter of `folder` in place of its own, as stock diffusers loads it."""
+    unet.delete_adapters("default")
+    unet.load_lora_adapter(
+        folder, prefix="unet", adapter_name="default", weight_name="pytorch_lora_weights.safetensors"
+    )
+    return unet
+
+
+def scales_of(unet) -> list[float]:
+    return [s for module in unet.modules() if isinstance(module, LoraLayer) for s in module.scaling.values()]
 
 
 def test_save_lora_adapter_of_diffusers_verifies_and_reloads(tmp_path):
