@@ -20,7 +20,7 @@ from benchmarks.protection.cli import main, parse_args
 from benchmarks.protection.corrections import CORRECTIONS
 from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
-from benchmarks.protection.methods import ALL_METHODS, FEWER_STEPS, MAIN, METHODS, OTHERWISE
+from benchmarks.protection.methods import ALL_METHODS, BY_DEFAULT, FEWER_STEPS, MAIN, METHODS, OTHERWISE
 from benchmarks.protection.results import (
     COMMAND,
     CURVES,
@@ -275,23 +275,28 @@ def test_tiny_attacks_are_told_beside_their_quality_and_leave_results_as_they_ar
     where = Folders(folders["results"] / "protection", folders["scratch"])
     task = ATTACKED[0].task
     given = [part for name, folder in folders.items() for part in (f"--{name}", str(folder))]
-    given += ["--quick", "--tasks", str(task), "--methods", BASE, "ours", "--workers", "2"]
+    given += ["--quick", "--tasks", str(task), "--methods", BASE, BY_DEFAULT.name, "--workers", "2"]
     main(given)
     # As on a clone, whose results are there and whose adapters are not.
-    where.weights(task, "ours").unlink()
-    result = where.result(task, "ours")
+    where.weights(task, BY_DEFAULT.name).unlink()
+    result = where.result(task, BY_DEFAULT.name)
     write_json(result, {**json.loads(result.read_text()), "revision": "another"})
     main([*given, "--attacks"])
-    assert where.weights(task, "ours").exists()
+    assert where.weights(task, BY_DEFAULT.name).exists()
     assert json.loads(result.read_text())["revision"] == "another"
-    found = json.loads(where.attacks(task, "ours").read_text())
+    found = json.loads(where.attacks(task, BY_DEFAULT.name).read_text())
     assert {"autocast", "revision", "versions"} <= found.keys()
     for curve in CURVES:
         assert [set(figures) for _, figures in found[curve]] == [{"leak", "top1", "loss"}] * len(found[curve])
+    # What verifies lies in the complement of its own basis, where the attacker begins.
+    first, within = (
+        found[curve][0][1]["loss"] for curve in ("revival_with_probes", "revival_with_probes_within_basis")
+    )
+    assert within == pytest.approx(first, rel=1e-5)
     assert set(found["membership"]) == {"loss", "pia", "calibrated"}
     page = (folders["docs"] / "benchmark.md").read_text()
     rows = [line for line in page.partition("## Attacks")[2].splitlines() if line.startswith("| ")]
-    assert rows[0].split(" | ")[1:] == [BASE, "ours |"]
+    assert rows[0].split(" | ")[1:] == [BASE, f"{BY_DEFAULT.name} |"]
     assert any(row.startswith("| revival with the concept, steps until a leak of 0.5 | ") for row in rows)
 
 
@@ -306,23 +311,31 @@ def test_attackers_are_asked_about_pictures_that_they_do_not_train_on(tmp_path, 
     assert trained.isdisjoint(asked)
 
 
-def test_steps_until_a_concept_is_back_are_those_of_the_mean_over_seeds():
-    def attacked(seed: int, leaks: list[float]) -> dict[str, Any]:
-        curve = [[10 * i, {"leak": leak, "top1": 0.5, "loss": 1.0}] for i, leak in enumerate(leaks)]
-        return {
-            "task": f"logo-spotify/unnamed-100/{seed}",
-            "method": "ours",
-            **dict.fromkeys(CURVES, curve),
-            "textual_inversion": {"leak": 0.0, "top1": 0.5},
-            "prompt_search": {"again": 0.0},
-            "membership": {name: {"auc": 0.5} for name in ("loss", "pia", "calibrated")},
-        }
+def attacked(seed: int, leaks: list[float], method: str = "ours") -> dict[str, Any]:
+    curve = [[10 * i, {"leak": leak, "top1": 0.5, "loss": 1.0}] for i, leak in enumerate(leaks)]
+    return {
+        "task": f"logo-spotify/unnamed-100/{seed}",
+        "method": method,
+        **dict.fromkeys(CURVES, curve),
+        "textual_inversion": {"leak": 0.0, "top1": 0.5},
+        "prompt_search": {"again": 0.0},
+        "membership": {name: {"auc": 0.5} for name in ("loss", "pia", "calibrated")},
+    }
 
-    (row,) = attack_rows_of([attacked(0, [0.0, 0.0, 0.2]), attacked(1, [0.0, 0.15, 0.6])])
+
+def test_steps_until_a_concept_is_back_are_those_of_the_mean_over_seeds():
+    (row,) = attack_rows_of([attacked(0, [0.0, 0.0, 0.2]), attacked(1, [0.0, 0.45, 0.6])])
     told = {name: attack_figure(row["mean"], name) for name in row["mean"]}
-    assert told["revival with the concept, steps until a leak of 0.1"] == "20"
+    assert told["revival with the concept, steps until a leak of 0.25"] == "20"
     assert told["revival with the concept, steps until a leak of 0.5"] == "> 60"
     assert told["revival with the concept, leak"] == "0.40"
+
+
+def test_rows_of_attacks_are_means_over_the_same_seeds():
+    made = [attacked(seed, [0.1 * seed], method) for seed in (0, 1) for method in ("plain", "ours")]
+    rows = attack_rows_of([*made, attacked(2, [0.9], "ours")])
+    assert {row["method"]: row["mean"]["before, leak"] for row in rows} == {"plain": 0.05, "ours": 0.05}
+    assert attack_rows_of([]) == []
 
 
 def test_a_method_of_fewer_steps_takes_its_share_of_them(tmp_path, monkeypatch):
@@ -474,16 +487,32 @@ def test_the_pages_are_what_the_committed_runs_give(tmp_path):
     assert {**made, "versions": None} == {**committed, "versions": None}
 
 
-def test_times_are_ratios_to_plain_on_the_same_task_and_processor_in_the_same_precision():
-    def trained(task: str, method: str, seconds: float, autocast: str = "None", **about: str) -> dict[str, Any]:
-        return {"task": task, "method": method, "autocast": autocast, "train_cpu_seconds": seconds, **about}
+def test_times_are_ratios_to_what_takes_no_projection_on_the_same_processor_in_the_same_precision():
+    def trained(method: str, seconds: float, autocast: str = "None", **about: str) -> dict[str, Any]:
+        return {"method": method, "autocast": autocast, "train_cpu_seconds": seconds, **about}
 
-    tasks = [f"style/unnamed-75/{seed}" for seed in range(3)]
-    made = [trained(task, "plain", 100.0 * (i + 1)) for i, task in enumerate(tasks)]
-    made += [trained(task, "ours", 130.0 * (i + 1)) for i, task in enumerate(tasks)]
-    made += [trained(tasks[0], "oracle", 100.0), trained(tasks[1], "oracle", 9.0, "torch.bfloat16")]
-    made += [trained(tasks[2], "oracle", 9.0, processor="a faster one")]
-    assert times_of(made) == {"ours": {"tasks": 3, "low": 1.3, "median": 1.3, "high": 1.3}}
+    slow, fast = {"processor": "a slow one"}, {"processor": "a fast one"}
+    made = [trained(name, 100.0, **slow) for name in ("plain", "oracle", "masked, found")]
+    made += [trained("ours", 130.0, **slow), trained("ours, strength 0.5", 150.0, **slow)]
+    made += [trained("ours, probe every 2", 190.0, **slow)]
+    made += [trained("plain", 10.0, **fast), trained("filtered, found", 10.0, **fast), trained("ours", 14.0, **fast)]
+    # Of another length; in another precision; where plain LoRA's time is not known, or not on what.
+    made += [trained("oracle, a quarter of the steps", 25.0, **slow), trained("ours", 50.0, "torch.bfloat16", **slow)]
+    made += [trained("ours", 900.0, processor="a third"), trained("plain", 1.0), trained("ours", 9.0)]
+    assert times_of(made) == {
+        "plain": {"runs": 5, "low": 1.0, "median": 1.0, "high": 1.0},
+        "ours": {"runs": 3, "low": 1.35, "median": 1.4, "high": 1.45},
+    }
+
+
+def test_a_report_can_be_made_before_the_yardsticks_are_there(tmp_path):
+    for number, method in enumerate(("ours", "masked, found", "online, every step, restore 1")):
+        made = {**a_run(method, (0.5,) * 3), "task": f"{TUNED_LOGO}/unnamed-75/0", "autocast": "None"}
+        write_json(tmp_path / "protection" / f"{number}.json", made)
+    write_results(tmp_path, tmp_path / "docs", DemoSettings())
+    benchmark, claims = ((tmp_path / "docs" / page).read_text() for page in ("benchmark.md", "claims.md"))
+    assert "kept more than *ours* in\n0 of 0," in benchmark
+    assert f"{NOT_RUN}\nof what plain LoRA learned" in claims
 
 
 def test_the_table_in_short_has_what_was_run_and_no_more():

@@ -133,10 +133,15 @@ class Attacker:
         return revive(self.unet, latents[: self.half], embeddings, self.material.schedule, **self._training)
 
     def adaptive(self, *, within_basis: bool) -> list[Any]:
-        """Training for what the probes show, if need be such that the adapter still verifies."""
-        ours = METHODS["ours"]
-        probes = self.material.probes(replace(ours, rule="orthogonal"))
-        basis = self.material.basis(ours) if within_basis else None
+        """Training for what the probes show, if need be such that the adapter still verifies.
+
+        With the adapter's own probes and basis, or with those of *ours* if it has not both.
+        """
+        method = ALL_METHODS.get(self.name, METHODS["ours"])
+        if not (method.spaces and method.online):
+            method = METHODS["ours"]
+        probes = self.material.probes(replace(method, rule="orthogonal"))
+        basis = self.material.basis(method) if within_basis else None
         return revive_with_probes(self.unet, probes, basis=basis, **self._training)
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import mean, quantiles, stdev
+from statistics import mean, median, quantiles, stdev
 from typing import Any
 
 from peft_gradproj.demo.settings import DemoSettings
@@ -18,7 +18,7 @@ from peft_gradproj.evaluation.figures import Share
 
 from . import attack_runs
 from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
-from .methods import ALL_METHODS, BY_DEFAULT, GUARDED_ONLINE, MAIN, OTHERWISE, VARIED
+from .methods import ALL_METHODS, BY_DEFAULT, GUARDED_ONLINE, MAIN, OTHERWISE, VARIED, Method
 from .runs import BASE, THREADS_PER_RUN, conditions, write_json
 from .tasks import COLLECTED, TaskKey
 
@@ -43,13 +43,11 @@ CURVES = {
     "revival_with_probes": "revival with the probes",
     "revival_with_probes_within_basis": "the same within the basis",
 }
-TIMED = ("oracle", "masked, found", "online", "ours", "ours, by default")
-"""Methods whose training time is compared with plain LoRA's."""
 ATTACK_FIGURES = {"leak": "leak", "top1": "top 1", "loss": "loss"}
 """Of samples and pictures under attack, and what they are called."""
 MEMBERSHIP = {"loss": "loss", "calibrated": "calibrated loss", "pia": "PIA"}
-BACK = (0.1, 0.5)
-"""A concept is back where it leaks so much."""
+BACK = (0.25, 0.5)
+"""A concept is back where it leaks so much: more than what detectors find by mistake makes of a few dozen samples."""
 ADVERSARY_STEPS = f"revival with the concept, steps until a leak of {BACK[0]}"
 ADVERSARY = (
     "before, leak",
@@ -120,6 +118,7 @@ def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
         "settings": asdict(settings),
         "rows": rows_of(runs),
         "attacks": attack_rows_of(attacks),
+        "attacked": len(attacks),
         "detectors": detectors_of(runs),
         "conditions": conditions_of(runs),
         "costs": costs_of(runs),
@@ -195,14 +194,19 @@ def rows_of(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def attack_rows_of(attacks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each method: what each attack reached, mean over tasks and seeds, and the curves of each seed.
 
+    Of tasks and seeds on which as many methods were attacked as on any: rows are means over the same ones.
     Steps are counted until so many samples show the concept, on the mean over seeds of the curves; `None` is never.
     """
-    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    by_task: dict[str, dict[str, Mapping[str, Any]]] = {}
     for found in attacks:
-        by_method.setdefault(found["method"], []).append(found)
+        by_task.setdefault(found["task"], {})[found["method"]] = found
+    most = max(map(len, by_task.values()), default=0)
+    whole = [methods for methods in by_task.values() if len(methods) == most]
+    by_method = {name: [methods[name] for methods in whole if name in methods] for name in (BASE, *ALL_METHODS)}
     rows = []
-    for name in [n for n in (BASE, *ALL_METHODS) if n in by_method]:
-        group = by_method[name]
+    for name, group in by_method.items():
+        if not whole or len(group) < len(whole):
+            continue
         curves = {title: [f[curve] for f in group] for curve, title in CURVES.items()}
         before = [points[0][1] for points in curves["revival with the concept"]]
         figures = {
@@ -274,36 +278,45 @@ def costs_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-def times_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By method: its training time as a ratio to plain LoRA's on the same task and processor, in the same precision.
+def times_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """By method: its training time as a ratio to plain LoRA's on the same processor in the same precision.
 
-    In processor time, which others on the machine disturb too: the median, the quartiles, and of how many tasks.
-    Earlier runs do not tell their processor, and are compared with each other.
+    In processor time, which others on the machine disturb too: the median, the quartiles, and of how many runs. Methods
+    whose steps do the same work count as the first of them, whatever the task: masks, clean pictures and fewer pictures
+    as plain LoRA, of which the median is 1. Runs that do not tell their processor are left out.
     """
-    seconds: dict[tuple[str, str, str | None], dict[str, float]] = {}
+    seconds: dict[tuple[str, str], dict[tuple[Any, ...], list[float]]] = {}
     for run in runs:
-        if "train_cpu_seconds" in run:
-            where = (run["task"], run["autocast"], run.get("processor"))
-            seconds.setdefault(where, {})[run["method"]] = run["train_cpu_seconds"]
-    found: dict[str, list[float]] = {}
-    for of_task in seconds.values():
-        for method in TIMED:
-            if method in of_task and "plain" in of_task:
-                found.setdefault(method, []).append(of_task[method] / of_task["plain"])
-    return {
-        method: {
-            "tasks": len(found[method]),
-            **dict(
-                zip(
-                    ("low", "median", "high"),
-                    map(_rounded, quantiles(found[method], n=4, method="inclusive")),
-                    strict=True,
-                )
-            ),
-        }
-        for method in TIMED
-        if len(found.get(method, [])) > 1
-    }
+        if "train_cpu_seconds" in run and "processor" in run:
+            of_work = seconds.setdefault((run["processor"], run["autocast"]), {})
+            of_work.setdefault(_work_of(ALL_METHODS[run["method"]]), []).append(run["train_cpu_seconds"])
+    found: dict[tuple[Any, ...], list[float]] = {}
+    plain = _work_of(ALL_METHODS["plain"])
+    for of_work in seconds.values():
+        if len(of_work.get(plain, [])) > 1:
+            for work, values in of_work.items():
+                found.setdefault(work, []).extend(value / median(of_work[plain]) for value in values)
+    first: dict[tuple[Any, ...], str] = {}
+    for method in ALL_METHODS.values():
+        first.setdefault(_work_of(method), method.name)
+    times = {}
+    for work, name in first.items():
+        if len(found.get(work, [])) > 1:
+            low, middle, high = quantiles(found[work], n=4, method="inclusive")
+            times[name] = {
+                "runs": len(found[work]),
+                "low": _rounded(low),
+                "median": _rounded(middle),
+                "high": _rounded(high),
+            }
+    return times
+
+
+def _work_of(method: Method) -> tuple[Any, ...]:
+    """What decides how long its training takes."""
+    online = ("rule", "probe_every", "probe_batch_size", "probe_history", "correction") if method.online else ()
+    names = ("spaces", "online", "penalty", "text_penalty", "rank", "steps_share", *online)
+    return tuple(getattr(method, name) for name in names)
 
 
 def _deviation(values: list[float]) -> float:
@@ -344,6 +357,7 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "in_short": list(in_short(rows)),
         "columns": IN_SHORT,
         "total": len(MATRIX),
+        "trained": sum(entry.method != BASE for entry in MATRIX),
         "missing": len(set(MATRIX) - made),
         "untouched": [title(key) for key in sorted({_regime(e.task) for e in MATRIX} - tables.keys())],
         "masks": list(_covered(rows)),
@@ -351,11 +365,11 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "trading": TRADING,
         "otherwise": [method.name for method in OTHERWISE],
         "attacked": len(ATTACKED),
-        "attacks_made": sum(len(row["tasks"]) for row in content["attacks"]),
         "attack_runs": attack_runs,
         "collected": COLLECTED,
         "adversary": ADVERSARY,
         "adversary_steps": ADVERSARY_STEPS,
+        "back": BACK[0],
         "mixed": [
             CONCEPTS_IN_WORDS[c] for c, kinds in content["conditions"].items() if max(map(len, kinds.values())) > 1
         ],
@@ -404,7 +418,10 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
 
     def by_seed(method: str, name: str) -> str:
         row = rows.get((TUNED_LOGO, False, 75, method))
-        return NOT_RUN if row is None else ", ".join(f"{figures[name]:.2f}" for figures in row["by_seed"].values())
+        if row is None:
+            return NOT_RUN
+        values = [figures[name] for figures in row["by_seed"].values()]
+        return ", ".join(NOT_RUN if value is None else f"{value:.2f}" for value in values)
 
     def attack(method: str, name: str) -> str:
         return attack_figure(attacks[method], name) if method in attacks else NOT_RUN
@@ -418,7 +435,8 @@ def _ahead(rows: Iterable[Mapping[str, Any]], first: str, second: str, name: str
     found: dict[str, dict[tuple[Regime, str], float]] = {first: {}, second: {}}
     for row in rows:
         if row["method"] in found:
-            found[row["method"]] |= {(_regime_of(row), seed): f[name] for seed, f in row["by_seed"].items()}
+            known = {seed: figures[name] for seed, figures in row["by_seed"].items() if figures[name] is not None}
+            found[row["method"]] |= {(_regime_of(row), seed): value for seed, value in known.items()}
     both = [found[first][task] - found[second][task] for task in found[first].keys() & found[second].keys()]
     above = [difference for difference in both if difference > 0]
     return f"{len(above)} of {len(both)}" + (f", by {min(above):.2f} to {max(above):.2f}" if above else "")
