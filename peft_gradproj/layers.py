@@ -30,7 +30,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .errors import ConceptBasisError, GradProjConfigError
-from .projection import coordinates, remove_component
+from .projection import coordinates, orthonormal_basis, remove_component
 from .step_hooks import ORDER_RETRACTION, OrderedWeakSet, observe_steps
 
 if TYPE_CHECKING:
@@ -215,14 +215,24 @@ class GradientConstraint:
     def __init__(self, a: ProjectedWeight, b: ProjectedWeight, basis: Tensor, strength: float) -> None:
         self.a, self.b, self.basis, self.strength = a, b, basis, strength
         self._start: Tensor | None = None
+        self._trained: tuple[ProjectedWeight, ...] = (a, b)
+        self._of_trained = basis
 
     def _flat(self) -> Tensor:
-        return torch.cat([_whole(m.weight).float().flatten() for m in (self.a, self.b)]).unsqueeze(1)
+        return torch.cat([_whole(m.weight).float().flatten() for m in self._trained]).unsqueeze(1)
 
     def _on_device(self) -> Tensor:
-        if self.basis.device != self.a.weight.device:
-            self.basis = self.basis.to(self.a.weight.device)
-        return self.basis
+        """The basis for the weights that are trained: what is frozen may not be moved, and has no part in the steps."""
+        trained = tuple(module for module in (self.a, self.b) if module.weight.requires_grad) or (self.a, self.b)
+        if trained != self._trained:
+            self._trained, self._start = trained, None
+            rows = self.basis.split([self.a.weight.numel(), self.b.weight.numel()])
+            self._of_trained = torch.cat([r for m, r in zip((self.a, self.b), rows, strict=True) if m in trained])
+            if len(trained) == 1:
+                self._of_trained = orthonormal_basis(self._of_trained)
+        if self._of_trained.device != self.a.weight.device:
+            self._of_trained = self._of_trained.to(self.a.weight.device)
+        return self._of_trained
 
     def restart(self) -> None:
         """Keep, from the next step on, the coordinates that A and B have before it."""
@@ -230,24 +240,30 @@ class GradientConstraint:
 
     def remember(self) -> None:
         """Note the coordinates before a step: of the first one, and at strength below 1 of each."""
+        basis = self._on_device()
         # Not earlier: DDP broadcasts the weights of the first process, and transformers loads a saved adapter into one
         # that is injected already, both past `load_state_dict`. Not of each step: what low precision rounds away of
         # the corrections would add up.
         if self._start is None or self.strength < 1.0:
-            self._start = coordinates(self._flat(), self._on_device(), side="left")
+            self._start = coordinates(self._flat(), basis, side="left")
 
     @torch.no_grad()
     def retract(self) -> None:
         """Move A and B back along the basis."""
         if self._start is None:
             return
-        flat = self._flat()
         flat = remove_component(
-            flat, self._on_device(), side="left", strength=self.strength, target=self._start.to(flat.device)
+            self._flat(),
+            self._of_trained,
+            side="left",
+            strength=self.strength,
+            target=self._start.to(self._of_trained.device),
         ).squeeze(1)
-        split = self.a.weight.numel()
-        _overwrite(self.a.weight, flat[:split].reshape(self.a.weight.shape))
-        _overwrite(self.b.weight, flat[split:].reshape(self.b.weight.shape))
+        if self.strength < 1.0:
+            # The step of a wrapper encloses that of the optimizer: a share that is left is not to be shared again.
+            self._start = None
+        for module, values in zip(self._trained, flat.split([m.weight.numel() for m in self._trained]), strict=True):
+            _overwrite(module.weight, values.reshape(module.weight.shape))
 
 
 class _Retraction:

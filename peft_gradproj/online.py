@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from .blocks import Blocks
 from .errors import ConceptDataError, GradProjConfigError, OnlineProjectionError
-from .optimizer_metric import RunningSecondMoment, needs_estimate, optimizer_metric, projected_moments
+from .optimizer_metric import RunningSecondMoment, needs_estimate, optimizer_metric, project_moments
 from .probes import (
     ConceptProbes,
     ProbeBatch,
@@ -76,6 +76,8 @@ FLOOR_PROBES = 32
 """So many probes are also run without the adapter, whose mean is the floor of later batches."""
 
 _STEPS_BEFORE_WARNING = 20
+_PARAMETER_SETS = 4
+"""So many sets of parameters keep half-spaces: those of as many optimizers, or of what was trained in turn last."""
 _FORKED_DEVICES = ("cuda", "xpu")
 
 
@@ -127,6 +129,18 @@ class _Pending:
     drift: float
     floor: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Stepping:
+    """The step that is being taken."""
+
+    optimizer: int
+    """Its identity."""
+
+    number: int
+    names: list[str]
+    """Of the parameters that it may move."""
 
 
 @dataclass
@@ -236,10 +250,13 @@ class OnlineProjection:
         self._history: dict[frozenset[str], deque[_HalfSpace]] = {}
         self._counts: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._first_count = 0
-        self._stepping: tuple[int, int] | None = None
+        self._reached: dict[str, int] = {}
+        self._strangers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._stepping: _Stepping | None = None
         self._pending: _Pending | None = None
         self._foreign_steps: int | None = 0
         self._noticed_others = False
+        self._noticed_moments = False
         self._layers: list[tuple[str, weakref.ref[Any]]] = []
         self._find_layers(model)
         if not self._layers:
@@ -285,7 +302,7 @@ class OnlineProjection:
     @property
     def step(self) -> int:
         """Number of optimizer steps that were seen."""
-        return max(self._counts.values(), default=self._first_count)
+        return max([*self._counts.values(), *self._reached.values()], default=self._first_count)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue exactly: the step, and what was learned from earlier ones."""
@@ -329,18 +346,25 @@ class OnlineProjection:
         if self.outlived:
             self._give_way(model)
             return
-        number = self._count(optimizer)
-        due = number % self.probe_every == 0
+        counted = self._counted(optimizer)
+        due = counted is None or counted % self.probe_every == 0
         parameters = self._parameters_of(optimizer, model, refresh=due)
         if not parameters:
-            self._notice_foreign_step()
+            configs = getattr(model, "peft_config", None)
+            if self._layers:
+                self._notice_foreign_step()
+            elif configs is not None and self.adapter_name not in configs:
+                # Deleted. Not unloaded, after which a model has no configs: who takes the name then is to be told.
+                self._retire(model)
             return
+        number = self._next_count(parameters) if counted is None else counted
+        due = number % self.probe_every == 0
         _refuse_partitioned(optimizer)
         if self.rule == "half-space":
             _refuse_schedule_free(optimizer)
             _refuse_remembered_steps(optimizer)
         self._foreign_steps = None
-        self._stepping = id(optimizer), number
+        self._stepping = _Stepping(id(optimizer), number, [*parameters])
         if self.rule == "half-space":
             needed = needs_estimate(optimizer, parameters)
             self._estimate.update({name: parameters[name] for name in needed})
@@ -348,36 +372,48 @@ class OnlineProjection:
         if due:
             started = time.perf_counter()
             if self.rule == "orthogonal":
-                self._project_gradients(model, optimizer, parameters, started)
+                self._project_gradients(model, parameters, started)
             else:
-                self._pending = self._measured(model, optimizer, parameters, started)
+                self._pending = self._measured(model, parameters, started)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Correct the step that was measured."""
         # A wrapper's step may enclose that of the optimizer it wraps: the innermost, which moved, is the one corrected.
-        if self._stepping is None or self._stepping[0] != id(optimizer):
+        if self._stepping is None or self._stepping.optimizer != id(optimizer):
             return
         # The number of before: by now, an adapter of this name in another model may have counted the step in the group.
-        _, step = self._stepping
-        pending, self._pending, self._stepping = self._pending, None, None
-        self._counts[optimizer] = optimizer.param_groups[0][self._count_key] = step + 1
+        stepping, pending, self._pending, self._stepping = self._stepping, self._pending, None, None
+        self._counts[optimizer] = optimizer.param_groups[0][self._count_key] = stepping.number + 1
+        self._reached.update(dict.fromkeys(stepping.names, stepping.number + 1))
         if pending is not None:
             with torch.no_grad():
-                self._correct(optimizer, pending, step)
+                self._correct(optimizer, pending, stepping.number)
 
     @property
     def _count_key(self) -> str:
         return f"gradproj_step.{self.adapter_name}"
 
-    def _count(self, optimizer: torch.optim.Optimizer) -> int:
+    def _counted(self, optimizer: torch.optim.Optimizer) -> int | None:
+        """How many steps of an optimizer were seen; `None` of one that is new."""
         # In a group of the optimizer, which every training loop saves and restores: a resumed run goes on with it.
         # An adapter of this name in another model, once detached, takes the number out of the group; the own one stays.
-        return int(optimizer.param_groups[0].get(self._count_key, self._counts.get(optimizer, self._first_count)))
+        count = optimizer.param_groups[0].get(self._count_key, self._counts.get(optimizer))
+        return None if count is None else int(count)
+
+    def _next_count(self, names: Iterable[str]) -> int:
+        """Where a new optimizer begins to count.
+
+        Not anew, where another one has moved its parameters: of many probes, the same few would be drawn in every round
+        of a training that makes an optimizer for each. Its first step is corrected.
+        """
+        reached = [self._reached[name] for name in names if name in self._reached]
+        return -(-max(reached) // self.probe_every) * self.probe_every if reached else self._first_count
 
     def _forget_counts(self) -> None:
         for optimizer in self._counts:
             optimizer.param_groups[0].pop(self._count_key, None)
         self._counts.clear()
+        self._reached.clear()
 
     def _give_way(self, model: nn.Module) -> None:
         warnings.warn(
@@ -385,6 +421,9 @@ class OnlineProjection:
             "correct its steps. To keep the concept out of it, give concept_probes in its config.",
             stacklevel=2,
         )
+        self._retire(model)
+
+    def _retire(self, model: nn.Module) -> None:
         self.detach()
         if _registry.get(model, {}).get(self.adapter_name) is self:
             del _registry[model][self.adapter_name]
@@ -438,11 +477,21 @@ class OnlineProjection:
         self, optimizer: torch.optim.Optimizer, model: nn.Module, *, refresh: bool
     ) -> dict[str, nn.Parameter]:
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        found = {} if refresh else self._trainable(known)
-        if not found:
+        # For an optimizer that has none of them, the model is not walked through at every step.
+        stranger = optimizer in self._strangers
+        found = {} if refresh and not stranger else self._trainable(known)
+        if not found and (not stranger or self._has_lost_layers()):
             self._find_layers(model)
             found = self._trainable(known)
+        if found:
+            self._strangers.discard(optimizer)
+        else:
+            self._strangers.add(optimizer)
         return found
+
+    def _has_lost_layers(self) -> bool:
+        layers: list[Any] = [reference() for _, reference in self._layers]
+        return any(layer is None or not _weights_of(layer, self.adapter_name) for layer in layers)
 
     def _trainable(self, known: set[int]) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
@@ -460,22 +509,17 @@ class OnlineProjection:
 
     # Measuring
 
-    def _measured(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        parameters: dict[str, nn.Parameter],
-        started: float,
-    ) -> _Pending:
-        drift, floor, gradient = self._drift_and_gradient(model, optimizer, parameters)
+    def _measured(self, model: nn.Module, parameters: dict[str, nn.Parameter], started: float) -> _Pending:
+        drift, floor, gradient = self._drift_and_gradient(model, parameters)
         before = {name: p.detach().clone() for name, p in parameters.items()}
         return _Pending(parameters, before, gradient, drift, floor, time.perf_counter() - started)
 
     def _drift_and_gradient(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+        self, model: nn.Module, parameters: dict[str, nn.Parameter]
     ) -> tuple[float, float, dict[str, Tensor]]:
         """Drift less floor, floor, and the drift's gradient in the parameters' shapes, over all processes."""
-        step = self._count(optimizer)
+        assert self._stepping is not None
+        step = self._stepping.number
         indices = _shard(self._draw(step // self.probe_every))
         device = next(iter(parameters.values())).device
         terms = torch.zeros(3, dtype=torch.float64, device=device)
@@ -521,7 +565,7 @@ class OnlineProjection:
 
     def _order(self, epoch: int, count: int) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(count, generator=generator)
+        return torch.randperm(count, generator=generator, device="cpu")
 
     @contextmanager
     def _probe_context(self, model: nn.Module, device: torch.device) -> Iterator[None]:
@@ -625,7 +669,11 @@ class OnlineProjection:
     def _earlier(self, names: Iterable[str]) -> deque[_HalfSpace]:
         """The half-spaces of earlier corrections of these parameters, from the oldest on."""
         # Each optimizer has its own: those of another one are about parameters that this one does not move.
-        return self._history.setdefault(frozenset(names), deque(maxlen=self.probe_history - 1))
+        key = frozenset(names)
+        self._history[key] = found = self._history.pop(key, deque(maxlen=self.probe_history - 1))
+        while len(self._history) > _PARAMETER_SETS:
+            del self._history[next(iter(self._history))]
+        return found
 
     def _remember(self, pending: _Pending) -> None:
         if self.probe_history > 1:
@@ -634,8 +682,15 @@ class OnlineProjection:
             self._earlier(names).append(_HalfSpace(pending.gradient, pending.drift - along))
 
     def _correct_moments(self, optimizer: torch.optim.Optimizer, pending: _Pending, metric: dict[str, Tensor]) -> None:
-        for moment, projected in projected_moments(optimizer, pending.parameters, pending.gradient, metric):
-            moment.lerp_(projected, self.strength)
+        unread = project_moments(optimizer, pending.parameters, pending.gradient, metric, strength=self.strength)
+        if unread and not self._noticed_moments and self.probe_every > 1:
+            self._noticed_moments = True
+            warnings.warn(
+                f"the optimizer, {type(optimizer).__name__}, keeps moments that cannot be read, of {unread[0]} and "
+                f"{len(unread) - 1} more: what they push towards the concept between corrections is not taken out of "
+                "them. Take another optimizer, or probe_every=1.",
+                stacklevel=2,
+            )
 
     def _report(self, pending: _Pending, step: int, shares: tuple[float, dict[str, float]], started: float) -> None:
         seconds = pending.seconds + time.perf_counter() - started
@@ -648,20 +703,14 @@ class OnlineProjection:
 
     # The paper's literal rule
 
-    def _project_gradients(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        parameters: dict[str, nn.Parameter],
-        started: float,
-    ) -> None:
+    def _project_gradients(self, model: nn.Module, parameters: dict[str, nn.Parameter], started: float) -> None:
         parameters = {name: p for name, p in parameters.items() if p.grad is not None}
         if not parameters:
             raise OnlineProjectionError(
                 f"no parameter of adapter {self.adapter_name!r} has a gradient before the step. rule='orthogonal' "
                 "changes gradients, so it cannot be used with closures, which compute them within the step."
             )
-        loss, _, s = self._drift_and_gradient(model, optimizer, parameters)
+        loss, _, s = self._drift_and_gradient(model, parameters)
         gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
         projected = project_orthogonal([*gradients.values()], [s[n] for n in gradients], strength=self.strength)
         with torch.no_grad():
@@ -671,8 +720,8 @@ class OnlineProjection:
             total, layers = _removed_shares(removed, whole, [torch.ones_like(g) for g in whole], blocks)
             for gradient, new in zip(gradients.values(), projected, strict=True):
                 gradient.copy_(new)
-        step = self._count(optimizer)
-        self._publish(OnlineReport(step, loss, 0.0, total, layers, time.perf_counter() - started))
+        assert self._stepping is not None
+        self._publish(OnlineReport(self._stepping.number, loss, 0.0, total, layers, time.perf_counter() - started))
 
 
 class _RememberAutocast:

@@ -9,11 +9,11 @@ parameters that the optimizer moves least, and destroys what was learned.
 | Adam, AdamW, NAdam, RAdam | :math:`\sqrt{\hat v} + \epsilon`, with `max_exp_avg_sq` for amsgrad |
 | RMSprop | :math:`\sqrt{v} + \epsilon`, less the square of the mean if centered |
 | Adagrad | :math:`\sqrt{\sum g^2} + \epsilon` |
-| SGD | 1 |
+| SGD, ASGD, and those that keep a `momentum_buffer` alone (Muon) | 1 |
 | others (Adafactor, Lion, 8-bit) | a running estimate of :math:`\sqrt{E g^2}` of our own |
 
 Some keep a second moment that can be read of some parameters alone: 8-bit optimizers, which leave small tensors as they
-are. The estimate stands for the others.
+are. The estimate stands for the others. What bitsandbytes calls `state1` and `state2` is read under the names above.
 
 Only ratios matter, so the learning rates are taken relative to the largest. The diagonal is infinite where the
 optimizer has never seen a gradient: there it has moved nothing, and the correction shall not either.
@@ -21,7 +21,9 @@ optimizer has never seen a gradient: there it has moved nothing, and the correct
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from .blocks import Blocks
 from .projection import project_half_space, project_momentum
 
-__all__ = ["RunningSecondMoment", "needs_estimate", "optimizer_metric", "projected_moments"]
+__all__ = ["RunningSecondMoment", "needs_estimate", "optimizer_metric", "project_moments"]
 
 
 class RunningSecondMoment:
@@ -91,10 +93,12 @@ class RunningSecondMoment:
 
 def needs_estimate(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> list[str]:
     """The names of parameters of which the optimizer keeps no second moment that can be read; all, before its first."""
-    if isinstance(optimizer, torch.optim.SGD):
-        return []
     groups = _groups(optimizer)
-    return [name for name, p in parameters.items() if _kind(optimizer.state.get(p, {}), groups[id(p)], p) is None]
+    return [
+        name
+        for name, p in parameters.items()
+        if not _is_unscaled(optimizer, p, groups[id(p)]) and _kind(_state(optimizer, p), groups[id(p)], p) is None
+    ]
 
 
 def optimizer_metric(
@@ -137,13 +141,48 @@ def _diagonals(
 ) -> dict[str, Tensor]:
     found: dict[str, Tensor | None]
     estimated = needs_estimate(optimizer, parameters)
-    if isinstance(optimizer, torch.optim.SGD) or (len(estimated) == len(parameters) and not estimate):
+    if len(estimated) == len(parameters) and not estimate:
         # Before any gradient was seen, as in the first step of a closure, no coordinate is known to differ.
         found = {name: _one(p) for name, p in parameters.items()}
     else:
-        found = {name: _own_diagonal(optimizer.state.get(p, {}), groups[id(p)], p) for name, p in parameters.items()}
+        found = {name: _own_diagonal(optimizer, p, groups[id(p)]) for name, p in parameters.items()}
         found |= {name: estimate.metric(name) for name in estimated}
     return {name: diagonal for name, diagonal in found.items() if diagonal is not None}
+
+
+def _is_unscaled(optimizer: torch.optim.Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether all coordinates of a parameter are stepped at one rate, told by the keys as there are many classes."""
+    if isinstance(optimizer, torch.optim.SGD | torch.optim.ASGD) or _bitsandbytes_kind(optimizer) == "momentum":
+        return True
+    state = optimizer.state.get(parameter, {})
+    return "momentum_buffer" in state and "square_avg" not in state and "betas" not in group
+
+
+_BITSANDBYTES = {
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "ademamix": ("exp_avg", "exp_avg_sq"),
+    "momentum": ("momentum_buffer",),
+    "rmsprop": ("square_avg",),
+    "adagrad": ("sum",),
+}
+"""What `state1` and `state2` are, by the kind of optimizer. AdEMAMix keeps two first moments in one tensor."""
+
+_BITSANDBYTES_BLOCK = 256
+"""So many values of an 8-bit moment have a scale in common."""
+
+
+def _bitsandbytes_kind(optimizer: torch.optim.Optimizer) -> str | None:
+    module = sys.modules.get("bitsandbytes")
+    if module is None or not isinstance(optimizer, module.optim.optimizer.Optimizer8bit):
+        return None
+    return getattr(optimizer, "optimizer_name", None)
+
+
+def _state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The optimizer's state of a parameter, under the names that PyTorch has for it."""
+    state = dict(optimizer.state.get(parameter, {}))
+    names = _BITSANDBYTES.get(_bitsandbytes_kind(optimizer) or "", ())
+    return state | {name: state[key] for key, name in zip(("state1", "state2"), names, strict=False) if key in state}
 
 
 def _kind(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor) -> str | None:
@@ -155,7 +194,10 @@ def _kind(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor)
     return "adagrad" if _readable(state.get("sum"), parameter) else None
 
 
-def _own_diagonal(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor) -> Tensor | None:
+def _own_diagonal(optimizer: torch.optim.Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> Tensor | None:
+    if _is_unscaled(optimizer, parameter, group):
+        return _one(parameter)
+    state = _state(optimizer, parameter)
     kind, epsilon = _kind(state, group, parameter), group.get("eps", 1e-8)
     if kind == "adam":
         second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
@@ -202,59 +244,120 @@ def _all_finite(tensors: Any) -> bool:
 # First moments
 
 
-def projected_moments(
+@dataclass(frozen=True)
+class _FirstMoment:
+    """A first moment in the optimizer's state."""
+
+    value: Tensor
+    """Floating, in the parameter's shape."""
+
+    write: Callable[[Tensor], Any]
+    """Puts another value in its place."""
+
+    of_steps: bool
+    r"""Whether it averages steps, gradients divided by the metric, and not gradients."""
+
+
+def project_moments(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, Tensor],
     gradient: Mapping[str, Tensor],
     metric: Mapping[str, Tensor],
-) -> list[tuple[Tensor, Tensor]]:
-    r"""The optimizer's first moments, and what they should be, so that they do not push the drift up.
+    *,
+    strength: float = 1.0,
+) -> list[str]:
+    r"""Project the optimizer's first moments in place, so that they do not push the drift up.
 
     A moment of gradients is projected as :func:`~peft_gradproj.projection.project_momentum` says. One that already
-    holds steps, divided by the metric (RMSprop, or an optimizer that is not known), is minus a step :math:`\Delta`, and
-    is projected as one.
+    holds steps, divided by the metric (RMSprop, Adafactor), is minus a step :math:`\Delta`, and is projected as one.
+    Quantised moments, of bitsandbytes and torchao, are quantised again.
 
     Args:
         optimizer: After its step.
         parameters: By name.
         gradient: The gradient :math:`s` of the drift.
         metric: As :func:`optimizer_metric` gives it.
+        strength: Share of the change that is made.
 
     Returns:
-        Pairs of the tensor in the optimizer's state and its new value; empty if it keeps no floating-point moment.
+        The names of parameters whose first moment is there and cannot be read.
     """
     groups = _groups(optimizer)
-    raw: dict[str, Tensor] = {}
-    steps: dict[str, Tensor] = {}
+    moments: dict[str, _FirstMoment] = {}
+    unread = []
     for name in metric:
-        state, group = optimizer.state.get(parameters[name], {}), groups[id(parameters[name])]
-        moment = state.get("exp_avg", state.get("momentum_buffer"))
-        if _readable(moment, parameters[name]):
-            is_raw = isinstance(optimizer, torch.optim.SGD) or ("betas" in group and "exp_avg" in state)
-            (raw if is_raw else steps)[name] = moment
-    return [*_of_gradients(raw, gradient, metric), *_of_steps(steps, gradient, metric)]
+        state = _state(optimizer, parameters[name])
+        key = "exp_avg" if "exp_avg" in state else "momentum_buffer"
+        if state.get(key) is None:
+            continue
+        moment = _first_moment(state, key, groups[id(parameters[name])], parameters[name])
+        if moment is None:
+            unread.append(name)
+        else:
+            moments[name] = moment
+    of_gradients, of_steps = (
+        {name: moment.value for name, moment in moments.items() if moment.of_steps is kind} for kind in (False, True)
+    )
+    for name, new in (_of_gradients(of_gradients, gradient, metric) | _of_steps(of_steps, gradient, metric)).items():
+        moments[name].write(moments[name].value.lerp(new, strength))
+    return unread
+
+
+def _first_moment(
+    state: Mapping[str, Any], key: str, group: Mapping[str, Any], parameter: Tensor
+) -> _FirstMoment | None:
+    moment: Any = state[key]
+    if key == "momentum_buffer":
+        of_steps = "square_avg" in state
+    else:
+        # CAME has betas, and averages what it has divided by its factors already.
+        of_steps = "betas" not in group or any(kept.endswith(("_row", "_col")) for kept in state)
+    if _readable(moment, parameter):
+        return _FirstMoment(moment, moment.copy_, of_steps)
+    if "state1" in state and moment.dtype == torch.uint8 and moment.shape == parameter.shape:
+        return _of_bitsandbytes(state, of_steps)
+    if type(moment).dequantize is not Tensor.dequantize and moment.shape == parameter.shape:
+        # torchao's kinds, which quantise what is copied into them.
+        return _FirstMoment(moment.dequantize().to(parameter.dtype), moment.copy_, of_steps)
+    return None
+
+
+def _of_bitsandbytes(state: Mapping[str, Any], of_steps: bool) -> _FirstMoment | None:
+    """A moment of 8 bits, scaled block by block."""
+    functional = sys.modules["bitsandbytes"].functional
+    moment, code, scales = state["state1"], state.get("qmap1"), state.get("absmax1")
+    if code is None or scales is None or len(scales) != -(-moment.numel() // _BITSANDBYTES_BLOCK):
+        return None
+
+    def write(value: Tensor) -> None:
+        quantised, found = functional.quantize_blockwise(value.contiguous(), code=code, blocksize=_BITSANDBYTES_BLOCK)
+        moment.copy_(quantised.view_as(moment))
+        scales.copy_(found.absmax)
+
+    value = functional.dequantize_blockwise(moment, absmax=scales, code=code, blocksize=_BITSANDBYTES_BLOCK)
+    return _FirstMoment(value.view_as(moment).float(), write, of_steps)
 
 
 def _of_gradients(
     moments: dict[str, Tensor], gradient: Mapping[str, Tensor], metric: Mapping[str, Tensor]
-) -> list[tuple[Tensor, Tensor]]:
+) -> dict[str, Tensor]:
     if not moments:
-        return []
+        return {}
     blocks = Blocks(moments)
     diagonal = blocks.join(metric)
     # Where the metric is infinite the optimizer itself divides by its epsilon alone: no moment may arise there.
     s = [torch.where(m.isinf(), 0.0, x) for m, x in zip(diagonal, blocks.join(gradient), strict=True)]
     projected = project_momentum(blocks.join(moments), s, metric=diagonal)
-    return [(moments[name], new) for name, new in blocks.split(projected).items()]
+    return blocks.split(projected)
 
 
 def _of_steps(
     moments: dict[str, Tensor], gradient: Mapping[str, Tensor], metric: Mapping[str, Tensor]
-) -> list[tuple[Tensor, Tensor]]:
+) -> dict[str, Tensor]:
     if not moments:
-        return []
+        return {}
     blocks = Blocks(moments)
     steps = [-m for m in blocks.join(moments)]
     s = blocks.join(gradient)
     projected = project_half_space(steps, s, 0.0, restore=0.0, metric=blocks.join(metric))
-    return [(moments[name], -new) for name, new in blocks.split(projected).items()]
+    return {name: -new for name, new in blocks.split(projected).items()}

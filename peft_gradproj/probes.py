@@ -193,7 +193,7 @@ class ConceptProbes:
     def weighted_indices(self) -> Tensor:
         """Indices of the probes that have a positive weight somewhere, shape `(m,)`; only these can show drift."""
         if self.weights is None or self.weights.shape[0] == 1:
-            return torch.arange(len(self))
+            return torch.arange(len(self), device="cpu")
         return (self.weights.flatten(1).amax(1) if self.weights.ndim > 1 else self.weights).nonzero().flatten()
 
     def batch(

@@ -102,12 +102,28 @@ class PackedTensor(Tensor):
         raise NotImplementedError(f"{operator} of a packed tensor")
 
 
+class UnpackableTensor(PackedTensor):
+    """What those of torchao can do beside."""
+
+    def dequantize(self) -> Tensor:
+        return self.values.clone()
+
+    @classmethod
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.aten.copy_.default:
+            args[0].values.copy_(args[1])
+            return args[0]
+        return super().__torch_dispatch__(operator, types, args, kwargs)
+
+
 class PackedAdam(torch.optim.Optimizer):
     """Adam whose moments are packed, but for those of small tensors."""
 
-    def __init__(self, parameters: list[nn.Parameter], packed_from: int, lr: float = 1e-3) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], packed_from: int, lr: float = 1e-3, kind: Any = PackedTensor
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8})
-        self.packed_from = packed_from
+        self.packed_from, self.kind = packed_from, kind
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -118,6 +134,6 @@ class PackedAdam(torch.optim.Optimizer):
             for key, beta, value in (("exp_avg", 0.9, p.grad), ("exp_avg_sq", 0.999, p.grad.square())):
                 kept = state.get(key, torch.zeros_like(p))
                 moment = (kept.values if isinstance(kept, PackedTensor) else kept).lerp(value, 1 - beta)
-                state[key] = PackedTensor(moment) if p.numel() >= self.packed_from else moment
+                state[key] = self.kind(moment) if p.numel() >= self.packed_from else moment
                 moments.append(moment / (1 - beta ** state["step"]))
             p.sub_(self.param_groups[0]["lr"] * moments[0] / (moments[1].sqrt() + 1e-8))

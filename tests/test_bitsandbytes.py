@@ -7,10 +7,12 @@ import torch
 from distributed_case import PROBE_OPTIONS, adapted_net, small_probes
 from helpers import saved_leakage, small_net_basis, train, trainable
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from test_online import PROBES, make_task, take_steps
 from tiny_models import FLOORS, LLAMA_TARGETS, basis_for, folder_leakage, tiny_llama
 from torch import nn
 
 from peft_gradproj import GradProjConfig, collect_concept_probes, online_projections, verify_adapter
+from peft_gradproj.online import attach_online_projection
 from peft_gradproj.optimizer_metric import RunningSecondMoment, needs_estimate, optimizer_metric
 from peft_gradproj.projection import drift
 
@@ -66,6 +68,40 @@ def test_an_8_bit_optimizer_is_retracted_and_corrected_by_the_probes(tmp_path):
     assert drifts[1] < 0.5 * drifts[0]
     (steps,) = {*online_projections(model)["default"].state_dict()["estimate"]["steps"].values()}
     assert steps == 20
+
+
+@pytest.mark.parametrize(
+    ("make", "twin"),
+    [
+        (lambda p: bnb.optim.AdamW(p, lr=5e-3), lambda p: torch.optim.AdamW(p, lr=5e-3)),
+        (lambda p: bnb.optim.AdamW8bit(p, lr=5e-3, min_8bit_size=1), lambda p: torch.optim.AdamW(p, lr=5e-3)),
+        (lambda p: bnb.optim.SGD(p, lr=2e-2, momentum=0.9), lambda p: torch.optim.SGD(p, lr=2e-2, momentum=0.9)),
+        (
+            lambda p: bnb.optim.SGD8bit(p, lr=2e-2, momentum=0.9, min_8bit_size=1),
+            lambda p: torch.optim.SGD(p, lr=2e-2, momentum=0.9),
+        ),
+        (lambda p: bnb.optim.RMSprop(p, lr=1e-3), lambda p: torch.optim.RMSprop(p, lr=1e-3)),
+    ],
+    ids=["AdamW", "AdamW8bit", "SGD", "SGD8bit", "RMSprop"],
+)
+def test_the_probes_hold_an_optimizer_as_they_hold_that_of_pytorch(make, twin):
+    ends = []
+    for optimizer_of in (make, twin):
+        task = make_task(started=False)
+        attach_online_projection(task.net, "default", task.probes, probe_batch_size=PROBES, probe_every=4)
+        take_steps(task, optimizer_of(task.parameters()), 300)
+        ends.append((float(task.drift().detach()), float(task.wanted_loss().detach())))
+    (drift, loss), (expected, expected_loss) = ends
+    assert drift < 0.1
+    assert drift == pytest.approx(expected, rel=0.5)
+    assert loss == pytest.approx(expected_loss, rel=0.1)
+
+
+def test_moments_that_it_keeps_two_of_are_pointed_out():
+    task = make_task()
+    attach_online_projection(task.net, "default", task.probes)
+    with pytest.warns(UserWarning, match="AdEMAMix, keeps moments that cannot be read"):
+        take_steps(task, bnb.optim.AdEMAMix(task.parameters(), lr=1e-3))
 
 
 def test_an_8_bit_run_resumes_exactly_with_the_state_of_the_projection_and_not_without(tmp_path):
@@ -153,4 +189,8 @@ def test_a_quantised_base_trains_with_an_8_bit_optimizer_and_stock_peft_loads_wh
     again = prepare_model_for_kbit_training(quantised_llama(tmp_path / "base", bits))
     loaded = PeftModel.from_pretrained(again, tmp_path / "adapter")
     with torch.no_grad():
-        torch.testing.assert_close(loaded.eval()(TOKENS).logits, model.eval()(TOKENS).logits, atol=1e-4, rtol=1e-3)
+        expected = model.eval()(TOKENS).logits
+        # Some processors compute 4-bit layers in bfloat16, where a difference of 1e-8 can become one of its rounding.
+        torch.testing.assert_close(loaded.eval()(TOKENS).logits, expected, atol=4e-3, rtol=0)
+        with loaded.disable_adapter():
+            assert (loaded(TOKENS).logits - expected).abs().max() > 0.04

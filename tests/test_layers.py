@@ -103,6 +103,45 @@ def test_what_lies_along_a_rank_or_gradient_basis_keeps_its_start(space):
     torch.testing.assert_close(along(), start, atol=1e-5, rtol=1e-5)
 
 
+def test_a_frozen_weight_is_not_moved_by_a_gradient_basis_and_the_other_keeps_its_start():
+    model, basis = adapted(("gradient",))
+    layer = model.base_model.model.query
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    matrix = basis["query"].gradient[a.numel() :]
+    for frozen in (True, False):
+        a.requires_grad_(not frozen)
+        start, frozen_start = matrix.mT @ b.detach().flatten(), a.detach().clone()
+        moved = b.detach().clone()
+        train(model, torch.optim.AdamW(trainable(model), lr=1e-2), steps=10)
+        assert (b - moved).norm() > 1e-2, "the layer was not trained"
+        assert torch.equal(a, frozen_start) is frozen
+        if frozen:
+            torch.testing.assert_close(matrix.mT @ b.detach().flatten(), start, atol=1e-5, rtol=1e-5)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Steps another optimizer, as those of accelerate and of schedules do."""
+
+    def __init__(self, wrapped):
+        super().__init__(wrapped.param_groups, {})
+        self.wrapped, self.param_groups = wrapped, wrapped.param_groups
+
+    def step(self, closure=None):
+        self.wrapped.step(closure)
+
+
+@pytest.mark.parametrize("space", ["input", "rank", "output", "gradient"])
+def test_a_soft_strength_is_applied_once_where_an_optimizer_is_wrapped(space):
+    ends = []
+    for wrap in (lambda optimizer: optimizer, Wrapper):
+        torch.manual_seed(0)
+        model, _ = adapted((space,), strength=0.5)
+        train(model, wrap(torch.optim.SGD(trainable(model), lr=1e-1)), steps=3)
+        ends.append([p.detach().clone() for p in trainable(model)])
+    for alone, wrapped in zip(*ends, strict=True):
+        torch.testing.assert_close(alone, wrapped)
+
+
 @pytest.mark.parametrize(("dtype", "floor"), [(torch.float32, 2.0), (torch.bfloat16, 0.02)])
 def test_what_rounding_leaves_along_a_gradient_basis_does_not_add_up(dtype, floor):
     model, basis = adapted(("gradient",))

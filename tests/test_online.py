@@ -23,10 +23,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from helpers import PackedAdam
+from helpers import PackedAdam, PackedTensor, UnpackableTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.functional import delete_adapter
 from torch import Tensor, nn
 from transformers.optimization import Adafactor, AdafactorSchedule
@@ -40,7 +40,7 @@ from peft_gradproj.online import (
     detach_online_projection,
     online_projections,
 )
-from peft_gradproj.optimizer_metric import RunningSecondMoment
+from peft_gradproj.optimizer_metric import RunningSecondMoment, project_moments
 from peft_gradproj.probes import ConceptProbes, adapters_disabled
 from peft_gradproj.projection import metric_norm, project_half_space
 
@@ -49,9 +49,27 @@ EMPTY_ESTIMATE: dict[str, Any] = {"values": {}, "steps": {}}
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
+
+class OthersSGD(torch.optim.Optimizer):
+    """SGD with momentum by somebody else."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float = 0.02) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": 0.9})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["momentum_buffer"] = group["momentum"] * state.get("momentum_buffer", 0.0) + p.grad
+                p.sub_(group["lr"] * state["momentum_buffer"])
+
+
 OPTIMIZERS: dict[str, Optimizers] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
     "sgd nesterov": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "sgd of others": OthersSGD,
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.05),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
@@ -227,6 +245,8 @@ def _adam(state: dict[str, Tensor], key: str = "exp_avg_sq", beta: float = 0.999
 METRICS: dict[str, Callable[[dict[str, Tensor], list[Tensor], bool], Tensor]] = {
     "sgd": lambda state, gradients, is_b: torch.ones(()),
     "sgd nesterov": lambda state, gradients, is_b: torch.ones(()),
+    "sgd of others": lambda state, gradients, is_b: torch.ones(()),
+    "asgd": lambda state, gradients, is_b: torch.ones(()),
     "adamw": lambda state, gradients, is_b: _adam(state),
     "adamw fused": lambda state, gradients, is_b: _adam(state),
     "adam amsgrad": lambda state, gradients, is_b: _adam(state, "max_exp_avg_sq", 0.3),
@@ -284,7 +304,9 @@ def test_the_corrected_step_is_the_nearest_in_the_optimizers_metric(name: str) -
         assert torch.allclose(c, p - coefficient * w, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sgd nesterov", "adamw", "adamw fused", "nadam", "rmsprop centered momentum"])
+@pytest.mark.parametrize(
+    "name", ["sgd nesterov", "sgd of others", "adamw", "adamw fused", "nadam", "rmsprop centered momentum"]
+)
 def test_the_first_moment_does_not_push_the_drift_up(name: str) -> None:
     pushes = []
     for strength in (0.0, 1.0):
@@ -304,6 +326,22 @@ def test_the_first_moment_does_not_push_the_drift_up(name: str) -> None:
 
     assert pushes[0] > 1e-2
     assert pushes[1] < 1e-5
+
+
+@pytest.mark.parametrize(("companion", "of_steps"), [({}, False), ({"exp_avg_res_row": torch.ones(2)}, True)])
+def test_a_first_moment_is_projected_as_what_it_averages(companion: dict[str, Tensor], of_steps: bool) -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([parameter])
+    # Along the gradient of the drift, less what the metric makes of it: one of the two pushes the drift up.
+    moment, s, metric = torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, 10.0])
+    for m in (moment, -moment):
+        optimizer.state[parameter] = {"exp_avg": m.clone(), **companion}
+        unread = project_moments(optimizer, {"w": parameter}, {"w": s}, {"w": metric})
+        assert unread == []
+        after = optimizer.state[parameter]["exp_avg"]
+        push = -(s * (after if of_steps else after / metric)).sum()
+        before = -(s * (m if of_steps else m / metric)).sum()
+        assert float(push) == pytest.approx(min(0.0, float(before)), abs=1e-6)
 
 
 def test_strength_scales_the_correction() -> None:
@@ -420,6 +458,53 @@ def test_adafactor_with_a_learning_rate_of_its_own_is_protected() -> None:
     assert plain_drift > 0.05
     assert drift < 0.02 * plain_drift
     assert loss < float(make_task(started=False).wanted_loss().detach())
+
+
+def test_moments_that_can_be_unpacked_are_projected_and_others_are_pointed_out_where_they_push() -> None:
+    def packed(kind: Any) -> Optimizers:
+        return lambda p: PackedAdam(p, packed_from=0, lr=5e-3, kind=kind)
+
+    drift, loss = _trained(300, lambda p: torch.optim.Adam(p, lr=5e-3), probe_every=4)
+    unpacked = _trained(300, packed(UnpackableTensor), probe_every=4)
+    assert unpacked == (pytest.approx(drift, rel=0.2), pytest.approx(loss, rel=0.2))
+    with pytest.warns(UserWarning, match="PackedAdam, keeps moments that cannot be read"):
+        pushed, _ = _trained(300, packed(PackedTensor), probe_every=4)
+    assert pushed > 5 * drift
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        corrected, _ = _trained(300, packed(PackedTensor), probe_every=1)
+    assert corrected < drift
+
+
+@pytest.mark.parametrize("length", [3, 8])
+def test_the_draws_go_on_where_an_optimizer_follows_another(length: int) -> None:
+    task = make_task()
+    projection = attach_online_projection(task.net, "default", task.probes, probe_every=4, probe_batch_size=2)
+    drawn: list[int] = []
+    batch = projection._batch
+    projection._batch = lambda model, indices: (drawn.extend(indices.tolist()), batch(model, indices))[1]  # type: ignore
+    for _ in range(6):
+        take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-3), length)
+    assert sorted(drawn[:PROBES]) == list(range(PROBES)), "each once before any twice"
+    # The first step of each is corrected.
+    assert projection.step == (5 * 4 + 3 if length == 3 else 6 * 8)
+
+
+def test_half_spaces_of_layers_that_are_trained_in_turn_are_bounded() -> None:
+    task = make_task()
+    projection = attach_online_projection(
+        task.net, "default", task.probes, probe_every=1, probe_batch_size=PROBES, probe_history=3
+    )
+    parameters = task.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    for number in [*range(1, 16), *range(1, 16)]:
+        for place, parameter in enumerate(parameters):
+            parameter.requires_grad_(bool(number >> place & 1))
+        take_steps(task, optimizer)
+    kept = [set(half_space["gradient"]) for half_space in projection.state_dict()["history"]]
+    assert len(kept) == online._PARAMETER_SETS
+    # Those of the last.
+    assert len(kept[-1]) == len(parameters)
 
 
 def test_a_unet_with_a_diffusers_adapter_is_protected() -> None:
@@ -781,6 +866,36 @@ def test_an_adapter_that_is_inactive_or_frozen_is_left_alone() -> None:
         p.requires_grad_(False)
     optimizer.step()
     assert projection.step == 1
+
+
+def test_an_adapter_that_was_deleted_costs_nothing_any_more() -> None:
+    task = make_task(adapters=())
+    config = {"r": 4, "target_modules": ["0", "3"], "concept_probes": task.probes}
+    model = get_peft_model(task.net, GradProjConfig(**config))
+    gone = weakref.ref(online_projections(model)["default"])
+    model.add_adapter("other", GradProjConfig(**config))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take_steps(task, torch.optim.AdamW(task.parameters("other"), lr=1e-3))
+    gc.collect()
+    assert gone() is None
+    assert list(online_projections(model)) == ["other"]
+    assert len(task.net._forward_pre_hooks) == 1
+
+
+def test_the_model_is_not_walked_through_at_the_steps_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(adapters=("default", "other"))
+    projection = attach_online_projection(task.net, "default", task.probes, probe_every=1)
+    walks = []
+    find = projection._find_layers
+    monkeypatch.setattr(projection, "_find_layers", lambda model: (walks.append(1), find(model)))
+    for layer in (task.net[0], task.net[3]):
+        layer.set_adapter("other")
+    take_steps(task, torch.optim.AdamW(task.parameters("other"), lr=1e-3), 10)
+    assert len(walks) == 1
+    assert projection.step == 0
 
 
 def test_parameters_are_found_after_they_were_replaced() -> None:
