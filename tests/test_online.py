@@ -328,20 +328,27 @@ def test_the_first_moment_does_not_push_the_drift_up(name: str) -> None:
     assert pushes[1] < 1e-5
 
 
-@pytest.mark.parametrize(("companion", "of_steps"), [({}, False), ({"exp_avg_res_row": torch.ones(2)}, True)])
-def test_a_first_moment_is_projected_as_what_it_averages(companion: dict[str, Tensor], of_steps: bool) -> None:
+@pytest.mark.parametrize(
+    ("key", "companion", "of_steps"),
+    [
+        ("exp_avg", {}, False),
+        ("exp_avg", {"exp_avg_res_row": torch.ones(2)}, True),
+        ("momentum_buffer", {}, False),
+        ("momentum_buffer", {"square_avg": torch.ones(2)}, True),
+    ],
+)
+def test_a_first_moment_is_projected_as_what_it_averages(
+    key: str, companion: dict[str, Tensor], of_steps: bool
+) -> None:
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([parameter])
-    # Along the gradient of the drift, less what the metric makes of it: one of the two pushes the drift up.
+    # With the metric it pushes the drift up, without it down, or the other way round.
     moment, s, metric = torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, 10.0])
     for m in (moment, -moment):
-        optimizer.state[parameter] = {"exp_avg": m.clone(), **companion}
-        unread = project_moments(optimizer, {"w": parameter}, {"w": s}, {"w": metric})
-        assert unread == []
-        after = optimizer.state[parameter]["exp_avg"]
-        push = -(s * (after if of_steps else after / metric)).sum()
-        before = -(s * (m if of_steps else m / metric)).sum()
-        assert float(push) == pytest.approx(min(0.0, float(before)), abs=1e-6)
+        optimizer.state[parameter] = {key: m.clone(), **companion}
+        assert project_moments(optimizer, {"w": parameter}, {"w": s}, {"w": metric}) == []
+        pushes = [-(s * (x if of_steps else x / metric)).sum() for x in (m, optimizer.state[parameter][key])]
+        assert float(pushes[1]) == pytest.approx(min(0.0, float(pushes[0])), abs=1e-6)
 
 
 def test_strength_scales_the_correction() -> None:
@@ -488,6 +495,16 @@ def test_the_draws_go_on_where_an_optimizer_follows_another(length: int) -> None
     assert sorted(drawn[:PROBES]) == list(range(PROBES)), "each once before any twice"
     # The first step of each is corrected.
     assert projection.step == (5 * 4 + 3 if length == 3 else 6 * 8)
+
+
+def test_a_new_optimizer_begins_where_a_state_that_was_loaded_says() -> None:
+    task = make_task()
+    projection = attach_online_projection(task.net, "default", task.probes, probe_every=4)
+    take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-3), 9)
+    started_at(projection, 3)
+    assert projection.step == 3
+    take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-3))
+    assert projection.step == 4
 
 
 def test_half_spaces_of_layers_that_are_trained_in_turn_are_bounded() -> None:
@@ -893,9 +910,19 @@ def test_the_model_is_not_walked_through_at_the_steps_of_others(monkeypatch: pyt
     monkeypatch.setattr(projection, "_find_layers", lambda model: (walks.append(1), find(model)))
     for layer in (task.net[0], task.net[3]):
         layer.set_adapter("other")
-    take_steps(task, torch.optim.AdamW(task.parameters("other"), lr=1e-3), 10)
+    optimizer = torch.optim.AdamW(task.parameters("other"), lr=1e-3)
+    take_steps(task, optimizer, 10)
     assert len(walks) == 1
     assert projection.step == 0
+
+    # Until layers are others.
+    for place in (0, 3):
+        task.net[place] = copy.deepcopy(task.net[place])
+        task.net[place].set_adapter("default")
+    gc.collect()
+    optimizer.add_param_group({"params": task.parameters()})
+    take_steps(task, optimizer)
+    assert projection.step == 1
 
 
 def test_parameters_are_found_after_they_were_replaced() -> None:
