@@ -86,15 +86,18 @@ class FitReport:
     """Of each part: `load`, `basis`, `probes`; each with encoding pictures and prompts."""
     bytes: dict[str, int]
     """Of basis and probes, as they are in files."""
-    step_seconds: float
-    """One forward and backward of the denoiser on `step_pictures` examples, the larger part of a training step."""
+    step_seconds: float | None
+    """One forward and backward of the denoiser on `step_pictures` examples, the larger part of a training step; `None`
+    if the memory did not suffice for it: fitting itself keeps nothing for a backward."""
     step_pictures: int
     files: dict[str, str]
     """Where basis and probes were written, if they were."""
 
     @property
-    def training_steps(self) -> float:
+    def training_steps(self) -> float | None:
         """As many training steps take as long as fitting basis and probes did; both would load the pipeline."""
+        if self.step_seconds is None:
+            return None
         return (self.seconds["basis"] + self.seconds["probes"]) / self.step_seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,12 +113,11 @@ class FitReport:
         lines += [f"no basis: {name}" for name in self.uncovered]
         for name, size in self.bytes.items():
             lines.append(f"{name}: {_readable(size)}{f', {self.files[name]}' if name in self.files else ''}")
-        seconds = self.seconds["basis"] + self.seconds["probes"]
-        lines.append(
-            f"{seconds:.1f} s, as long as {self.training_steps:.0f} training steps of {self.step_pictures} pictures "
-            f"({self.training_steps / 10:.1f} % of a run of 1,000)"
-        )
-        return "\n".join(lines)
+        took, steps = f"{self.seconds['basis'] + self.seconds['probes']:.1f} s", self.training_steps
+        if steps is not None:
+            took += f", as long as {steps:.0f} training steps of {self.step_pictures} pictures "
+            took += f"({steps / 10:.1f} % of a run of 1,000)"
+        return "\n".join([*lines, took])
 
 
 def _readable(size: int) -> str:
@@ -228,7 +230,6 @@ def fit_concept(
         batches = _Batches(family, examples, num_probes, batch_size, seed + 2)
         probes = collect_concept_probes(family.denoiser, batches.probes(), **about)
 
-    step_pictures = min(batch_size, num_probes)
     report = FitReport(
         concept=name,
         family=family.name,
@@ -243,11 +244,13 @@ def fit_concept(
         probes=len(probes),
         seconds=clock.seconds,
         bytes={"basis": basis.nbytes, "probes": probes.nbytes},
-        step_seconds=_step_seconds(family, probes, step_pictures),
-        step_pictures=step_pictures,
+        step_seconds=None,
+        step_pictures=min(batch_size, num_probes),
         files={},
     )
-    return basis, probes, report if output_dir is None else _saved(Path(output_dir), basis, probes, contrast, report)
+    if output_dir is not None:
+        report = _saved(Path(output_dir), basis, probes, contrast, report)
+    return basis, probes, replace(report, step_seconds=_step_seconds(family, probes, report.step_pictures))
 
 
 def _saved(
@@ -270,19 +273,28 @@ def _base_model_of(family: PipelineFamily, name: str | None) -> tuple[str | None
     return name or whole.name or part.name, whole.revision or part.revision
 
 
-def _step_seconds(family: PipelineFamily, probes: ConceptProbes, count: int) -> float:
+def _step_seconds(family: PipelineFamily, probes: ConceptProbes, count: int) -> float | None:
     """The shorter of two times that a forward and backward take, as of a LoRA whose own gradients cost little."""
     denoiser, seconds = family.denoiser, []
-    for _ in range(2):
-        inputs = family.placed(probes.select(range(count)).inputs)
-        sample = inputs[family.sample].requires_grad_()
-        start = time.perf_counter()
-        with torch.enable_grad(), evaluation_mode(denoiser), adapters_disabled(denoiser):
-            output = denoiser(**inputs, return_dict=False)[0]
-            (gradient,) = torch.autograd.grad(output.float().square().mean(), sample)
-        # What a GPU has not done yet is waited for.
-        gradient.sum().item()
-        seconds.append(time.perf_counter() - start)
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for _ in range(2):
+            inputs = family.placed(probes.select(range(count)).inputs)
+            sample = inputs[family.sample].requires_grad_()
+            start = time.perf_counter()
+            with torch.enable_grad(), evaluation_mode(denoiser), adapters_disabled(denoiser):
+                output = denoiser(**inputs, return_dict=False)[0]
+                (gradient,) = torch.autograd.grad(output.float().square().mean(), sample)
+            # What a GPU has not done yet is waited for.
+            gradient.sum().item()
+            seconds.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return min(seconds)
 
 

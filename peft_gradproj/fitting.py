@@ -16,7 +16,8 @@ all learning. Two contrasts leave it out:
 | `rank` | :math:`z = A x` and :math:`B^T \delta`, each scaled to unit energy on the reference set | generalized |
 | `gradient` | the flattened gradients of A and B, one a batch | pairs, generalized, or none |
 
-Activations are never collected: of each batch they enter second moments, and are let go.
+Activations are not collected: those of one batch, or of both halves of a pair, enter second moments and are let go. Padding,
+which an `attention_mask` of shape `(b, n)` tells, does not enter.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ._version import __version__
 from .basis import SPACES, ConceptBasis, LayerBasis
 from .contrast import BatchesDigest
 from .errors import ConceptBasisError, ConceptDataError
+from .model_arguments import flatten_arguments, place_arguments
 from .observation import (
     Choice,
     Features,
@@ -47,6 +49,7 @@ from .observation import (
     observe_gradients,
     undisturbed,
 )
+from .probes import placement
 from .projection import dtype_name, truncation_rank
 from .second_moments import SecondMoment, common_subspace, contrast_patterns, excess_share
 
@@ -56,6 +59,9 @@ Contrast = Literal["pairs", "generalized"]
 RunModel = Callable[[nn.Module, Any], Any]
 LossFn = Callable[[Any, Any], Tensor]
 Role = Literal["fit", "held_out", "reference"]
+
+_HALF_PRECISION = 1e-8
+"""Above it, and below the square of float16's epsilon, is no dtype's."""
 
 _NO_CONTRAST = 1e-10
 """Differences with less than this share of the energy are rounding; half precision has its own, larger floor."""
@@ -145,12 +151,14 @@ def fit_concept_basis(
 
     Args:
         model: A bare model, or one with adapters injected. Names of layers are those of the bare model.
-        concept_batches: Batches that show the concept, as `run_model` takes them.
+        concept_batches: Batches that show the concept, as `run_model` takes them. Positions that an `attention_mask`
+            of shape `(b, n)` in them leaves out do not count.
         reference_batches: Batches that do not; with `contrast="pairs"` the same batches without the concept, in the
             same order and of the same shapes. Only the `gradient` space can do without.
         target_modules: Layers to fit, as in `LoraConfig`: names, ends of names, a regular expression, `"all-linear"`.
-        run_model: `run_model(model, batch)` runs the forward pass; `model(**batch)` by default. The random state is
-            the same for both halves of a pair, so that noise drawn here is the same noise.
+        run_model: `run_model(model, batch)` runs the forward pass; `model(**batch)` by default, on the model's device
+            and in its dtype. The random state is the same for both halves of a pair, so that noise drawn here is the
+            same noise.
         spaces: Some of `input`, `output`, `rank`, `gradient`; the latter two need an adapter and `loss_fn`.
         rank: Most directions per layer and space.
         energy: Keep the fewest directions that hold this share, in (0, 1], of the contrast energy; within `rank`.
@@ -251,6 +259,7 @@ class _Observed:
 
     features: Features | None
     gradients: dict[str, LayerGradients] | None
+    attention_masks: list[Tensor]
 
 
 class _Observer:
@@ -294,21 +303,30 @@ class _Observer:
             assert self._loss_fn is not None
             return self._loss_fn(forward(), batch)
 
-        return _Observed(
-            None if self._features is None else self._features(forward),
-            None if self._gradients is None else self._gradients(loss),
-        )
+        # The batches may draw from the same random state, and would draw the same again and again.
+        with torch.random.fork_rng():
+            return _Observed(
+                None if self._features is None else self._features(forward),
+                None if self._gradients is None else self._gradients(loss),
+                _attention_masks(batch),
+            )
+
+
+def _attention_masks(batch: Any) -> list[Tensor]:
+    """Which positions of a batch are no padding, flat, one tensor for each of the sequences that it says it of."""
+    named = flatten_arguments(batch).items() if isinstance(batch, Mapping) else ()
+    masks = [x for name, x in named if name.endswith("attention_mask") and isinstance(x, Tensor) and x.ndim == 2]
+    return [mask.flatten() != 0 for mask in masks]
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    """`model(**batch)` on the model's device."""
+    """`model(**batch)`, on the model's device and in its dtype, with names with dots nested, as probes are run."""
     if not isinstance(batch, Mapping):
         raise ConceptDataError(
             f"a batch is a {type(batch).__name__}, and model(**batch) needs a mapping; pass run_model=lambda model, "
             "batch: ... to say how the model is called."
         )
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+    return model(**place_arguments(flatten_arguments(batch), *placement(model)))
 
 
 def _stream(
@@ -416,6 +434,7 @@ class _Statistics:
         self.options = options
         self._layers = {layer.name: layer for layer in layers}
         self._choice = torch.Generator().manual_seed(options.seed)
+        self._masks: list[Tensor] = []
         self._of: dict[str, dict[str, _Contrasted]] = {"output": {}, "down": {}, "up": {}, "gradient": {}}
         # All layers of one width begin with one statistic, and part when their inputs do.
         by_width: dict[int, _Contrasted] = {}
@@ -430,6 +449,9 @@ class _Statistics:
 
     def add(self, role: Role, observed: _Observed, without: _Observed | None) -> None:
         """Take in a batch, of the concept or the reference set; of a pair, the difference and the reference half."""
+        self._masks = observed.attention_masks
+        if without is not None and [*map(len, self._masks)] == [*map(len, without.attention_masks)]:
+            self._masks = [a & b for a, b in zip(self._masks, without.attention_masks, strict=True)]
         self._add_features(role, observed.features, None if without is None else without.features)
         self._add_gradients(role, observed.gradients, None if without is None else without.gradients)
 
@@ -514,6 +536,8 @@ class _Statistics:
             self._add_finite(role, statistic, space, name, vectors)
 
     def _add_finite(self, role: Role, statistic: _Contrasted, space: str, name: str, vectors: Tensor) -> None:
+        if not len(vectors):
+            return  # all padding
         # A sum is finite only if all are, and cheaper than a mask; a sum that overflows by itself is looked at again.
         if not torch.isfinite(vectors.sum()) and not torch.isfinite(vectors).all():
             raise ConceptDataError(
@@ -523,10 +547,15 @@ class _Statistics:
         statistic.add(role, vectors)
 
     def _chosen(self, count: int) -> Tensor | None:
-        """Which of `count` positions enter: all, `None`, or a random choice of `max_positions`."""
+        """Which of `count` positions enter: all that are no padding (`None`: all), or `max_positions` of them."""
+        masks = [mask for mask in self._masks if len(mask) == count]
+        # Of several sequences of one length, none can be told from the other.
+        content = masks[0].nonzero().flatten().cpu() if len(masks) == 1 and not masks[0].all() else None
+        count = count if content is None else len(content)
         if count <= self.options.max_positions:
-            return None
-        return torch.randperm(count, generator=self._choice)[: self.options.max_positions]
+            return content
+        chosen = torch.randperm(count, generator=self._choice, device="cpu")[: self.options.max_positions]
+        return chosen if content is None else content[chosen]
 
 
 def _calls(
@@ -594,9 +623,13 @@ def _solve(statistic: _Contrasted | None, contrast: Contrast, options: _Options)
     if statistic is None or not statistic.fit.count:
         return _Solution(reason="the layer was not called")
     without_reference = not statistic.reference.count
+    if contrast == "generalized" and without_reference and statistic.centred:
+        # What is common to all would take the basis. Gradients are about 0, and may be fitted without a reference.
+        return _Solution(reason="the layer was not called on the reference batches")
     if contrast == "pairs" or without_reference:
         if statistic.fit.trace <= statistic.floor * statistic.reference.trace:
-            return _Solution(reason="with and without the concept are equal")
+            half = " to the rounding of half precision; fit in float32" if statistic.floor > _HALF_PRECISION else ""
+            return _Solution(reason=f"with and without the concept are equal{half}")
         basis = _leading_directions(statistic.fit, options)
         energy = statistic.held_out.share_in(basis)
     else:

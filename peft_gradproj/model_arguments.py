@@ -28,7 +28,7 @@ def flatten_arguments(arguments: Mapping[str, Any], prefix: str = "") -> dict[st
     return flat
 
 
-def nest_arguments(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+def nest_arguments(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`flatten_arguments`.
 
     Raises:
@@ -49,14 +49,16 @@ def nest_arguments(flat: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def place_arguments(
-    flat: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype | None = None
+    flat: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """Flat arguments as a model takes them: nested, on its device, floating ones in its dtype.
+    """Flat arguments as a model takes them: nested, tensors on its device, floating ones in its dtype.
 
     Numbers per example, of shape `(n,)`, keep their dtype, since a timestep of 999 is not a bfloat16 number.
     """
 
-    def placed(x: Tensor) -> Tensor:
+    def placed(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         return x.to(device, dtype) if dtype is not None and x.is_floating_point() and x.ndim > 1 else x.to(device)
 
     return nest_arguments({name: placed(x) for name, x in flat.items()})

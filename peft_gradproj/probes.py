@@ -158,11 +158,14 @@ class ConceptProbes:
             )
         if (self.weights < 0).any():
             raise ConceptDataError("weights are negative somewhere; they must say how much each output counts, >= 0.")
-        if not (self.weights > 0).any():
-            raise ConceptDataError("weights are all zero, so no drift could be seen; is the concept in the pictures?")
+        self._check_shown()
         for outputs in (self.targets, self.loss_targets):
             if outputs is not None:
                 broadcast_weights(self.weights, outputs)
+
+    def _check_shown(self) -> None:
+        if self.weights is not None and not (self.weights > 0).any():
+            raise ConceptDataError("weights are all zero, so no drift could be seen; is the concept in the pictures?")
 
     def __len__(self) -> int:
         return next(iter(self.inputs.values())).shape[0]
@@ -570,7 +573,8 @@ def collect_concept_probes(
     Args:
         model: The model that will be trained.
         batches: Yields `(inputs, weights)` or `(inputs, weights, loss_targets)`, with `inputs` a mapping of keyword
-            arguments of shape `(b, *)`, and the others as in :class:`ConceptProbes`, or `None`.
+            arguments of shape `(b, *)`, and the others as in :class:`ConceptProbes`, or `None`; or yields `inputs`
+            alone. Where there are no weights, the padding of an `attention_mask` of shape `(b, n)` does not count.
         run_model: Calls the model, `run_model(model, inputs)`; the default is `model(**inputs)`.
         store_targets: Whether to keep the outputs; else they are recomputed in training.
         concept: What must not be learned, in words.
@@ -589,13 +593,28 @@ def collect_concept_probes(
     with torch.no_grad(), evaluation_mode(model), adapters_disabled(model):
         for batch in _with_progress(batches, progress):
             inputs, weights, loss_targets = _unpacked(batch)
-            probes = ConceptProbes(inputs, None, weights, loss_targets, *about)
-            if store_targets:
-                probes = probes._like(probes.inputs, _base_outputs(model, probes), probes.weights, probes.loss_targets)
-            parts.append(probes)
+            probes = _Part(inputs, None, weights, loss_targets, *about)
+            padding = _padding(probes) if weights is None else None
+            outputs = _base_outputs(model, probes) if store_targets or padding is not None else None
+            if padding is not None and outputs is not None and outputs.shape[:2] == padding.shape:
+                weights = (~padding).float()
+            parts.append(_Part(inputs, outputs if store_targets else None, weights, loss_targets, *about))
     if not parts:
         raise ConceptDataError("no batches to collect concept probes from; is the iterator used up?")
     return parts[0].concat(*parts[1:])
+
+
+class _Part(ConceptProbes):
+    """A batch of those that are collected, which may show the concept nowhere, if others do."""
+
+    def _check_shown(self) -> None:
+        pass
+
+
+def _padding(probes: ConceptProbes) -> Tensor | None:
+    """Where a batch of sequences has padding, shape `(b, n)`, if it has any: what is answered there is noise."""
+    mask = probes.inputs.get("attention_mask")
+    return None if mask is None or mask.ndim != 2 or bool(mask.all()) else mask == 0
 
 
 def _base_outputs(model: nn.Module, probes: ConceptProbes) -> Tensor:

@@ -54,6 +54,22 @@ def pairs(count: int = 4) -> ConceptSet:
     return ConceptSet.from_pairs(*squares(count), CAPTIONS[:count])
 
 
+def test_a_fit_is_kept_where_the_memory_does_not_suffice_to_time_a_step(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("no memory")
+
+    pipeline = PIPELINES["sd"]()
+    flags = [parameter.requires_grad for parameter in pipeline.unet.parameters()]
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    _, _, report = fit_concept(pipeline, Overlay(logo()), data(), output_dir=tmp_path, **SMALL)
+    assert {Path(file).name for file in report.files.values()} == {file.name for file in tmp_path.iterdir()}
+    assert len(report.files) == 2
+    assert report.step_seconds is report.training_steps is None
+    assert "training steps" not in str(report)
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["training_steps"] is None
+    assert [parameter.requires_grad for parameter in pipeline.unet.parameters()] == flags
+
+
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_what_is_fitted_trains_saves_and_verifies(kind, tmp_path):
     PIPELINES[kind]().save_pretrained(tmp_path / "base")

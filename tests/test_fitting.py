@@ -34,6 +34,11 @@ class Attention(nn.Module):
         return torch.cat([self.to_q(x) * self.to_k(x), values], dim=-1)
 
 
+class MaskedAttention(Attention):
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 def direction(width: int, k: int = 1, seed: int = 7) -> Tensor:
     return orthonormal_basis(torch.randn(width, k, generator=torch.Generator().manual_seed(seed)))
 
@@ -97,6 +102,88 @@ def test_the_generalised_contrast_finds_them_without_pairs(width, k, seed):
     assert basis["to_q"].k("input") == k
     assert principal_cosines(basis["to_q"].input, concept).min() > 0.95
     assert basis.fit["layers"]["to_q"]["input"]["energy"] > 0.8
+
+
+@pytest.mark.parametrize("contrast", ["pairs", "generalized"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_padding_says_nothing(contrast, dtype):
+    concept, padding = direction(12), direction(12, seed=8)
+    batches = []
+    for half in planted(4, concept, 6.0):
+        padded = []
+        for batch in half:
+            # Large, and another one in each half, as what a model makes of padding may be.
+            filling = 40.0 * torch.randn(6, 30, 1) @ padding.mT
+            mask = torch.cat([torch.ones(6, 20), torch.zeros(6, 30)], dim=1).to(dtype)
+            padded.append({"x": torch.cat([batch["x"], filling], dim=1), "attention_mask": mask})
+        batches.append(padded)
+    model, masked = Attention(), MaskedAttention()
+    masked.load_state_dict(model.state_dict())
+    options = {"contrast": contrast, "rank": 1, "max_positions": 110, "max_reference_overlap": 1}
+    padded, bare = fit(masked, *batches, **options), fit(model, *planted(4, concept, 6.0), **options)
+    for space in ("input", "output"):
+        same = principal_cosines(getattr(padded["to_q"], space), getattr(bare["to_q"], space))
+        assert float(same) > 0.999
+        assert padded.fit["layers"]["to_q"][space]["energy"] == pytest.approx(
+            bare.fit["layers"]["to_q"][space]["energy"], abs=0.02
+        )
+
+
+def test_of_padding_alone_nothing_is_taken_in():
+    with_it, without = planted(4, direction(12), 3.0)
+    masks = [torch.ones(6, 20), torch.ones(6, 20), torch.zeros(6, 20), torch.ones(6, 20)]
+    halves = [
+        [{**batch, "attention_mask": mask} for batch, mask in zip(h, masks, strict=True)] for h in (with_it, without)
+    ]
+    some = fit(MaskedAttention(), *halves)
+    rest = fit(Attention(), *([h[0], h[1], h[3]] for h in (with_it, without)), held_out=0.0)
+    assert float(principal_cosines(some["to_q"].input, rest["to_q"].input).min()) > 0.999
+
+
+def test_a_layer_that_no_reference_batch_calls_has_no_basis_of_what_is_common_to_all():
+    class Routed(Attention):
+        def forward(self, x, expert=False):
+            return self.to_v(x) if expert else self.to_q(x) + self.to_k(x)
+
+    with_it, without = planted(4, direction(12), 6.0)
+    basis = fit(
+        Routed(),
+        [{**b, "expert": e} for b in with_it for e in (True, False)],
+        [{**b, "expert": False} for b in without],
+        contrast="generalized",
+    )
+    assert list(basis) == ["to_q", "to_k"]
+    reason = "the layer was not called on the reference batches"
+    assert basis.fit["left_out"]["to_v"] == dict.fromkeys(("input", "output"), reason)
+
+
+def test_batches_that_draw_from_the_random_state_are_not_alike():
+    drawn = []
+
+    def drawing(size: float):
+        for _ in range(4):
+            noise = torch.randn(6, 20, 12)
+            drawn.append(float(noise.sum()))
+            yield {"x": noise + size * direction(12)[:, 0]}
+
+    fit(Attention(), drawing(3.0), drawing(0.0), contrast="generalized", threshold=1.5)
+    assert len(set(drawn)) == len(drawn) == 8
+
+
+def test_batches_are_given_to_the_model_as_probes_are():
+    seen = []
+
+    class Nested(Attention):
+        def forward(self, x, options, *, length=None, return_dict=True):
+            seen.append((x.dtype, options["scale"].dtype, options["name"], return_dict))
+            return super().forward(x * options["scale"])
+
+    halves = planted(3, direction(12), 3.0)
+    scale = torch.ones(6, 20, 1)
+    more = {"options.scale": scale, "options": {"name": "n"}, "length": None, "return_dict": False}
+    basis = fit(Nested().to(torch.bfloat16), *([{**b, **more} for b in half] for half in halves), rank=1, unfit="skip")
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16, "n", False)}
+    assert set(basis) <= set(TARGETS)
 
 
 @pytest.mark.parametrize("contrast", ["pairs", "generalized"])

@@ -326,6 +326,40 @@ def test_collecting_without_targets_runs_no_model() -> None:
     assert probes.run_model is print
 
 
+@pytest.mark.parametrize("store_targets", [True, False])
+def test_padding_has_no_weight_in_probes_of_sequences(store_targets: bool) -> None:
+    class Sequences(nn.Linear):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().forward(x)
+
+    class Pooled(Sequences):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().forward(x, attention_mask).sum(1)
+
+    x, mask = torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.int64)
+    mask[1, 3:] = 0
+    options: Any = {"store_targets": store_targets}
+    whole = {"x": x, "attention_mask": torch.ones_like(mask)}
+    padded = {"x": x, "attention_mask": mask}
+    assert collect_concept_probes(Sequences(4, 2), [whole], **options).weights is None
+    # Given weights stay, and outputs that are not those of positions have none.
+    given = torch.full((3, 5), 2.0)
+    assert torch.equal(collect_concept_probes(Sequences(4, 2), [(padded, given)], **options).weights, given)
+    assert collect_concept_probes(Pooled(4, 2), [padded], **options).weights is None
+    probes = collect_concept_probes(Sequences(4, 2), [whole, padded], **options)
+    assert torch.equal(probes.weights, torch.cat([torch.ones(3, 5), mask.float()]))
+
+
+def test_a_batch_without_the_concept_may_be_collected_if_others_show_it() -> None:
+    model, x, weights = nn.Linear(4, 2), torch.randn(4, 4), torch.tensor([[1.0], [1.0], [0.0], [1.0]])
+    run = {"run_model": lambda model, inputs: model(inputs["x"])}
+    whole = collect_concept_probes(model, [({"x": x}, weights)], **run)
+    each = collect_concept_probes(model, [({"x": x[i : i + 1]}, weights[i : i + 1]) for i in range(4)], **run)
+    assert each == whole
+    with pytest.raises(ConceptDataError, match="weights are all zero"):
+        collect_concept_probes(model, [({"x": x}, 0 * weights)] * 2, **run)
+
+
 def test_collecting_uses_run_model() -> None:
     def run_model(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         return 2.0 * model(**inputs).sample
