@@ -16,8 +16,8 @@ all learning. Two contrasts leave it out:
 | `rank` | :math:`z = A x` and :math:`B^T \delta`, each scaled to unit energy on the reference set | generalized |
 | `gradient` | the flattened gradients of A and B, one a batch | pairs, generalized, or none |
 
-Activations are not collected: those of one batch, or of both halves of a pair, enter second moments and are let go. Padding,
-which an `attention_mask` of shape `(b, n)` tells, does not enter.
+Activations are not collected: those of one batch, or of both halves of a pair, enter second moments and are let go.
+Padding, which an `attention_mask` of shape `(b, n)` tells, does not enter.
 """
 
 from __future__ import annotations
@@ -536,8 +536,6 @@ class _Statistics:
             self._add_finite(role, statistic, space, name, vectors)
 
     def _add_finite(self, role: Role, statistic: _Contrasted, space: str, name: str, vectors: Tensor) -> None:
-        if not len(vectors):
-            return  # all padding
         # A sum is finite only if all are, and cheaper than a mask; a sum that overflows by itself is looked at again.
         if not torch.isfinite(vectors.sum()) and not torch.isfinite(vectors).all():
             raise ConceptDataError(

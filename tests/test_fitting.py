@@ -129,6 +129,22 @@ def test_padding_says_nothing(contrast, dtype):
         )
 
 
+def test_what_is_padding_in_one_half_of_a_pair_is_compared_with_nothing():
+    with_it, without = planted(4, direction(12), 3.0)
+    masks = torch.ones(2, 6, 20)
+    masks[0, :, :4], masks[1, :, 16:] = 0, 0
+    padded = [
+        [{"x": torch.where(mask[..., None] > 0, batch["x"], 40.0), "attention_mask": mask} for batch in half]
+        for half, mask in zip((with_it, without), masks, strict=True)
+    ]
+    both = [[{"x": batch["x"][:, 4:16]} for batch in half] for half in (with_it, without)]
+    found, expected = (
+        fit(model, *halves, spaces=("input",), rank=1)
+        for model, halves in ((MaskedAttention(), padded), (Attention(), both))
+    )
+    torch.testing.assert_close(found["to_q"].input, expected["to_q"].input)
+
+
 def test_of_padding_alone_nothing_is_taken_in():
     with_it, without = planted(4, direction(12), 3.0)
     masks = [torch.ones(6, 20), torch.ones(6, 20), torch.zeros(6, 20), torch.ones(6, 20)]
