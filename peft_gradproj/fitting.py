@@ -16,8 +16,8 @@ all learning. Two contrasts leave it out:
 | `rank` | :math:`z = A x` and :math:`B^T \delta`, each scaled to unit energy on the reference set | generalized |
 | `gradient` | the flattened gradients of A and B, one a batch | pairs, generalized, or none |
 
-Activations are not collected: those of one batch, or of both halves of a pair, enter second moments and are let go.
-Padding, which an `attention_mask` of shape `(b, n)` tells, does not enter.
+Activations are not collected: those of at most `max_positions` positions of a batch, or of both halves of a pair, enter
+second moments and are let go. Padding, which an `attention_mask` of shape `(b, n)` tells, does not enter.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from .observation import (
     Features,
     LayerGradients,
     TargetLayer,
+    Vectors,
     find_adapter,
     find_layers,
     observe_features,
@@ -259,7 +260,6 @@ class _Observed:
 
     features: Features | None
     gradients: dict[str, LayerGradients] | None
-    attention_masks: list[Tensor]
 
 
 class _Observer:
@@ -292,7 +292,7 @@ class _Observer:
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
-    def __call__(self, index: int, batch: Any) -> _Observed:
+    def __call__(self, index: int, batch: Any, choose: Choice) -> _Observed:
         """Observe the batch of one index; the random state depends on the index alone."""
 
         def forward() -> Any:
@@ -306,10 +306,32 @@ class _Observer:
         # The batches may draw from the same random state, and would draw the same again and again.
         with torch.random.fork_rng():
             return _Observed(
-                None if self._features is None else self._features(forward),
+                None if self._features is None else self._features(forward, choose),
                 None if self._gradients is None else self._gradients(loss),
-                _attention_masks(batch),
             )
+
+
+def _choice(options: _Options, index: int, batch: Any, partner: Any = None) -> Choice:
+    """Which positions of the batch of one index enter, of all layers alike, and of both halves of a pair."""
+    masks = _attention_masks(batch)
+    others = masks if partner is None else _attention_masks(partner)
+    if [*map(len, masks)] == [*map(len, others)]:
+        masks = [a & b for a, b in zip(masks, others, strict=True)]
+
+    @cache
+    def choose(count: int) -> Tensor | None:
+        """Of `count` positions, all that are no padding (`None`: all), or `max_positions` of them."""
+        known = [mask for mask in masks if len(mask) == count]
+        # Of several sequences of one length, none can be told from the other.
+        content = known[0].nonzero().flatten().cpu() if len(known) == 1 and not known[0].all() else None
+        count = count if content is None else len(content)
+        if count <= options.max_positions:
+            return content
+        generator = torch.Generator().manual_seed((options.seed * 1_000_003 + index) % 2**63)
+        chosen = torch.randperm(count, generator=generator, device="cpu")[: options.max_positions]
+        return chosen if content is None else content[chosen]
+
+    return choose
 
 
 def _attention_masks(batch: Any) -> list[Tensor]:
@@ -347,7 +369,9 @@ def _stream(
         digest.add("concept", batch)
         if paired:
             digest.add("reference", partner)
-        statistics.add(role, observe(index, batch), observe(index, partner) if paired else None)
+        choose = _choice(statistics.options, index, batch, partner)
+        halves = [observe(index, half, choose) for half in ((batch, partner) if paired else (batch,))]
+        statistics.add(role, choose, *halves)
         counts["concept"] += 1
         counts["held_out"] += role == "held_out"
         counts["reference"] += paired
@@ -355,7 +379,8 @@ def _stream(
         total = len(reference_batches) if isinstance(reference_batches, Sized) else None
         for index, batch in enumerate(_progress(reference_batches, total, "reference batches", progress)):
             digest.add("reference", batch)
-            statistics.add("reference", observe(index, batch), None)
+            choose = _choice(statistics.options, index, batch)
+            statistics.add("reference", choose, observe(index, batch, choose))
             counts["reference"] += 1
     for name in ("concept",) if reference_batches is None else ("concept", "reference"):
         if not counts[name]:
@@ -433,8 +458,6 @@ class _Statistics:
     def __init__(self, layers: Sequence[TargetLayer], options: _Options) -> None:
         self.options = options
         self._layers = {layer.name: layer for layer in layers}
-        self._choice = torch.Generator().manual_seed(options.seed)
-        self._masks: list[Tensor] = []
         self._of: dict[str, dict[str, _Contrasted]] = {"output": {}, "down": {}, "up": {}, "gradient": {}}
         # All layers of one width begin with one statistic, and part when their inputs do.
         by_width: dict[int, _Contrasted] = {}
@@ -447,13 +470,10 @@ class _Statistics:
         """The statistic of a kind of vectors (`input`, `output`, `down`, `up`, `gradient`) and a layer, if any."""
         return self._of[key[0]].get(key[1])
 
-    def add(self, role: Role, observed: _Observed, without: _Observed | None) -> None:
+    def add(self, role: Role, choose: Choice, observed: _Observed, without: _Observed | None = None) -> None:
         """Take in a batch, of the concept or the reference set; of a pair, the difference and the reference half."""
-        self._masks = observed.attention_masks
-        if without is not None and [*map(len, self._masks)] == [*map(len, without.attention_masks)]:
-            self._masks = [a & b for a, b in zip(self._masks, without.attention_masks, strict=True)]
         self._add_features(role, observed.features, None if without is None else without.features)
-        self._add_gradients(role, observed.gradients, None if without is None else without.gradients)
+        self._add_gradients(role, choose, observed.gradients, None if without is None else without.gradients)
 
     def _add_features(self, role: Role, features: Features | None, without: Features | None) -> None:
         if features is None:
@@ -462,11 +482,10 @@ class _Statistics:
             pairs = _calls(
                 name, "input", features.inputs[name], None if without is None else without.inputs.get(name, [])
             )
-            self._add(role, self._of["input"][name], "input", name, pairs, self._layers[name].input_vectors)
+            self._add(role, self._of["input"][name], "input", name, pairs)
         for name, outputs in features.outputs.items():
             pairs = _calls(name, "output", outputs, None if without is None else without.outputs.get(name, []))
-            statistic = self._statistic("output", name, self._layers[name].d_out)
-            self._add(role, statistic, "output", name, pairs, self._layers[name].output_vectors)
+            self._add(role, self._statistic("output", name, self._layers[name].d_out), "output", name, pairs)
 
     def _input_leaders(self, features: Features, without: Features | None) -> list[str]:
         """One layer of each group that has had the same inputs in every forward pass so far.
@@ -487,26 +506,26 @@ class _Statistics:
     def _add_gradients(
         self,
         role: Role,
+        choose: Choice,
         gradients: Mapping[str, LayerGradients] | None,
         without: Mapping[str, LayerGradients] | None,
     ) -> None:
         for name, layer in (gradients or {}).items():
             partner = None if without is None else without.get(name)
             if self.options.wants("rank"):
-                self._add_rank(role, name, layer)
+                self._add_rank(role, choose, name, layer)
                 if partner is not None:
-                    self._add_rank("reference", name, partner)
+                    self._add_rank("reference", choose, name, partner)
             if self.options.wants("gradient"):
                 statistic = self._statistic("gradient", name, layer.flat.numel())
                 pairs = [(layer.flat[None], None if partner is None else partner.flat[None])]
-                self._add(role, statistic, "gradient", name, pairs, lambda flat, _: flat)
+                self._add(role, statistic, "gradient", name, pairs)
 
-    def _add_rank(self, role: Role, name: str, layer: LayerGradients) -> None:
-        to_vectors = self._layers[name].output_vectors
+    def _add_rank(self, role: Role, choose: Choice, name: str, layer: LayerGradients) -> None:
         for kind, tensors in (("down", layer.down), ("up", layer.up)):
-            width = to_vectors(tensors[0]).shape[1]
-            pairs = [(tensor, None) for tensor in tensors]
-            self._add(role, self._statistic(kind, name, width), "rank", name, pairs, to_vectors)
+            vectors = [self._layers[name].output_vectors(tensor, choose) for tensor in tensors]
+            statistic = self._statistic(kind, name, vectors[0].shape[1])
+            self._add(role, statistic, "rank", name, [(part, None) for part in vectors])
 
     def _statistic(self, kind: str, name: str, width: int) -> _Contrasted:
         if name not in self._of[kind]:
@@ -521,19 +540,15 @@ class _Statistics:
         space: str,
         name: str,
         pairs: Iterable[tuple[Tensor, Tensor | None]],
-        to_vectors: Callable[[Tensor, Choice], Tensor],
     ) -> None:
-        for tensor, partner in pairs:
-            # The same positions of both halves.
-            choose = cache(self._chosen)
-            vectors = to_vectors(tensor, choose)
-            if partner is not None:
-                others = to_vectors(partner, choose)
+        for vectors, others in pairs:
+            difference = vectors
+            if others is not None:
                 self._add_finite("reference", statistic, space, name, others)
                 # The difference is in float32, but the floor is that of the dtype in which the halves were rounded.
                 statistic.floor = max(statistic.floor, torch.finfo(others.dtype).eps ** 2)
-                vectors = vectors.float() - others.float()
-            self._add_finite(role, statistic, space, name, vectors)
+                difference = vectors.float() - others.float()
+            self._add_finite(role, statistic, space, name, difference)
 
     def _add_finite(self, role: Role, statistic: _Contrasted, space: str, name: str, vectors: Tensor) -> None:
         # A sum is finite only if all are, and cheaper than a mask; a sum that overflows by itself is looked at again.
@@ -544,31 +559,20 @@ class _Statistics:
             )
         statistic.add(role, vectors)
 
-    def _chosen(self, count: int) -> Tensor | None:
-        """Which of `count` positions enter: all that are no padding (`None`: all), or `max_positions` of them."""
-        masks = [mask for mask in self._masks if len(mask) == count]
-        # Of several sequences of one length, none can be told from the other.
-        content = masks[0].nonzero().flatten().cpu() if len(masks) == 1 and not masks[0].all() else None
-        count = count if content is None else len(content)
-        if count <= self.options.max_positions:
-            return content
-        chosen = torch.randperm(count, generator=self._choice, device="cpu")[: self.options.max_positions]
-        return chosen if content is None else content[chosen]
-
 
 def _calls(
-    name: str, space: str, tensors: list[Tensor], without: list[Tensor] | None
+    name: str, space: str, seen: list[Vectors], without: list[Vectors] | None
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """The tensors of a layer, one per call, each with that of the other half if there is one."""
+    """The vectors of a layer, one entry per call, each with those of the other half if there is one."""
     if without is None:
-        return [(tensor, None) for tensor in tensors]
-    shapes, others = ([tuple(t.shape) for t in half] for half in (tensors, without))
+        return [(vectors.chosen, None) for vectors in seen]
+    shapes, others = ([vectors.shape for vectors in half] for half in (seen, without))
     if shapes != others:
         raise ConceptDataError(
             f"the halves of a pair differ in the {space}s of {name}: {shapes} with the concept, {others} without. "
             "contrast='pairs' needs batches of equal shapes; use contrast='generalized' for sets that differ."
         )
-    return list(zip(tensors, without, strict=True))
+    return [(vectors.chosen, other.chosen) for vectors, other in zip(seen, without, strict=True)]
 
 
 # Solving

@@ -25,6 +25,7 @@ __all__ = [
     "Features",
     "LayerGradients",
     "TargetLayer",
+    "Vectors",
     "find_adapter",
     "find_layers",
     "observe_features",
@@ -196,12 +197,23 @@ def _activate(model: nn.Module, adapter_name: str) -> None:
 # Features
 
 
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """What a layer was given, or gave, in one call."""
+
+    chosen: Tensor
+    """The vectors of the positions that were wanted, shape `(n, d)`."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor that they are from."""
+
+
 @dataclass
 class Features:
     """The inputs and outputs of the layers in one forward pass, a list with one entry per call."""
 
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[str, list[Vectors]] = field(default_factory=dict)
+    outputs: dict[str, list[Vectors]] = field(default_factory=dict)
 
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """For each layer and call, the layer that first had the same input: layers with equal sources share vectors."""
@@ -210,14 +222,24 @@ class Features:
 @contextmanager
 def observe_features(
     model: nn.Module, layers: Sequence[TargetLayer], spaces: Sequence[str]
-) -> Iterator[Callable[[Callable[[], Any]], Features]]:
+) -> Iterator[Callable[..., Features]]:
     """A function that runs a forward pass, given as a callable, and returns the features of `layers` in it.
 
-    Only what `spaces` asks for is kept, and of inputs that several layers have, one copy.
+    Only what `spaces` asks for is kept, of inputs that several layers have, one copy, and of the positions those alone
+    that its second argument, a `Choice`, wants, if it is given: whole activations of all layers can take ten times the
+    memory of the model.
     """
     features = Features()
+    wanted: Choice | None = None
     recording = False
-    seen: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, str, Tensor]] = {}
+    seen: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, str, Vectors]] = {}
+
+    def vectors(tensor: Tensor, to_vectors: Callable[[Tensor, Choice | None], Tensor]) -> Vectors:
+        chosen = to_vectors(tensor.detach(), wanted)
+        if chosen.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+            # A copy, since what follows in the model may write into the tensor.
+            chosen = chosen.clone()
+        return Vectors(chosen, tuple(tensor.shape))
 
     def note_input(layer: TargetLayer, x: Tensor) -> None:
         if not recording:
@@ -227,18 +249,17 @@ def observe_features(
         known = seen.get(key)
         # An id may be given anew, and a tensor may be written to: neither is the same input.
         if known is None or known[0]() is not x or known[1] != version:
-            # A copy, since what follows in the model may write into the tensor.
-            known = seen[key] = (weakref.ref(x), version, layer.name, x.detach().clone())
+            known = seen[key] = (weakref.ref(x), version, layer.name, vectors(x, layer.input_vectors))
         features.inputs.setdefault(layer.name, []).append(known[3])
         features.sources[layer.name] = (*features.sources.get(layer.name, ()), known[2])
 
     def note_output(layer: TargetLayer, y: Tensor) -> None:
         if recording:
-            features.outputs.setdefault(layer.name, []).append(y.detach().clone())
+            features.outputs.setdefault(layer.name, []).append(vectors(y, layer.output_vectors))
 
-    def run(forward: Callable[[], Any]) -> Features:
-        nonlocal features, recording
-        features, recording = Features(), True
+    def run(forward: Callable[[], Any], choose: Choice | None = None) -> Features:
+        nonlocal features, wanted, recording
+        features, wanted, recording = Features(), choose, True
         try:
             with torch.no_grad(), adapters_disabled(model):
                 forward()

@@ -136,21 +136,36 @@ def test_a_merged_adapter_is_refused():
 # Features
 
 
-def observed(model: nn.Module, x: Tensor, targets=("conv", "shortcut", "to_q", "to_k"), spaces=("input", "output")):
+def observed(
+    model: nn.Module, x: Tensor, targets=("conv", "shortcut", "to_q", "to_k"), spaces=("input", "output"), choose=None
+):
     layers = find_layers(model, list(targets))
     with undisturbed(model), observe_features(model, layers, spaces) as run:
-        return run(lambda: model(x))
+        return run(lambda: model(x), choose)
 
 
 def test_features_are_the_layers_inputs_and_outputs_before_anything_writes_into_them():
     model, x = Net().eval(), torch.randn(2, 2, 6, 6)
     features = observed(model, x)
     tokens = (model.conv(x) + model.shortcut(x)).flatten(2).mT
-    assert torch.equal(features.inputs["conv"][0], x)
-    assert torch.allclose(features.inputs["to_q"][0], tokens)
+    layers = {layer.name: layer for layer in find_layers(model, ["conv", "to_q"])}
+    assert torch.equal(features.inputs["conv"][0].chosen, layers["conv"].input_vectors(x))
+    assert torch.allclose(features.inputs["to_q"][0].chosen, tokens.flatten(0, 1))
     # The model doubles to_q's output in place.
-    assert torch.allclose(features.outputs["to_q"][0], model.to_q(tokens))
-    assert torch.allclose(features.outputs["conv"][0], model.conv(x))
+    assert torch.allclose(features.outputs["to_q"][0].chosen, model.to_q(tokens).flatten(0, 1))
+    assert torch.allclose(features.outputs["conv"][0].chosen, layers["conv"].output_vectors(model.conv(x)))
+    assert features.inputs["conv"][0].shape == x.shape
+
+
+def test_only_the_positions_that_are_wanted_are_kept():
+    model, x = Net().eval(), torch.randn(2, 2, 6, 6)
+    whole, some = (observed(model, x, choose=choose) for choose in (None, lambda count: torch.tensor([count - 1, 4])))
+    for kind in ("inputs", "outputs"):
+        for name, (vectors,) in getattr(whole, kind).items():
+            (found,) = getattr(some, kind)[name]
+            assert torch.equal(found.chosen, vectors.chosen[[-1, 4]])
+            assert found.shape == vectors.shape
+            assert found.chosen.untyped_storage().nbytes() == found.chosen.nbytes
 
 
 def test_equal_inputs_are_kept_once_and_known_as_equal():
@@ -178,8 +193,8 @@ def test_an_input_that_was_written_to_in_between_is_another():
 
     x = torch.randn(4, 3)
     features = observed(Writes(), x, ["a", "b"])
-    assert torch.equal(features.inputs["a"][0], x + 1)
-    assert torch.equal(features.inputs["b"][0], 2 * (x + 1))
+    assert torch.equal(features.inputs["a"][0].chosen, x + 1)
+    assert torch.equal(features.inputs["b"][0].chosen, 2 * (x + 1))
     assert features.sources["a"] != features.sources["b"]
 
 
@@ -216,8 +231,9 @@ def test_a_model_that_saves_a_trained_module_shows_the_features_of_its_base():
 def check_features_of_base(bare: nn.Module, adapted: nn.Module, x: Tensor) -> None:
     expected, features = (observed(model, x, ("conv", "to_q", "to_k")) for model in (bare, adapted))
     for name in ("conv", "to_q", "to_k"):
-        assert torch.allclose(features.inputs[name][0], expected.inputs[name][0], atol=1e-6)
-        assert torch.allclose(features.outputs[name][0], expected.outputs[name][0], atol=1e-6)
+        for kind in ("inputs", "outputs"):
+            found, wanted = (getattr(half, kind)[name][0].chosen for half in (features, expected))
+            assert torch.allclose(found, wanted, atol=1e-6)
 
 
 # Gradients
@@ -365,6 +381,6 @@ def test_a_model_is_left_as_it_was_found(fails, disabled):
 def test_features_of_a_dropout_model_are_those_of_evaluation():
     model, x = Net().train(), torch.randn(2, 2, 6, 6)
     features = observed(model, x)
-    assert torch.equal(features.inputs["to_q"][0], features.inputs["to_k"][0])
+    assert torch.equal(features.inputs["to_q"][0].chosen, features.inputs["to_k"][0].chosen)
     assert model.training
     assert F.dropout(torch.ones(100)).min() == 0
