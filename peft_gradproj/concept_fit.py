@@ -290,8 +290,11 @@ def _step_seconds(family: PipelineFamily, probes: ConceptProbes, count: int) -> 
             # What a GPU has not done yet is waited for.
             gradient.sum().item()
             seconds.append(time.perf_counter() - start)
-    except torch.OutOfMemoryError:
-        return None
+    except RuntimeError as error:
+        # Of a GPU `torch.OutOfMemoryError`; elsewhere it is told by the message alone.
+        if "memory" in str(error):
+            return None
+        raise
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

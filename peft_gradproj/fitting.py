@@ -28,6 +28,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -37,7 +38,7 @@ from ._version import __version__
 from .basis import SPACES, ConceptBasis, LayerBasis
 from .contrast import BatchesDigest
 from .errors import ConceptBasisError, ConceptDataError
-from .model_arguments import flatten_arguments, place_arguments
+from .model_arguments import attention_masks, flatten_arguments, place_arguments
 from .observation import (
     Choice,
     Features,
@@ -274,19 +275,17 @@ class _Observer:
         loss_fn: LossFn | None,
         adapter_name: str | None,
     ) -> None:
-        self._model, self._layers, self._options = model, layers, options
+        self.model, self._layers, self._options = model, layers, options
         self._run_model, self._loss_fn, self._adapter_name = run_model or _call, loss_fn, adapter_name
         self._stack = ExitStack()
 
     def __enter__(self) -> _Observer:
         self._features = self._gradients = None
         if self._options.wants("input", "output"):
-            context = observe_features(self._model, self._layers, self._options.spaces)
+            context = observe_features(self.model, self._layers, self._options.spaces)
             self._features = self._stack.enter_context(context)
         if self._loss_fn is not None and self._adapter_name is not None and self._options.wants("rank", "gradient"):
-            self._gradients = self._stack.enter_context(
-                observe_gradients(self._model, self._layers, self._adapter_name)
-            )
+            self._gradients = self._stack.enter_context(observe_gradients(self.model, self._layers, self._adapter_name))
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -297,7 +296,7 @@ class _Observer:
 
         def forward() -> Any:
             torch.manual_seed(self._options.seed + index)
-            return self._run_model(self._model, batch)
+            return self._run_model(self.model, batch)
 
         def loss() -> Tensor:
             assert self._loss_fn is not None
@@ -311,20 +310,16 @@ class _Observer:
             )
 
 
-def _choice(options: _Options, index: int, batch: Any, partner: Any = None) -> Choice:
+def _choice(options: _Options, index: int, masks: Sequence[Tensor]) -> Choice:
     """Which positions of the batch of one index enter, of all layers alike, and of both halves of a pair."""
-    masks = _attention_masks(batch)
-    others = masks if partner is None else _attention_masks(partner)
-    if [*map(len, masks)] == [*map(len, others)]:
-        masks = [a & b for a, b in zip(masks, others, strict=True)]
 
     @cache
-    def choose(count: int) -> Tensor | None:
-        """Of `count` positions, all that are no padding (`None`: all), or `max_positions` of them."""
-        known = [mask for mask in masks if len(mask) == count]
+    def choose(shape: tuple[int, ...]) -> Tensor | None:
+        """All that are no padding (`None`: all), or `max_positions` of them."""
         # Of several sequences of one length, none can be told from the other.
-        content = known[0].nonzero().flatten().cpu() if len(known) == 1 and not known[0].all() else None
-        count = count if content is None else len(content)
+        known = [mask for mask in masks if shape in (tuple(mask.shape), (mask.numel(),))]
+        content = known[0].flatten().nonzero().flatten() if len(known) == 1 and not known[0].all() else None
+        count = prod(shape) if content is None else len(content)
         if count <= options.max_positions:
             return content
         generator = torch.Generator().manual_seed((options.seed * 1_000_003 + index) % 2**63)
@@ -334,11 +329,12 @@ def _choice(options: _Options, index: int, batch: Any, partner: Any = None) -> C
     return choose
 
 
-def _attention_masks(batch: Any) -> list[Tensor]:
-    """Which positions of a batch are no padding, flat, one tensor for each of the sequences that it says it of."""
-    named = flatten_arguments(batch).items() if isinstance(batch, Mapping) else ()
-    masks = [x for name, x in named if name.endswith("attention_mask") and isinstance(x, Tensor) and x.ndim == 2]
-    return [mask.flatten() != 0 for mask in masks]
+def _content(model: nn.Module, *halves: Any) -> list[Tensor]:
+    """Which positions are no padding, in all halves: a mask `(b, n)` for each sequence that the batches say it of."""
+    masks = [attention_masks(model, half) if isinstance(half, Mapping) else [] for half in halves]
+    if len({tuple(mask.shape for mask in of_half) for of_half in masks}) > 1:
+        return masks[0]
+    return [torch.stack(of_halves).all(0) for of_halves in zip(*masks, strict=True)]
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -348,7 +344,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
             f"a batch is a {type(batch).__name__}, and model(**batch) needs a mapping; pass run_model=lambda model, "
             "batch: ... to say how the model is called."
         )
-    return model(**place_arguments(flatten_arguments(batch), *placement(model)))
+    return model(**place_arguments(flatten_arguments(batch, whole=True), *placement(model)))
 
 
 def _stream(
@@ -369,9 +365,9 @@ def _stream(
         digest.add("concept", batch)
         if paired:
             digest.add("reference", partner)
-        choose = _choice(statistics.options, index, batch, partner)
-        halves = [observe(index, half, choose) for half in ((batch, partner) if paired else (batch,))]
-        statistics.add(role, choose, *halves)
+        halves = (batch, partner) if paired else (batch,)
+        choose = _choice(statistics.options, index, _content(observe.model, *halves))
+        statistics.add(role, choose, *(observe(index, half, choose) for half in halves))
         counts["concept"] += 1
         counts["held_out"] += role == "held_out"
         counts["reference"] += paired
@@ -379,7 +375,7 @@ def _stream(
         total = len(reference_batches) if isinstance(reference_batches, Sized) else None
         for index, batch in enumerate(_progress(reference_batches, total, "reference batches", progress)):
             digest.add("reference", batch)
-            choose = _choice(statistics.options, index, batch)
+            choose = _choice(statistics.options, index, _content(observe.model, batch))
             statistics.add("reference", choose, observe(index, batch, choose))
             counts["reference"] += 1
     for name in ("concept",) if reference_batches is None else ("concept", "reference"):

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -214,56 +215,62 @@ class GradientConstraint:
 
     def __init__(self, a: ProjectedWeight, b: ProjectedWeight, basis: Tensor, strength: float) -> None:
         self.a, self.b, self.basis, self.strength = a, b, basis, strength
-        self._start: Tensor | None = None
-        self._trained: tuple[ProjectedWeight, ...] = (a, b)
-        self._of_trained = basis
+        self._of: dict[tuple[bool, bool], _Kept] = {}
+
+    def _trained(self) -> tuple[ProjectedWeight, ...]:
+        """What is frozen may not be moved, and has no part in the steps."""
+        return tuple(module for module in (self.a, self.b) if module.weight.requires_grad) or (self.a, self.b)
+
+    def _kept(self) -> _Kept:
+        trained = self._trained()
+        key = (self.a in trained, self.b in trained)
+        if key not in self._of:
+            rows = self.basis.split([self.a.weight.numel(), self.b.weight.numel()])
+            basis = torch.cat([r for m, r in zip((self.a, self.b), rows, strict=True) if m in trained])
+            # Where one is trained after the other, each has its own, so that no start is noted twice.
+            self._of[key] = _Kept(basis if len(trained) == 2 else orthonormal_basis(basis))
+        kept = self._of[key]
+        kept.basis = kept.basis.to(self.a.weight.device)
+        return kept
 
     def _flat(self) -> Tensor:
-        return torch.cat([_whole(m.weight).float().flatten() for m in self._trained]).unsqueeze(1)
-
-    def _on_device(self) -> Tensor:
-        """The basis for the weights that are trained: what is frozen may not be moved, and has no part in the steps."""
-        trained = tuple(module for module in (self.a, self.b) if module.weight.requires_grad) or (self.a, self.b)
-        if trained != self._trained:
-            self._trained, self._start = trained, None
-            rows = self.basis.split([self.a.weight.numel(), self.b.weight.numel()])
-            self._of_trained = torch.cat([r for m, r in zip((self.a, self.b), rows, strict=True) if m in trained])
-            if len(trained) == 1:
-                self._of_trained = orthonormal_basis(self._of_trained)
-        if self._of_trained.device != self.a.weight.device:
-            self._of_trained = self._of_trained.to(self.a.weight.device)
-        return self._of_trained
+        return torch.cat([_whole(m.weight).float().flatten() for m in self._trained()]).unsqueeze(1)
 
     def restart(self) -> None:
         """Keep, from the next step on, the coordinates that A and B have before it."""
-        self._start = None
+        for kept in self._of.values():
+            kept.start = None
 
     def remember(self) -> None:
         """Note the coordinates before a step: of the first one, and at strength below 1 of each."""
-        basis = self._on_device()
+        kept = self._kept()
         # Not earlier: DDP broadcasts the weights of the first process, and transformers loads a saved adapter into one
         # that is injected already, both past `load_state_dict`. Not of each step: what low precision rounds away of
         # the corrections would add up.
-        if self._start is None or self.strength < 1.0:
-            self._start = coordinates(self._flat(), basis, side="left")
+        if kept.start is None or self.strength < 1.0:
+            kept.start = coordinates(self._flat(), kept.basis, side="left")
 
     @torch.no_grad()
     def retract(self) -> None:
         """Move A and B back along the basis."""
-        if self._start is None:
+        kept, trained = self._kept(), self._trained()
+        if kept.start is None:
             return
-        flat = remove_component(
-            self._flat(),
-            self._of_trained,
-            side="left",
-            strength=self.strength,
-            target=self._start.to(self._of_trained.device),
-        ).squeeze(1)
+        target = kept.start.to(kept.basis.device)
+        flat = remove_component(self._flat(), kept.basis, side="left", strength=self.strength, target=target).squeeze(1)
         if self.strength < 1.0:
             # The step of a wrapper encloses that of the optimizer: a share that is left is not to be shared again.
-            self._start = None
-        for module, values in zip(self._trained, flat.split([m.weight.numel() for m in self._trained]), strict=True):
+            kept.start = None
+        for module, values in zip(trained, flat.split([m.weight.numel() for m in trained]), strict=True):
             _overwrite(module.weight, values.reshape(module.weight.shape))
+
+
+@dataclass
+class _Kept:
+    """What a gradient constraint keeps of the weights that are trained: their coordinates along a basis."""
+
+    basis: Tensor
+    start: Tensor | None = None
 
 
 class _Retraction:

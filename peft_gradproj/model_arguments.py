@@ -10,20 +10,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ConceptDataError
 
-__all__ = ["flatten_arguments", "nest_arguments", "place_arguments"]
+__all__ = ["attention_masks", "flatten_arguments", "is_encoder_decoder", "nest_arguments", "place_arguments"]
 
 
-def flatten_arguments(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by names with dots; those that are `None` are left out."""
+def flatten_arguments(arguments: Mapping[str, Any], prefix: str = "", *, whole: bool = False) -> dict[str, Any]:
+    """Values by names with dots; those that are `None` are left out.
+
+    Args:
+        arguments: As a model takes them.
+        prefix: Before each name.
+        whole: Keep all that is no plain dictionary as it is: `None`, and what is a mapping beside, as outputs are.
+    """
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten_arguments(value, f"{prefix}{name}."))
-        elif value is not None:
+        if (type(value) is dict and value) if whole else isinstance(value, Mapping):
+            flat.update(flatten_arguments(value, f"{prefix}{name}.", whole=whole))
+        elif value is not None or whole:
             flat[f"{prefix}{name}"] = value
     return flat
 
@@ -62,3 +68,24 @@ def place_arguments(
         return x.to(device, dtype) if dtype is not None and x.is_floating_point() and x.ndim > 1 else x.to(device)
 
     return nest_arguments({name: placed(x) for name, x in flat.items()})
+
+
+def attention_masks(model: nn.Module, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """Which positions of the sequences that a language model is given are no padding: of shape `(b, n)`, boolean.
+
+    Of an encoder and a decoder that of each; of the encoder alone only where the decoder's sequence, whose padding
+    nobody tells, has another length.
+    """
+    names = ("attention_mask", "decoder_attention_mask")
+    found = {name: arguments.get(name) for name in names}
+    masks = {n: m.detach().cpu() != 0 for n, m in found.items() if isinstance(m, Tensor) and m.ndim == 2}
+    if is_encoder_decoder(model) and "decoder_attention_mask" not in masks:
+        answers = [arguments.get(name) for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds")]
+        shapes = [tuple(answer.shape[:2]) for answer in answers if isinstance(answer, Tensor)]
+        masks = {name: mask for name, mask in masks.items() if tuple(mask.shape) not in shapes}
+    return [*masks.values()]
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model answers with the sequence of a decoder, and not with its input's."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

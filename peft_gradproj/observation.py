@@ -33,7 +33,8 @@ __all__ = [
     "undisturbed",
 ]
 
-Choice = Callable[[int], Tensor | None]
+Choice = Callable[[tuple[int, ...]], Tensor | None]
+"""Given the shape of the positions, such as `(b, n)`, the flat indices of those that are wanted; `None` for all."""
 
 _PERTURBATION = 1e-3
 """Scale of the random B that stands in for a B that is zero, small against a trained one."""
@@ -84,7 +85,7 @@ class TargetLayer:
 
         Args:
             x: The layer's input.
-            choose: Given the number of positions, the indices of those that are wanted; `None` for all.
+            choose: Which positions are wanted; all if it is `None`.
         """
         if not isinstance(self.base, nn.Conv2d):
             return _rows(x, choose)
@@ -102,7 +103,7 @@ class TargetLayer:
 def _rows(vectors: Tensor, choose: Choice | None) -> Tensor:
     """The chosen vectors of a tensor of shape `(*, d)`, shape `(n, d)`; others are not copied."""
     positions = vectors.shape[:-1]
-    chosen = None if choose is None else choose(positions.numel())
+    chosen = None if choose is None else choose(tuple(positions))
     if chosen is None:
         return vectors.reshape(-1, vectors.shape[-1])
     return vectors[torch.unravel_index(chosen.to(vectors.device), positions)]

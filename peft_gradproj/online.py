@@ -77,7 +77,7 @@ FLOOR_PROBES = 32
 
 _STEPS_BEFORE_WARNING = 20
 _PARAMETER_SETS = 4
-"""So many sets of parameters keep half-spaces: those of as many optimizers, or of what was trained in turn last."""
+"""At least so many sets of parameters keep half-spaces, as where layers are trained in turn, and one an optimizer."""
 _FORKED_DEVICES = ("cuda", "xpu")
 
 
@@ -671,8 +671,6 @@ class OnlineProjection:
         # Each optimizer has its own: those of another one are about parameters that this one does not move.
         key = frozenset(names)
         self._history[key] = found = self._history.pop(key, deque(maxlen=self.probe_history - 1))
-        while len(self._history) > _PARAMETER_SETS:
-            del self._history[next(iter(self._history))]
         return found
 
     def _remember(self, pending: _Pending) -> None:
@@ -680,6 +678,8 @@ class OnlineProjection:
             names = list(pending.gradient)
             along = inner([pending.gradient[n] for n in names], [pending.before[n] for n in names])
             self._earlier(names).append(_HalfSpace(pending.gradient, pending.drift - along))
+            while len(self._history) > max(_PARAMETER_SETS, len(self._counts)):
+                del self._history[next(iter(self._history))]
 
     def _correct_moments(self, optimizer: torch.optim.Optimizer, pending: _Pending, metric: dict[str, Tensor]) -> None:
         unread = project_moments(optimizer, pending.parameters, pending.gradient, metric, strength=self.strength)

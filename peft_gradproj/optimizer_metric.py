@@ -9,7 +9,7 @@ parameters that the optimizer moves least, and destroys what was learned.
 | Adam, AdamW, NAdam, RAdam | :math:`\sqrt{\hat v} + \epsilon`, with `max_exp_avg_sq` for amsgrad |
 | RMSprop | :math:`\sqrt{v} + \epsilon`, less the square of the mean if centered |
 | Adagrad | :math:`\sqrt{\sum g^2} + \epsilon` |
-| SGD, ASGD, and those that keep a `momentum_buffer` alone (Muon) | 1 |
+| SGD, ASGD, and those with a `momentum_buffer` that have neither betas nor `square_avg` (Muon) | 1 |
 | others (Adafactor, Lion, 8-bit) | a running estimate of :math:`\sqrt{E g^2}` of our own |
 
 Some keep a second moment that can be read of some parameters alone: 8-bit optimizers, which leave small tensors as they
@@ -161,6 +161,9 @@ def _is_unscaled(optimizer: torch.optim.Optimizer, parameter: Tensor, group: Map
 _BITSANDBYTES = {
     "adam": ("exp_avg", "exp_avg_sq"),
     "ademamix": ("exp_avg", "exp_avg_sq"),
+    "lamb": ("exp_avg", "exp_avg_sq"),
+    "lars": ("momentum_buffer",),
+    "lion": ("exp_avg",),
     "momentum": ("momentum_buffer",),
     "rmsprop": ("square_avg",),
     "adagrad": ("sum",),
@@ -328,6 +331,8 @@ def _of_bitsandbytes(state: Mapping[str, Any], of_steps: bool) -> _FirstMoment |
     moment, code, scales = state["state1"], state.get("qmap1"), state.get("absmax1")
     if code is None or scales is None or len(scales) != -(-moment.numel() // _BITSANDBYTES_BLOCK):
         return None
+    if moment.device != scales.device:
+        return None  # a paged one
 
     def write(value: Tensor) -> None:
         quantised, found = functional.quantize_blockwise(value.contiguous(), code=code, blocksize=_BITSANDBYTES_BLOCK)

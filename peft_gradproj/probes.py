@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from .base_models import identify, layer_widths
 from .errors import ConceptDataError
 from .files import locate_file, read_header_json, read_tensor_file, write_tensor_file
-from .model_arguments import flatten_arguments, nest_arguments, place_arguments
+from .model_arguments import flatten_arguments, is_encoder_decoder, nest_arguments, place_arguments
 
 __all__ = [
     "FORMAT_VERSION",
@@ -574,7 +574,8 @@ def collect_concept_probes(
         model: The model that will be trained.
         batches: Yields `(inputs, weights)` or `(inputs, weights, loss_targets)`, with `inputs` a mapping of keyword
             arguments of shape `(b, *)`, and the others as in :class:`ConceptProbes`, or `None`; or yields `inputs`
-            alone. Where there are no weights, the padding of an `attention_mask` of shape `(b, n)` does not count.
+            alone. Where there are no weights, the padding of an `attention_mask` of shape `(b, n)` does not count (of a
+            decoder that of a `decoder_attention_mask`).
         run_model: Calls the model, `run_model(model, inputs)`; the default is `model(**inputs)`.
         store_targets: Whether to keep the outputs; else they are recomputed in training.
         concept: What must not be learned, in words.
@@ -594,7 +595,7 @@ def collect_concept_probes(
         for batch in _with_progress(batches, progress):
             inputs, weights, loss_targets = _unpacked(batch)
             probes = _Part(inputs, None, weights, loss_targets, *about)
-            padding = _padding(probes) if weights is None else None
+            padding = _padding(model, probes) if weights is None else None
             outputs = _base_outputs(model, probes) if store_targets or padding is not None else None
             if padding is not None and outputs is not None and outputs.shape[:2] == padding.shape:
                 weights = (~padding).float()
@@ -611,9 +612,9 @@ class _Part(ConceptProbes):
         pass
 
 
-def _padding(probes: ConceptProbes) -> Tensor | None:
-    """Where a batch of sequences has padding, shape `(b, n)`, if it has any: what is answered there is noise."""
-    mask = probes.inputs.get("attention_mask")
+def _padding(model: nn.Module, probes: ConceptProbes) -> Tensor | None:
+    """Where the sequences that are answered have padding, `(b, n)`, if they have any: what is said there is noise."""
+    mask = probes.inputs.get("decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask")
     return None if mask is None or mask.ndim != 2 or bool(mask.all()) else mask == 0
 
 

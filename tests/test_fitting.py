@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_t5
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from peft_gradproj import fitting, second_moments
 from peft_gradproj.basis import ConceptBasis
@@ -145,6 +147,54 @@ def test_what_is_padding_in_one_half_of_a_pair_is_compared_with_nothing():
     torch.testing.assert_close(found["to_q"].input, expected["to_q"].input)
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_the_padding_of_a_question_says_nothing_of_the_answer_that_is_as_long(told):
+    generator = torch.Generator().manual_seed(0)
+    halves = []
+    for token in (5, 6):
+        batches = []
+        for _ in range(3):
+            tokens, mask = torch.randint(8, 30, (2, 6), generator=generator), torch.ones(2, 6, dtype=torch.int64)
+            mask[:, 3:] = 0
+            answer = torch.full((2, 6), 7)
+            answer[:, 4:] = token
+            batch = {"input_ids": torch.full_like(tokens, 9), "attention_mask": mask, "decoder_input_ids": answer}
+            batches.append(batch | ({"decoder_attention_mask": torch.ones_like(mask)} if told else {}))
+        halves.append(batches)
+    basis = fit(tiny_t5(), *halves, target_modules=["q"], rank=1, unfit="skip")
+    assert "decoder.block.0.layer.0.SelfAttention.q" in basis
+
+
+def test_a_mask_of_another_sequence_says_nothing_of_as_many_tokens():
+    with_it, without = planted(4, direction(12), 3.0)
+    mask = torch.zeros(6, 20)
+
+    class Image(Attention):
+        def forward(self, x, encoder_attention_mask=None):
+            return super().forward(x)
+
+    masked = [[{**b, "encoder_attention_mask": mask} for b in half] for half in (with_it, without)]
+    found, expected = (fit(Image(), *halves, spaces=("input",)) for halves in (masked, (with_it, without)))
+    assert torch.equal(found["to_q"].input, expected["to_q"].input)
+
+
+def test_positions_in_another_order_are_not_told_by_the_mask():
+    with_it, without = planted(4, direction(12), 3.0)
+    mask = torch.ones(6, 20)
+    mask[:, 10:] = 0
+
+    class SequenceFirst(MaskedAttention):
+        def forward(self, x, attention_mask):
+            return super().forward(x.movedim(0, 1), attention_mask)
+
+    masked = [[{**b, "attention_mask": mask} for b in half] for half in (with_it, without)]
+    found, expected = (
+        fit(model, *halves, spaces=("input",))
+        for model, halves in ((SequenceFirst(), masked), (Attention(), (with_it, without)))
+    )
+    torch.testing.assert_close(found["to_q"].input, expected["to_q"].input)
+
+
 def test_of_padding_alone_nothing_is_taken_in():
     with_it, without = planted(4, direction(12), 3.0)
     masks = [torch.ones(6, 20), torch.ones(6, 20), torch.zeros(6, 20), torch.ones(6, 20)]
@@ -190,15 +240,16 @@ def test_batches_are_given_to_the_model_as_probes_are():
     seen = []
 
     class Nested(Attention):
-        def forward(self, x, options, *, length=None, return_dict=True):
-            seen.append((x.dtype, options["scale"].dtype, options["name"], return_dict))
+        def forward(self, x, options, length, outputs, *, return_dict=True):
+            seen.append((x.dtype, options["scale"].dtype, options["name"], length, type(outputs), return_dict))
             return super().forward(x * options["scale"])
 
     halves = planted(3, direction(12), 3.0)
     scale = torch.ones(6, 20, 1)
-    more = {"options.scale": scale, "options": {"name": "n"}, "length": None, "return_dict": False}
+    more = {"options": {"scale": scale}, "options.name": "n", "length": None, "return_dict": False}
+    more["outputs"] = BaseModelOutput(last_hidden_state=scale)
     basis = fit(Nested().to(torch.bfloat16), *([{**b, **more} for b in half] for half in halves), rank=1, unfit="skip")
-    assert set(seen) == {(torch.bfloat16, torch.bfloat16, "n", False)}
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16, "n", None, BaseModelOutput, False)}
     assert set(basis) <= set(TARGETS)
 
 

@@ -117,6 +117,24 @@ def test_a_frozen_weight_is_not_moved_by_a_gradient_basis_and_the_other_keeps_it
         assert (basis["query"].gradient.mT @ torch.cat(moved)).norm() <= 1e-5
 
 
+def test_what_rounding_leaves_does_not_add_up_where_a_and_b_are_trained_in_turn():
+    model, basis = adapted(("gradient",))
+    model.to(torch.bfloat16)
+    layer = model.base_model.model.query
+    weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+
+    def along() -> torch.Tensor:
+        return basis["query"].gradient.mT @ torch.cat([w.detach().float().flatten() for w in weights])
+
+    start = along()
+    for number in range(400):
+        for place, weight in enumerate(weights):
+            weight.requires_grad_(number % 2 == place)
+        train(model, torch.optim.SGD(trainable(model), lr=1e-2), steps=1, dtype=torch.bfloat16)
+    rounding = torch.finfo(torch.bfloat16).eps * weights[0].float().norm()
+    assert (along() - start).norm() <= 0.02 * rounding
+
+
 class Wrapper(torch.optim.Optimizer):
     """Steps another optimizer, as those of accelerate and of schedules do."""
 

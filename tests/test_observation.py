@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,7 +161,9 @@ def test_features_are_the_layers_inputs_and_outputs_before_anything_writes_into_
 
 def test_only_the_positions_that_are_wanted_are_kept():
     model, x = Net().eval(), torch.randn(2, 2, 6, 6)
-    whole, some = (observed(model, x, choose=choose) for choose in (None, lambda count: torch.tensor([count - 1, 4])))
+    whole, some = (
+        observed(model, x, choose=choose) for choose in (None, lambda shape: torch.tensor([prod(shape) - 1, 4]))
+    )
     for kind in ("inputs", "outputs"):
         for name, (vectors,) in getattr(whole, kind).items():
             (found,) = getattr(some, kind)[name]

@@ -507,6 +507,27 @@ def test_a_new_optimizer_begins_where_a_state_that_was_loaded_says() -> None:
     assert projection.step == 4
 
 
+def test_each_of_many_optimizers_keeps_its_half_spaces() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)])
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=[str(i) for i in range(6)]), net, "default")
+    x = torch.randn(8, 4)
+    probes = ConceptProbes({"input": x}, torch.zeros(8, 4))
+    projection = attach_online_projection(net, "default", probes, probe_every=1, probe_history=3)
+    layers = [[p for p in layer.parameters() if p.requires_grad] for layer in net]
+    optimizers = [torch.optim.AdamW(parameters, lr=1e-2) for parameters in layers]
+    for _ in range(4):
+        for optimizer in optimizers:
+            net(x).square().mean().backward()
+            optimizer.step()
+    kept = Counter(frozenset(half_space["gradient"]) for half_space in projection.state_dict()["history"])
+    assert [*kept.values()] == [2] * 6
+    # A resumed run has them all before its optimizers have taken a step.
+    resumed = attach_online_projection(net, "default", probes, probe_every=1, probe_history=3)
+    resumed.load_state_dict(projection.state_dict())
+    assert len(resumed.state_dict()["history"]) == 12
+
+
 def test_half_spaces_of_layers_that_are_trained_in_turn_are_bounded() -> None:
     task = make_task()
     projection = attach_online_projection(

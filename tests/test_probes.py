@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_models import tiny_t5
 from torch import Tensor, nn
 
 from peft_gradproj import fit_concept_basis
@@ -348,6 +349,15 @@ def test_padding_has_no_weight_in_probes_of_sequences(store_targets: bool) -> No
     assert collect_concept_probes(Pooled(4, 2), [padded], **options).weights is None
     probes = collect_concept_probes(Sequences(4, 2), [whole, padded], **options)
     assert torch.equal(probes.weights, torch.cat([torch.ones(3, 5), mask.float()]))
+
+
+def test_the_padding_of_a_question_is_not_that_of_the_answer() -> None:
+    tokens, mask = torch.randint(2, 30, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
+    mask[:, 3:] = 0
+    question = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": tokens.flip(1)}
+    assert collect_concept_probes(tiny_t5(), [question]).weights is None
+    probes = collect_concept_probes(tiny_t5(), [{**question, "decoder_attention_mask": mask.flip(1)}])
+    assert torch.equal(probes.weights, mask.flip(1).float())
 
 
 def test_a_batch_without_the_concept_may_be_collected_if_others_show_it() -> None:

@@ -122,3 +122,12 @@ def folder_leakage(folder: str | Path, basis: ConceptBasis) -> float:
     names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
     (file,) = (Path(folder, name) for name in names if Path(folder, name).exists())
     return tensors_leakage(load_file(file), basis)
+
+
+def tiny_t5() -> nn.Module:
+    """A model of an encoder and a decoder."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)).eval()
