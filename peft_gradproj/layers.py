@@ -225,10 +225,11 @@ class GradientConstraint:
         trained = self._trained()
         key = (self.a in trained, self.b in trained)
         if key not in self._of:
-            rows = self.basis.split([self.a.weight.numel(), self.b.weight.numel()])
-            basis = torch.cat([r for m, r in zip((self.a, self.b), rows, strict=True) if m in trained])
             # Where one is trained after the other, each has its own, so that no start is noted twice.
-            self._of[key] = _Kept(basis if len(trained) == 2 else orthonormal_basis(basis))
+            rows = dict(
+                zip((self.a, self.b), self.basis.split([m.weight.numel() for m in (self.a, self.b)]), strict=True)
+            )
+            self._of[key] = _Kept(self.basis if len(trained) == 2 else orthonormal_basis(rows[trained[0]]))
         kept = self._of[key]
         kept.basis = kept.basis.to(self.a.weight.device)
         return kept
