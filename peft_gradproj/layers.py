@@ -226,10 +226,9 @@ class GradientConstraint:
         key = (self.a in trained, self.b in trained)
         if key not in self._of:
             # Where one is trained after the other, each has its own, so that no start is noted twice.
-            rows = dict(
-                zip((self.a, self.b), self.basis.split([m.weight.numel() for m in (self.a, self.b)]), strict=True)
-            )
-            self._of[key] = _Kept(self.basis if len(trained) == 2 else orthonormal_basis(rows[trained[0]]))
+            split = self.a.weight.numel()
+            rows = self.basis[:split] if trained == (self.a,) else self.basis[split:]
+            self._of[key] = _Kept(self.basis if len(trained) == 2 else orthonormal_basis(rows))
         kept = self._of[key]
         kept.basis = kept.basis.to(self.a.weight.device)
         return kept
