@@ -56,6 +56,7 @@ __all__ = [
     "BASIS_NAME",
     "BOUND_FILES",
     "CHECKABLE_SPACES",
+    "DIFFUSERS_CONFIG_KEY",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "PUBLISHED_FILES",
@@ -89,6 +90,9 @@ MANIFEST_NAME = "gradproj.json"
 SIGNATURE_NAME = "model.sig"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+DIFFUSERS_CONFIG_KEY = "lora_adapter_metadata"
+"""Where the header of weights in diffusers' layout has the config, if anywhere."""
 
 BOUND_FILES = (*WEIGHT_NAMES, ADAPTER_CONFIG_NAME, BASIS_NAME)
 """The files whose digests the manifest holds."""

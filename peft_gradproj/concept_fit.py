@@ -39,7 +39,7 @@ from .errors import ConceptDataError
 from .fitting import fit_concept_basis
 from .observation import find_layers
 from .pipelines import PipelineFamily, checked_resolution, load_pipeline
-from .probes import ConceptProbes, adapters_disabled, collect_concept_probes, evaluation_mode
+from .probes import ConceptProbes, adapters_as_before, adapters_disabled, collect_concept_probes, evaluation_mode
 from .training_data import Frame, TrainingData, draw_frame, load_table, one_caption, read_pictures, without_phrase
 
 __all__ = [
@@ -276,28 +276,24 @@ def _base_model_of(family: PipelineFamily, name: str | None) -> tuple[str | None
 def _step_seconds(family: PipelineFamily, probes: ConceptProbes, count: int) -> float | None:
     """The shorter of two times that a forward and backward take, as of a LoRA whose own gradients cost little."""
     denoiser, seconds = family.denoiser, []
-    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for _ in range(2):
-            inputs = family.placed(probes.select(range(count)).inputs)
-            sample = inputs[family.sample].requires_grad_()
-            start = time.perf_counter()
-            with torch.enable_grad(), evaluation_mode(denoiser), adapters_disabled(denoiser):
+        with adapters_as_before(denoiser), torch.enable_grad(), evaluation_mode(denoiser), adapters_disabled(denoiser):
+            # As the base of a LoRA is, so that less is kept for the backward pass.
+            denoiser.requires_grad_(False)
+            for _ in range(2):
+                inputs = family.placed(probes.select(range(count)).inputs)
+                sample = inputs[family.sample].requires_grad_()
+                start = time.perf_counter()
                 output = denoiser(**inputs, return_dict=False)[0]
                 (gradient,) = torch.autograd.grad(output.float().square().mean(), sample)
-            # What a GPU has not done yet is waited for.
-            gradient.sum().item()
-            seconds.append(time.perf_counter() - start)
+                # What a GPU has not done yet is waited for.
+                gradient.sum().item()
+                seconds.append(time.perf_counter() - start)
     except RuntimeError as error:
         # Of a GPU `torch.OutOfMemoryError`; elsewhere it is told by the message alone.
         if "memory" in str(error):
             return None
         raise
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
     return min(seconds)
 
 

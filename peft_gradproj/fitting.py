@@ -38,7 +38,7 @@ from ._version import __version__
 from .basis import SPACES, ConceptBasis, LayerBasis
 from .contrast import BatchesDigest
 from .errors import ConceptBasisError, ConceptDataError
-from .model_arguments import attention_masks, flatten_arguments, place_arguments
+from .model_arguments import attention_masks, place_arguments
 from .observation import (
     Choice,
     Features,
@@ -344,7 +344,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
             f"a batch is a {type(batch).__name__}, and model(**batch) needs a mapping; pass run_model=lambda model, "
             "batch: ... to say how the model is called."
         )
-    return model(**place_arguments(flatten_arguments(batch, whole=True), *placement(model)))
+    return model(**place_arguments(batch, *placement(model)))
 
 
 def _stream(

@@ -217,24 +217,22 @@ class GradientConstraint:
         self.a, self.b, self.basis, self.strength = a, b, basis, strength
         self._of: dict[tuple[bool, bool], _Kept] = {}
 
-    def _trained(self) -> tuple[ProjectedWeight, ...]:
-        """What is frozen may not be moved, and has no part in the steps."""
-        return tuple(module for module in (self.a, self.b) if module.weight.requires_grad) or (self.a, self.b)
-
     def _kept(self) -> _Kept:
-        trained = self._trained()
-        key = (self.a in trained, self.b in trained)
-        if key not in self._of:
+        """Of what is trained: what is frozen may not be moved, and has no part in the steps."""
+        a, b = (module.weight.requires_grad for module in (self.a, self.b))
+        if (a, b) not in self._of:
             # Where one is trained after the other, each has its own, so that no start is noted twice.
             split = self.a.weight.numel()
-            rows = self.basis[:split] if trained == (self.a,) else self.basis[split:]
-            self._of[key] = _Kept(self.basis if len(trained) == 2 else orthonormal_basis(rows))
-        kept = self._of[key]
+            if a == b:
+                kept = _Kept((self.a, self.b), self.basis)
+            elif a:
+                kept = _Kept((self.a,), orthonormal_basis(self.basis[:split]))
+            else:
+                kept = _Kept((self.b,), orthonormal_basis(self.basis[split:]))
+            self._of[a, b] = kept
+        kept = self._of[a, b]
         kept.basis = kept.basis.to(self.a.weight.device)
         return kept
-
-    def _flat(self) -> Tensor:
-        return torch.cat([_whole(m.weight).float().flatten() for m in self._trained()]).unsqueeze(1)
 
     def restart(self) -> None:
         """Keep, from the next step on, the coordinates that A and B have before it."""
@@ -248,29 +246,33 @@ class GradientConstraint:
         # that is injected already, both past `load_state_dict`. Not of each step: what low precision rounds away of
         # the corrections would add up.
         if kept.start is None or self.strength < 1.0:
-            kept.start = coordinates(self._flat(), kept.basis, side="left")
+            kept.start = coordinates(kept.flat(), kept.basis, side="left")
 
     @torch.no_grad()
     def retract(self) -> None:
         """Move A and B back along the basis."""
-        kept, trained = self._kept(), self._trained()
+        kept = self._kept()
         if kept.start is None:
             return
         target = kept.start.to(kept.basis.device)
-        flat = remove_component(self._flat(), kept.basis, side="left", strength=self.strength, target=target).squeeze(1)
+        flat = remove_component(kept.flat(), kept.basis, side="left", strength=self.strength, target=target).squeeze(1)
         if self.strength < 1.0:
             # The step of a wrapper encloses that of the optimizer: a share that is left is not to be shared again.
             kept.start = None
-        for module, values in zip(trained, flat.split([m.weight.numel() for m in trained]), strict=True):
+        for module, values in zip(kept.modules, flat.split([m.weight.numel() for m in kept.modules]), strict=True):
             _overwrite(module.weight, values.reshape(module.weight.shape))
 
 
 @dataclass
 class _Kept:
-    """What a gradient constraint keeps of the weights that are trained: their coordinates along a basis."""
+    """What a gradient constraint keeps of some weights: their coordinates along a basis."""
 
+    modules: tuple[ProjectedWeight, ...]
     basis: Tensor
     start: Tensor | None = None
+
+    def flat(self) -> Tensor:
+        return torch.cat([_whole(module.weight).float().flatten() for module in self.modules]).unsqueeze(1)
 
 
 class _Retraction:

@@ -17,19 +17,13 @@ from .errors import ConceptDataError
 __all__ = ["attention_masks", "flatten_arguments", "is_encoder_decoder", "nest_arguments", "place_arguments"]
 
 
-def flatten_arguments(arguments: Mapping[str, Any], prefix: str = "", *, whole: bool = False) -> dict[str, Any]:
-    """Values by names with dots; those that are `None` are left out.
-
-    Args:
-        arguments: As a model takes them.
-        prefix: Before each name.
-        whole: Keep all that is no plain dictionary as it is: `None`, and what is a mapping beside, as outputs are.
-    """
+def flatten_arguments(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by names with dots; those that are `None` are left out."""
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
-        if (type(value) is dict and value) if whole else isinstance(value, Mapping):
-            flat.update(flatten_arguments(value, f"{prefix}{name}.", whole=whole))
-        elif value is not None or whole:
+        if isinstance(value, Mapping):
+            flat.update(flatten_arguments(value, f"{prefix}{name}."))
+        elif value is not None:
             flat[f"{prefix}{name}"] = value
     return flat
 
@@ -55,19 +49,22 @@ def nest_arguments(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def place_arguments(
-    flat: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype | None = None
+    arguments: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """Flat arguments as a model takes them: nested, tensors on its device, floating ones in its dtype.
+    """Arguments as a model takes them: those with dots nested, tensors on its device, floating ones in its dtype.
 
     Numbers per example, of shape `(n,)`, keep their dtype, since a timestep of 999 is not a bfloat16 number.
     """
 
     def placed(x: Any) -> Any:
+        # Other mappings, such as outputs of models, are what they are.
+        if type(x) is dict:
+            return {name: placed(value) for name, value in x.items()}
         if not isinstance(x, Tensor):
             return x
         return x.to(device, dtype) if dtype is not None and x.is_floating_point() and x.ndim > 1 else x.to(device)
 
-    return nest_arguments({name: placed(x) for name, x in flat.items()})
+    return nest_arguments({name: placed(x) for name, x in arguments.items()})
 
 
 def attention_masks(model: nn.Module, arguments: Mapping[str, Any]) -> list[Tensor]:

@@ -347,8 +347,8 @@ class OnlineProjection:
             self._give_way(model)
             return
         counted = self._counted(optimizer)
-        due = counted is None or counted % self.probe_every == 0
-        parameters = self._parameters_of(optimizer, model, refresh=due)
+        refresh = counted is None or counted % self.probe_every == 0
+        parameters = self._parameters_of(optimizer, model, refresh=refresh)
         if not parameters:
             configs = getattr(model, "peft_config", None)
             if self._layers:
@@ -358,7 +358,6 @@ class OnlineProjection:
                 self._retire(model)
             return
         number = self._next_count(parameters) if counted is None else counted
-        due = number % self.probe_every == 0
         _refuse_partitioned(optimizer)
         if self.rule == "half-space":
             _refuse_schedule_free(optimizer)
@@ -369,12 +368,12 @@ class OnlineProjection:
             needed = needs_estimate(optimizer, parameters)
             self._estimate.update({name: parameters[name] for name in needed})
             self._estimate.forget(parameters.keys() - needed)
-        if due:
+        if number % self.probe_every == 0:
             started = time.perf_counter()
             if self.rule == "orthogonal":
-                self._project_gradients(model, parameters, started)
+                self._project_gradients(model, parameters, number, started)
             else:
-                self._pending = self._measured(model, parameters, started)
+                self._pending = self._measured(model, parameters, number, started)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Correct the step that was measured."""
@@ -509,17 +508,15 @@ class OnlineProjection:
 
     # Measuring
 
-    def _measured(self, model: nn.Module, parameters: dict[str, nn.Parameter], started: float) -> _Pending:
-        drift, floor, gradient = self._drift_and_gradient(model, parameters)
+    def _measured(self, model: nn.Module, parameters: dict[str, nn.Parameter], step: int, started: float) -> _Pending:
+        drift, floor, gradient = self._drift_and_gradient(model, parameters, step)
         before = {name: p.detach().clone() for name, p in parameters.items()}
         return _Pending(parameters, before, gradient, drift, floor, time.perf_counter() - started)
 
     def _drift_and_gradient(
-        self, model: nn.Module, parameters: dict[str, nn.Parameter]
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], step: int
     ) -> tuple[float, float, dict[str, Tensor]]:
         """Drift less floor, floor, and the drift's gradient in the parameters' shapes, over all processes."""
-        assert self._stepping is not None
-        step = self._stepping.number
         indices = _shard(self._draw(step // self.probe_every))
         device = next(iter(parameters.values())).device
         terms = torch.zeros(3, dtype=torch.float64, device=device)
@@ -703,14 +700,16 @@ class OnlineProjection:
 
     # The paper's literal rule
 
-    def _project_gradients(self, model: nn.Module, parameters: dict[str, nn.Parameter], started: float) -> None:
+    def _project_gradients(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], step: int, started: float
+    ) -> None:
         parameters = {name: p for name, p in parameters.items() if p.grad is not None}
         if not parameters:
             raise OnlineProjectionError(
                 f"no parameter of adapter {self.adapter_name!r} has a gradient before the step. rule='orthogonal' "
                 "changes gradients, so it cannot be used with closures, which compute them within the step."
             )
-        loss, _, s = self._drift_and_gradient(model, parameters)
+        loss, _, s = self._drift_and_gradient(model, parameters, step)
         gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
         projected = project_orthogonal([*gradients.values()], [s[n] for n in gradients], strength=self.strength)
         with torch.no_grad():
@@ -720,8 +719,7 @@ class OnlineProjection:
             total, layers = _removed_shares(removed, whole, [torch.ones_like(g) for g in whole], blocks)
             for gradient, new in zip(gradients.values(), projected, strict=True):
                 gradient.copy_(new)
-        assert self._stepping is not None
-        self._publish(OnlineReport(self._stepping.number, loss, 0.0, total, layers, time.perf_counter() - started))
+        self._publish(OnlineReport(step, loss, 0.0, total, layers, time.perf_counter() - started))
 
 
 class _RememberAutocast:

@@ -94,11 +94,9 @@ class RunningSecondMoment:
 def needs_estimate(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> list[str]:
     """The names of parameters of which the optimizer keeps no second moment that can be read; all, before its first."""
     groups = _groups(optimizer)
-    return [
-        name
-        for name, p in parameters.items()
-        if not _is_unscaled(optimizer, p, groups[id(p)]) and _kind(_state(optimizer, p), groups[id(p)], p) is None
-    ]
+    states = {name: _state(optimizer, p) for name, p in parameters.items()}
+    unknown = [name for name, p in parameters.items() if _kind(states[name], groups[id(p)], p) is None]
+    return [name for name in unknown if not _is_unscaled(optimizer, states[name], groups[id(parameters[name])])]
 
 
 def optimizer_metric(
@@ -150,12 +148,14 @@ def _diagonals(
     return {name: diagonal for name, diagonal in found.items() if diagonal is not None}
 
 
-def _is_unscaled(optimizer: torch.optim.Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+def _is_unscaled(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
     """Whether all coordinates of a parameter are stepped at one rate, told by the keys as there are many classes."""
-    if isinstance(optimizer, torch.optim.SGD | torch.optim.ASGD) or _bitsandbytes_kind(optimizer) == "momentum":
+    if "momentum_buffer" in state and "square_avg" not in state and "betas" not in group:
         return True
-    state = optimizer.state.get(parameter, {})
-    return "momentum_buffer" in state and "square_avg" not in state and "betas" not in group
+    return isinstance(optimizer, _UNSCALED) or _bitsandbytes_kind(optimizer) == "momentum"
+
+
+_UNSCALED = (torch.optim.SGD, torch.optim.ASGD)
 
 
 _BITSANDBYTES = {
@@ -181,11 +181,13 @@ def _bitsandbytes_kind(optimizer: torch.optim.Optimizer) -> str | None:
     return getattr(optimizer, "optimizer_name", None)
 
 
-def _state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+def _state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Mapping[str, Any]:
     """The optimizer's state of a parameter, under the names that PyTorch has for it."""
-    state = dict(optimizer.state.get(parameter, {}))
+    state = optimizer.state.get(parameter, {})
+    if "state1" not in state:  # as at every step of most optimizers
+        return state
     names = _BITSANDBYTES.get(_bitsandbytes_kind(optimizer) or "", ())
-    return state | {name: state[key] for key, name in zip(("state1", "state2"), names, strict=False) if key in state}
+    return {**state, **{name: state.get(key) for key, name in zip(("state1", "state2"), names, strict=False)}}
 
 
 def _kind(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor) -> str | None:
@@ -198,9 +200,9 @@ def _kind(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor)
 
 
 def _own_diagonal(optimizer: torch.optim.Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> Tensor | None:
-    if _is_unscaled(optimizer, parameter, group):
-        return _one(parameter)
     state = _state(optimizer, parameter)
+    if _is_unscaled(optimizer, state, group):
+        return _one(parameter)
     kind, epsilon = _kind(state, group, parameter), group.get("eps", 1e-8)
     if kind == "adam":
         second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]

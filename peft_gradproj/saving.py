@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .adapter_folder import (
+    DIFFUSERS_CONFIG_KEY,
     MANIFEST_NAME,
     PUBLISHED_FILES,
     WEIGHT_NAMES,
@@ -174,10 +175,10 @@ def _warn_of_a_lost_scale(config: GradProjConfig, weights: Path) -> None:
         return
     with safe_open(weights, framework="pt") as file:
         names = [*(file.metadata() or {}), *file.keys()]
-    if not any(name == "lora_adapter_metadata" or name.endswith(".alpha") for name in names):
+    if not any(name == DIFFUSERS_CONFIG_KEY or name.endswith(".alpha") for name in names):
         warnings.warn(
             f"'{weights}' does not say with which alpha the adapter was trained, and diffusers will load it as if that "
-            "were its rank, so that it acts at another strength. Give save_lora_weights the config as well, such as "
+            "were its rank, so that it acts at another scale. Give save_lora_weights the config as well, such as "
             "unet_lora_adapter_metadata=unet.peft_config['default'].to_dict(), or train with lora_alpha=r.",
             stacklevel=4,
         )

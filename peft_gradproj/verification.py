@@ -29,6 +29,7 @@ from .adapter_folder import (
     ADAPTER_CONFIG_NAME,
     BASIS_NAME,
     CHECKABLE_SPACES,
+    DIFFUSERS_CONFIG_KEY,
     MANIFEST_NAME,
     SIGNATURE_NAME,
     WEIGHT_NAMES,
@@ -569,10 +570,10 @@ def _configs(folder: AdapterFolder, name: str) -> Iterator[tuple[str, str | None
     """The LoRA configs that loaders take for the weights in file `name`: where each is, for which part, and it."""
     if name == WEIGHT_NAMES[0]:
         yield ADAPTER_CONFIG_NAME, None, folder.config if folder.config is not None else {}
-    text = folder.weights[name].metadata.get("lora_adapter_metadata")
+    text = folder.weights[name].metadata.get(DIFFUSERS_CONFIG_KEY)
     if text is None:
         return
-    where = f"lora_adapter_metadata in {name}"
+    where = f"{DIFFUSERS_CONFIG_KEY} in {name}"
     merged = parse_json(text, where)
     if not isinstance(merged, dict):
         raise AdapterFolderError(f"{where} is not a JSON object; save the adapter again.")

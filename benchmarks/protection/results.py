@@ -118,7 +118,7 @@ def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
         "settings": asdict(settings),
         "rows": rows_of(runs),
         "attacks": attack_rows_of(attacks),
-        "attacked": len(attacks),
+        "attacks_made": len(attacks),
         "detectors": detectors_of(runs),
         "conditions": conditions_of(runs),
         "costs": costs_of(runs),
@@ -202,11 +202,10 @@ def attack_rows_of(attacks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
         by_task.setdefault(found["task"], {})[found["method"]] = found
     most = max(map(len, by_task.values()), default=0)
     whole = [methods for methods in by_task.values() if len(methods) == most]
-    by_method = {name: [methods[name] for methods in whole if name in methods] for name in (BASE, *ALL_METHODS)}
+    shared = set.intersection(*map(set, whole)) if whole else set()
     rows = []
-    for name, group in by_method.items():
-        if not whole or len(group) < len(whole):
-            continue
+    for name in [n for n in (BASE, *ALL_METHODS) if n in shared]:
+        group = [methods[name] for methods in whole]
         curves = {title: [f[curve] for f in group] for curve, title in CURVES.items()}
         before = [points[0][1] for points in curves["revival with the concept"]]
         figures = {
@@ -296,19 +295,12 @@ def times_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | N
         if len(of_work.get(plain, [])) > 1:
             for work, values in of_work.items():
                 found.setdefault(work, []).extend(value / median(of_work[plain]) for value in values)
-    first: dict[tuple[Any, ...], str] = {}
-    for method in ALL_METHODS.values():
-        first.setdefault(_work_of(method), method.name)
     times = {}
-    for work, name in first.items():
-        if len(found.get(work, [])) > 1:
-            low, middle, high = quantiles(found[work], n=4, method="inclusive")
-            times[name] = {
-                "runs": len(found[work]),
-                "low": _rounded(low),
-                "median": _rounded(middle),
-                "high": _rounded(high),
-            }
+    for method in ALL_METHODS.values():
+        ratios = found.pop(_work_of(method), [])
+        if len(ratios) > 1:
+            low, middle, high = map(_rounded, quantiles(ratios, n=4, method="inclusive"))
+            times[method.name] = {"runs": len(ratios), "low": low, "median": middle, "high": high}
     return times
 
 
