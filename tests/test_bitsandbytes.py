@@ -112,6 +112,22 @@ def test_the_probes_hold_an_optimizer_as_they_hold_that_of_pytorch(make, twin):
     assert loss == pytest.approx(expected_loss, rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop", "Adagrad", "SGD"])
+def test_the_metric_of_32_bit_moments_is_read_as_that_of_pytorch(name):
+    found = []
+    for module in (bnb.optim, torch.optim):
+        torch.manual_seed(0)
+        parameters = {"w": nn.Parameter(torch.zeros(8, 64))}
+        options = {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = getattr(module, name)(parameters.values(), lr=1e-2, **options)
+        for _ in range(3):
+            parameters["w"].grad = torch.randn(8, 64) * torch.logspace(-2, 2, 64)
+            optimizer.step()
+        assert needs_estimate(optimizer, parameters) == []
+        found.append(optimizer_metric(optimizer, parameters, RunningSecondMoment()))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
 def test_moments_that_it_keeps_two_of_are_pointed_out():
     task = make_task()
     attach_online_projection(task.net, "default", task.probes)

@@ -202,6 +202,8 @@ def test_of_padding_alone_nothing_is_taken_in():
     halves = [
         [{**batch, "attention_mask": mask} for batch, mask in zip(h, masks, strict=True)] for h in (with_it, without)
     ]
+    for half in halves:
+        half[2]["x"] = 40.0 * torch.randn(6, 20, 12)
     some = fit(MaskedAttention(), *halves)
     rest = fit(Attention(), *([h[0], h[1], h[3]] for h in (with_it, without)), held_out=0.0)
     assert float(principal_cosines(some["to_q"].input, rest["to_q"].input).min()) > 0.999

@@ -103,17 +103,20 @@ def test_what_lies_along_a_rank_or_gradient_basis_keeps_its_start(space):
     torch.testing.assert_close(along(), start, atol=1e-5, rtol=1e-5)
 
 
-def test_a_frozen_weight_is_not_moved_by_a_gradient_basis_and_the_other_keeps_its_start():
+@pytest.mark.parametrize("part", [0, 1], ids=["A", "B"])
+def test_a_frozen_weight_is_not_moved_by_a_gradient_basis_and_the_other_keeps_its_start(part):
     model, basis = adapted(("gradient",))
     layer = model.base_model.model.query
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    with torch.no_grad():
+        weights[1].normal_()  # where B is zero, A is not trained
     for frozen in (True, False):
-        a.requires_grad_(not frozen)
-        start = [p.detach().clone() for p in (a, b)]
+        weights[part].requires_grad_(not frozen)
+        start = [p.detach().clone() for p in weights]
         train(model, torch.optim.AdamW(trainable(model), lr=1e-2), steps=10)
-        moved = [(p.detach() - before).flatten() for p, before in zip((a, b), start, strict=True)]
-        assert moved[1].norm() > 1e-2, "the layer was not trained"
-        assert bool(moved[0].any()) is not frozen
+        moved = [(p.detach() - before).flatten() for p, before in zip(weights, start, strict=True)]
+        assert moved[1 - part].norm() > 1e-2, "the layer was not trained"
+        assert bool(moved[part].any()) is not frozen
         assert (basis["query"].gradient.mT @ torch.cat(moved)).norm() <= 1e-5
 
 

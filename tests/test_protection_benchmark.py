@@ -498,7 +498,8 @@ def test_times_are_ratios_to_what_takes_no_projection_on_the_same_processor_in_t
     made += [trained("plain", 10.0, **fast), trained("filtered, found", 10.0, **fast), trained("ours", 14.0, **fast)]
     # Of another length; in another precision; where plain LoRA's time is not known, or not on what.
     made += [trained("oracle, a quarter of the steps", 25.0, **slow), trained("ours", 50.0, "torch.bfloat16", **slow)]
-    made += [trained("ours", 900.0, processor="a third"), trained("plain", 1.0), trained("ours", 9.0)]
+    made += [trained("ours", 900.0, processor="a third"), trained("plain", 1.0), trained("oracle", 1.0)]
+    made += [trained("ours", 9.0)]
     assert times_of(made) == {
         "plain": {"runs": 5, "low": 1.0, "median": 1.0, "high": 1.0},
         "ours": {"runs": 3, "low": 1.35, "median": 1.4, "high": 1.45},
