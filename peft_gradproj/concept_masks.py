@@ -35,6 +35,7 @@ from .diffusion_inputs import dilated, mask_weights
 from .errors import ConceptDataError
 from .masks import GUARDED_SHARE, ConceptMarker, fit_markers, guarded, places
 from .pipelines import PictureEncoder, checked_resolution, load_encoder
+from .telling_phrases import TellingPhrase, find_telling_phrases
 from .training_data import TrainingData, draw_frame
 
 __all__ = ["ConceptMasks", "MaskReport", "find_concept"]
@@ -165,6 +166,9 @@ class MaskReport:
     """Examples that either network learned from."""
     seconds: dict[str, float]
     """Of each part: `load`, `examples`, `networks`, `marks`."""
+    telling_phrases: list[TellingPhrase]
+    """Phrases that captions of pictures in which it was found have, and others have not, or less often: they may name
+    the concept, and are better taken out."""
     left_out: int = 0
     """So many pictures are not in that copy, since too much of them is masked."""
     leave_out_above: float = 1.0
@@ -187,7 +191,7 @@ class MaskReport:
         return (
             f"found in {self.found} of {self.pictures} pictures, guarded against in {self.guarded}; "
             f"{self.area:.1%} of their area is masked\n"
-            f"{self._where()}"
+            f"{self._where()}{self._named()}"
             f"recall: {self.recall:.1%} of the concept's area (standard error {self.recall_error:.1%}) in "
             f"{self.recall_pictures} examples that the network had not seen; these were pasted or given, and what is "
             "in the pictures may be harder to find\n"
@@ -199,6 +203,18 @@ class MaskReport:
             return ""
         across, down = (f"{low:.2f} {high:.2f}" for low, high in (self.across, self.down))
         return f"eight in ten lie within --across {across}, as many within --down {down}, 0 to 1 over the picture\n"
+
+    def _named(self) -> str:
+        if not self.telling_phrases:
+            return ""
+        phrases = ", ".join(
+            f"{told.phrase!r} is in {told.shown} of their captions and {told.others} others"
+            for told in self.telling_phrases
+        )
+        return (
+            f"captions may name it: {phrases}. What these pictures teach beside it is tied to its name then; take what "
+            "names it out of the captions, with --remove-phrase\n"
+        )
 
 
 # Finding
@@ -230,7 +246,7 @@ def find_concept(
         pipeline_or_id: A pipeline of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, its folder, or its Hub id, of which only
             the VAE is loaded then, in float32.
         concept: An overlay, pairs, or pictures with masks; the latter two at least two.
-        data: The training pictures, at least two. Captions are not read.
+        data: The training pictures, at least two. Captions only tell which phrases may name the concept.
         name: What the concept is called.
         resolution: The shorter side to which pictures are scaled to look for it; what the pipeline makes by default. It
             need not be that of the training, but the concept has to be seen at it.
@@ -285,10 +301,11 @@ def find_concept(
             progress=lambda done: bar.update(done - bar.n),
         )
     recalls = torch.cat([fold.recalls(marker, dilation) for fold, marker in zip(examples, markers, strict=True)])
-    cells, sizes = [], []
+    cells, sizes, captions = [], [], []
     with clock("marks"), _bar("masks", len(data), progress) as bar:
         for number in range(len(data)):
-            picture, _ = data[number]
+            picture, caption = data[number]
+            captions.append(caption)
             cells.append(_marked(picture, encoder, markers[number % FOLDS], side, dilation, batch_size))
             sizes.append(picture.size)
             bar.update()
@@ -311,6 +328,7 @@ def find_concept(
         resolution=side,
         pairs=num_pairs,
         seconds=clock.seconds,
+        telling_phrases=find_telling_phrases(captions, [bool(marked.any()) for marked in cells]),
     )
     return masks, report
 

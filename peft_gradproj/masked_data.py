@@ -23,7 +23,7 @@ from .concept_markers import ConceptMarkers
 from .concept_masks import MaskReport, find_concept
 from .errors import ConceptDataError
 from .folder_swap import replaced_folder
-from .training_data import TrainingData, first_line, without_phrases
+from .training_data import TrainingData, first_line, read_pictures, without_phrases
 
 __all__ = ["mask_table", "write_masked"]
 
@@ -50,7 +50,7 @@ def mask_table(
         output_dir: The folder to write, which appears when it is whole.
         image_column: Column of the training pictures.
         mask_column: Column of the masks, a new one.
-        caption_column: Column of the captions, if phrases are to be taken out of them.
+        caption_column: Column of the captions, if there are any.
         remove_phrases: One or more that name the concept; the copy's captions lack them, so that nothing else is
             learned under its name.
         leave_out_above: Pictures of which more than this share is masked are not written.
@@ -73,7 +73,8 @@ def mask_table(
     if remove_phrases:
         phrases = [remove_phrases] if isinstance(remove_phrases, str) else remove_phrases
         table, changed = without_phrases(table, caption_column, phrases)
-    masks, report = find_concept(pipeline_or_id, concept, TrainingData.uncaptioned(table, image_column), **options)
+    data = TrainingData(read_pictures(table, image_column), _captions(table, caption_column))
+    masks, report = find_concept(pipeline_or_id, concept, data, **options)
     areas = masks.areas()
     kept = [number for number, area in enumerate(areas) if area <= leave_out_above]
     if not kept:
@@ -131,6 +132,14 @@ def write_masked(
             markers.save(stage)
         # Somebody else may have written there meanwhile.
         _new_folder(output)
+
+
+def _captions(table: Any, column: str) -> list[str]:
+    """What there is of captions, alternatives one after the other; they are not needed."""
+    if column not in table.column_names:
+        return [""] * len(table)
+    given = (cell if isinstance(cell, list) else [cell] for cell in table.select_columns([column])[:][column])
+    return ["; ".join(text for text in cell if isinstance(text, str)) for cell in given]
 
 
 def _new_folder(path: str | Path) -> Path:

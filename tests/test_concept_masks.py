@@ -247,6 +247,40 @@ def test_what_is_found_nowhere_has_no_place(monkeypatch):
     assert "--across" not in str(report)
 
 
+@pytest.mark.parametrize("captioned", ["here", "elsewhere", "in lists", "not at all"])
+def test_the_report_tells_which_phrase_names_what_was_found(monkeypatch, tmp_path, captioned):
+    marked = concept_masks._marked
+    pictures = [picture(seed) for seed in range(24)]
+
+    def in_the_first(shown, *options):
+        number = next(number for number, one in enumerate(pictures) if one.tobytes() == shown.tobytes())
+        return np.full_like(marked(shown, *options), number < 16)
+
+    monkeypatch.setattr(concept_masks, "_marked", in_the_first)
+    captions = [f"{number}, by Acme" if number < 16 else str(number) for number in range(24)]
+    columns = {
+        "here": {"text": captions},
+        "elsewhere": {"words": captions},
+        "in lists": {"text": [[], *([f"no {number}", text] for number, text in enumerate(captions[1:]))]},
+        "not at all": {},
+    }
+    table = table_of(image=pictures, **columns[captioned])
+    report = mask_table(PIPELINES["sd"](), Overlay(logo()), table, tmp_path / "out", **QUICK)
+    if captioned in ("elsewhere", "not at all"):
+        assert report.telling_phrases == []
+        assert "may name it" not in str(report)
+        return
+    shown = 15 if captioned == "in lists" else 16
+    assert [vars(one) for one in report.telling_phrases] == [{"phrase": "by acme", "shown": shown, "others": 0}]
+    assert f"captions may name it: 'by acme' is in {shown} of their captions and 0 others" in str(report)
+    _, report = find_concept(PIPELINES["sd"](), Overlay(logo()), TrainingData(pictures, captions), **QUICK)
+    assert json.loads(json.dumps(report.to_dict()))["telling_phrases"] == [
+        {"phrase": "by acme", "shown": 16, "others": 0}
+    ]
+    taken = mask_table(PIPELINES["sd"](), Overlay(logo()), table, tmp_path / "taken", remove_phrases="by acme", **QUICK)
+    assert taken.telling_phrases == []
+
+
 # What is refused
 
 
