@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 __all__ = ["TellingPhrase", "find_telling_phrases"]
 
 LONGEST = 8
 """Words of a phrase, at most."""
+FEWEST = 5, 0.001
+"""Captions that have it, at least: so many, and such a share. Others are too many to count, and tell little."""
 LEVEL = 0.01
 """How likely it may be that chance alone makes any phrase telling."""
 
@@ -43,8 +45,8 @@ def find_telling_phrases(captions: Sequence[str], shows: Sequence[bool], *, most
     The first is the one with the largest log-likelihood ratio (Dunning 1993, "Accurate Methods for the Statistics of
     Surprise and Coincidence") of those that are more frequent where the concept is shown; of several in the same
     captions the longest. Each further one is found in what the first ones leave of the captions. Only such are returned
-    as chance makes in one of a hundred data sets at most (Bonferroni, over all phrases). Nothing can be told where all
-    pictures show the concept, nor in scripts that have no blanks between words.
+    as chance makes in one of a hundred data sets at most (Bonferroni, over all phrases that enough captions have).
+    Nothing can be told where all pictures show the concept, nor in scripts that have no blanks between words.
 
     Args:
         captions: Of the pictures.
@@ -56,25 +58,47 @@ def find_telling_phrases(captions: Sequence[str], shows: Sequence[bool], *, most
     pictures = shown_pictures, len(captions) - shown_pictures
     found: list[TellingPhrase] = []
     while len(found) < most and all(pictures):
-        shown, others = Counter[Words](), Counter[Words]()
-        for parts, shows_it in zip(left, shows, strict=True):
-            (shown if shows_it else others).update({phrase for part in parts for phrase in _phrases(part)})
+        counts = _counts(left, shows, max(FEWEST[0], math.ceil(FEWEST[1] * len(captions))))
         ratio, _, phrase = max(
-            ((_ratio((shown[phrase], others[phrase]), pictures), len(phrase), phrase) for phrase in shown),
-            default=(0.0, 0, ()),
+            ((_ratio(hits, pictures), len(phrase), phrase) for phrase, hits in counts.items()), default=(0.0, 0, ())
         )
         # Of a chi-square with one degree of freedom, exp(-x / 2) is above the probability of more than x.
-        if ratio <= 2 * math.log(max(1, len(shown.keys() | others.keys())) / LEVEL):
+        if ratio <= 2 * math.log(max(1, len(counts)) / LEVEL):
             break
-        found.append(TellingPhrase(" ".join(phrase), shown[phrase], others[phrase]))
+        found.append(TellingPhrase(" ".join(phrase), *counts[phrase]))
         left = [[rest for part in parts for rest in _without(part, phrase)] for parts in left]
     return found
 
 
-def _phrases(words: Words) -> Iterator[Words]:
-    for start in range(len(words)):
-        for end in range(start + 1, min(start + LONGEST, len(words)) + 1):
-            yield words[start:end]
+def _counts(captions: Sequence[Sequence[Words]], shows: Iterable[bool], fewest: int) -> dict[Words, tuple[int, int]]:
+    """How many captions of pictures that show the concept, and of others, have each phrase that enough have.
+
+    Words are extended to phrases while enough have them, since no longer phrase is in more captions than its parts
+    (Agrawal and Srikant 1994, "Fast Algorithms for Mining Association Rules").
+    """
+    labelled = list(zip(captions, shows, strict=True))
+    frequent: dict[Words, tuple[int, int]] = {}
+    for length in range(1, LONGEST + 1):
+        counts = Counter[Words](), Counter[Words]()
+        for parts, shows_it in labelled:
+            counts[not shows_it].update(
+                {
+                    words[start : start + length]
+                    for words in parts
+                    for start in range(len(words) - length + 1)
+                    if length == 1
+                    or (words[start : start + length - 1] in frequent and words[start + 1 : start + length] in frequent)
+                }
+            )
+        longer = {
+            phrase: (counts[0][phrase], counts[1][phrase])
+            for phrase in counts[0].keys() | counts[1].keys()
+            if counts[0][phrase] + counts[1][phrase] >= fewest
+        }
+        if not longer:
+            break
+        frequent |= longer
+    return frequent
 
 
 def _without(words: Words, phrase: Words) -> Iterator[Words]:

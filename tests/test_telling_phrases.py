@@ -80,6 +80,14 @@ def test_further_phrases_are_found_in_what_the_first_leave():
     assert len(find_telling_phrases(captions, shows, most=1)) == 1
 
 
+@pytest.mark.parametrize(("count", "told"), [(4, []), (5, ["by acme"])])
+def test_what_fewer_than_five_captions_have_is_not_counted(count, told):
+    """Of five, one in ten thousand data sets would have by chance what these have; of four, few more."""
+    captions = [f"{OBJECTS[number % 10]}{' by Acme' if number < count else ''}" for number in range(2000)]
+    found = find_telling_phrases(captions, [number < count for number in range(2000)])
+    assert [one.phrase for one in found] == told
+
+
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10_000), share=st.floats(0.0, 1.0))
 def test_what_is_as_frequent_elsewhere_names_nothing(seed, share):
