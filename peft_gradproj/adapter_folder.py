@@ -312,13 +312,17 @@ def parse_lora_layers(tensors: Mapping[str, Tensor]) -> LoraLayers:
         tensors: An adapter's tensors by key, in PEFT's or diffusers' layout.
     """
     factors: dict[str, dict[str, list[str]]] = {}
+    spellings: dict[str, set[tuple[str, bool]]] = {}
     alphas: dict[str, list[str]] = {}
     rest: list[str] = []
     strip = _namespace(tensors)
     for key in tensors:
         found = _factor(key)
         if found is not None:
-            factors.setdefault(found[0].removeprefix(strip), {}).setdefault(found[1], []).append(key)
+            name, factor, spelling = found
+            module = name.removeprefix(strip)
+            factors.setdefault(module, {}).setdefault(factor, []).append(key)
+            spellings.setdefault(module, set()).add((spelling, name.startswith(strip)))
         elif key.endswith(".alpha"):
             alphas.setdefault(key.removesuffix(".alpha").removeprefix(strip), []).append(key)
         else:
@@ -327,9 +331,16 @@ def parse_lora_layers(tensors: Mapping[str, Tensor]) -> LoraLayers:
     malformed: dict[str, str] = {}
     for module, keys in factors.items():
         a, b = ([tensors[key] for key in keys.get(factor, ())] for factor in "ab")
+        _, _, inner = module.partition(".")
         fault = _fault(a, b)
         if fault is not None:
             malformed[module] = fault
+        elif len(spellings[module]) > 1:
+            # A loader that knows one of them takes one factor, and leaves the other as it was drawn.
+            malformed[module] = f"has its A and B in different spellings, {keys['a'][0]} and {keys['b'][0]}"
+        elif inner in factors:
+            # transformers takes a name with and without the model's prefix for one layer; the last one counts.
+            malformed[module] = f"is adapted as {inner} as well, which a loader may take for the same layer"
         else:
             pairs[module] = LoraPair(a[0].flatten(1), b[0].flatten(1), _alpha(tensors, alphas.get(module, ())))
     # Of two alphas, loaders may take either.
@@ -339,8 +350,8 @@ def parse_lora_layers(tensors: Mapping[str, Tensor]) -> LoraLayers:
     return LoraLayers(pairs, tuple(rest), malformed)
 
 
-def _factor(key: str) -> tuple[str, str] | None:
-    """Module and factor, `a` or `b`, that a tensor's key names."""
+def _factor(key: str) -> tuple[str, str, str] | None:
+    """Module and factor, `a` or `b`, that a tensor's key names, and in which spelling."""
     match = _PAIR_SUFFIXES.fullmatch(key)
     if match is None:
         return None
@@ -348,7 +359,9 @@ def _factor(key: str) -> tuple[str, str] | None:
     if match["projection"]:
         # Attention processors once held the LoRA; what they adapt is the projection of the attention module.
         module += "." + ("to_out.0" if match["projection"] == "to_out" else match["projection"])
-    return module, "a" if (match["new"] or match["old"] or match["processor"]) in ("A", "down") else "b"
+    letter = match["new"] or match["old"] or match["processor"]
+    suffix = key.removeprefix(match["module"]).removesuffix(f"{letter}.weight")
+    return module, "a" if letter in ("A", "down") else "b", suffix
 
 
 def _namespace(tensors: Mapping[str, Tensor]) -> str:

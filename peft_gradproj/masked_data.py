@@ -22,7 +22,7 @@ from .concept_fit import Concept
 from .concept_markers import ConceptMarkers
 from .concept_masks import MaskReport, find_concept
 from .errors import ConceptDataError
-from .folder_swap import replaced_folder
+from .folder_swap import entries, replaced_folder
 from .training_data import TrainingData, first_line, read_pictures, without_phrases
 
 __all__ = ["mask_table", "write_masked"]
@@ -144,7 +144,7 @@ def _captions(table: Any, column: str) -> list[str]:
 
 def _new_folder(path: str | Path) -> Path:
     folder = Path(path)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and not entries(folder)):
         raise ConceptDataError(f"{folder} exists; give a new folder to write the pictures and masks to.")
     return folder
 

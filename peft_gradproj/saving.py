@@ -25,7 +25,7 @@ from .adapter_folder import (
 )
 from .basis import ConceptBasis
 from .errors import AdapterFolderError, GradProjError
-from .folder_swap import replaced_folder
+from .folder_swap import entries, replaced_folder
 from .untrusted import shown
 
 if TYPE_CHECKING:
@@ -105,23 +105,19 @@ def save_adapter(
     """
     folder = Path(folder)
     _config_of(model, adapter_name, folder)
-    strange = sorted(entry for entry in _entries(folder) if entry not in (*PUBLISHED_FILES, *_SAVED_BESIDE, "images"))
+    strange = sorted(entry for entry in entries(folder) if entry not in (*PUBLISHED_FILES, *_SAVED_BESIDE, "images"))
     if strange:
         raise AdapterFolderError(
             f"{folder} also holds {', '.join(strange[:5])}; it would be replaced as a whole. Give a folder of its own."
         )
     with replaced_folder(folder) as stage:
-        kept = [entry for entry in ("README.md", "images") if entry in _entries(folder)]
+        kept = [entry for entry in ("README.md", "images") if entry in entries(folder)]
         for entry in kept:
             copy = shutil.copytree if (folder / entry).is_dir() else shutil.copy2
             copy(folder / entry, stage / entry)
         (save or (lambda path: _save_by_stock_means(model, path, adapter_name)))(stage)
         save_sidecars(model, stage, adapter_name)
     return folder
-
-
-def _entries(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.is_dir() else []
 
 
 def _save_by_stock_means(model: nn.Module, stage: Path, adapter_name: str) -> None:

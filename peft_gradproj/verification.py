@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -516,7 +517,9 @@ def _value_fault(pair: LoraPair) -> str | None:
         largest = float(tensor.abs().max())
         if not isfinite(largest):
             return f"{name} has values that are not finite"
-        if 0 < largest < torch.finfo(tensor.dtype).tiny:
+        # Of float32, in which processors that take denormal numbers for zero compute: what is small in float16 is not
+        # in that. bfloat16 has its range.
+        if 0 < largest < torch.finfo(torch.float32).tiny:
             return f"{name} has denormal numbers only, which a processor may take for zero or round away"
     return None
 
@@ -657,8 +660,9 @@ def _rank_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> It
         found = [names[name] for name in (f"^{module}", *_suffixes(module)) if name in names]
         place, rank = min(found, default=(len(pattern), config["r"]))
         if pair.rank != rank and allowed.get(pair.rank, place) >= place:
-            expected = [rank, *(other for other, before in allowed.items() if before < place)]
-            yield f"{module} has rank {pair.rank}; the config says {' or '.join(map(shown, expected[:5]))}"
+            others = (other for other, before in allowed.items() if before < place)
+            expected = [rank, *islice(others, 4)]
+            yield f"{module} has rank {pair.rank}; the config says {' or '.join(map(shown, expected))}"
 
 
 def _suffixes(module: str) -> Iterator[str]:
@@ -669,6 +673,9 @@ def _suffixes(module: str) -> Iterator[str]:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def _check_base(folder: AdapterFolder) -> list[Check]:
@@ -684,15 +691,18 @@ def _check_base(folder: AdapterFolder) -> list[Check]:
     folders = {where: name for where, (name, _) in named.items() if _is_path(name)}
     names = {where: name for where, (name, _) in named.items() if name and where not in folders}
     revisions = {where: revision for where, (_, revision) in named.items() if revision}
+    # What a branch or a tag stands for is not known here.
+    commits = {where: revision for where, revision in revisions.items() if _COMMIT.fullmatch(str(revision))}
+    compared = revisions if len(commits) in (0, len(revisions)) else commits
     failures = []
-    for what, values in (("base model", names), ("revision of the base model", revisions)):
+    for what, values in (("base model", names), ("revision of the base model", compared)):
         if len(set(map(repr, values.values()))) > 1:
             listed = ", ".join(f"{shown(value)} in {where}" for where, value in values.items())
             failures.append(Check("base model", "integrity", False, f"the {what} differs: {listed}"))
     found = [shown(name) for name in (*names.values(), *folders.values())]
     summary = found[0] if found else "no base model is named"
     if found and revisions:
-        summary += f" at {shown(next(iter(revisions.values())))}"
+        summary += f" at {' or '.join(dict.fromkeys(map(shown, revisions.values())))}"
     if names and folders:
         listed = ", ".join(f"{shown(path)} in {where}" for where, path in folders.items())
         summary += f"; not compared with it, since they are paths of the publisher: {listed}"

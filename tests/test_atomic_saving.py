@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -246,6 +247,88 @@ def test_what_killed_saves_left_is_removed_when_it_is_old(states, tmp_path):
     save_adapter(models[0], folder)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"out", ".out.2.gradproj-swap", ".other.1.gradproj-swap"}
+
+
+_BIND = """
+mount --bind "$1" "$2" || exit 77
+"$3" - "$2" <<'END'
+import sys
+from pathlib import Path
+from peft_gradproj.folder_swap import replaced_folder
+with replaced_folder(Path(sys.argv[1])) as stage:
+    (stage / "new").write_text("new")
+END
+"""
+
+
+def test_a_mount_point_keeps_its_place(tmp_path):
+    for name in ("volume", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "volume" / "old").write_text("old")
+    command = ["unshare", "-Urm", "sh", "-c", _BIND, "sh", tmp_path / "volume", tmp_path / "out", sys.executable]
+    try:
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if result.returncode == 77 or "unshare" in result.stderr:
+        pytest.skip("may not mount here")
+    assert result.returncode == 0, result.stderr
+    assert [path.read_text() for path in (tmp_path / "volume").iterdir()] == ["new"]
+
+
+def test_where_the_folder_has_to_stay_its_contents_are_replaced(states, tmp_path, monkeypatch):
+    models, digests = states
+    folder = save_adapter(models[0], tmp_path / "out")
+    former, place = digest(folder), folder.stat().st_ino
+    (folder / "README.md").write_text("# My adapter")
+    # What an older kill left is no reason to refuse, and goes.
+    for name, age in ((".out.1.gradproj-swap", 0), (".out.2.gradproj-swap", None)):
+        (folder / name).mkdir()
+        os.utime(folder / name, None if age is None else (age, age))
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    save_adapter(models[1], folder)
+    assert {former, digest(folder)} == digests
+    assert folder.stat().st_ino == place
+    assert "# My adapter" in (folder / "README.md").read_text()
+    (folder / ".out.2.gradproj-swap").rmdir()
+    assert verify_adapter(folder).ok
+    assert not any(path.name.endswith("-swap") for path in [*folder.iterdir(), *tmp_path.iterdir()])
+
+    # Where an entry cannot be moved, all is as it was, and what was saved is told.
+    before, rename, faults = digest(folder), os.rename, [OSError(5, "Input/output error")]
+
+    def fails(source, target):
+        if Path(source).name == WEIGHTS and Path(target).parent == folder and faults:
+            raise faults.pop()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="what was to be there is in") as caught:
+        save_adapter(models[0], folder)
+    assert digest(folder) == before
+    stage = next(folder.glob(".out.*-swap"))
+    assert str(stage) in str(caught.value)
+    assert {digest(stage), before} == digests
+
+
+def test_what_cannot_be_put_in_place_is_kept(states, tmp_path, monkeypatch):
+    models, digests = states
+    folder = save_adapter(models[0], tmp_path / "out")
+    before = digest(folder)
+    monkeypatch.setattr(swap, "exchange", lambda one, other: False)
+    monkeypatch.setattr(swap, "_moved_away", lambda path: os.rename(path, path / "within"))
+    with pytest.raises(OSError, match=r"what was to be there is in .*out.*gradproj-swap"):
+        save_adapter(models[1], folder)
+    assert digest(folder) == before
+    assert {digest(next(tmp_path.glob(".out.*-swap"))), before} == digests
+
+
+def test_a_folder_keeps_its_mode(states, tmp_path):
+    models, _ = states
+    folder = save_adapter(models[0], tmp_path / "out")
+    folder.chmod(0o2770)
+    save_adapter(models[1], folder)
+    assert oct(folder.stat().st_mode & 0o7777) == "0o2770"
 
 
 def test_exchanging_what_is_not_there(tmp_path):
