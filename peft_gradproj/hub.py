@@ -23,13 +23,14 @@ from .adapter_folder import (
     MANIFEST_NAME,
     PUBLISHED_FILES,
     SIGNATURE_NAME,
+    WEIGHT_NAMES,
     read_adapter_folder,
     rival_weights,
     size_limit,
 )
 from .errors import AdapterFolderError, HubError
 from .hub_errors import hub_errors
-from .model_card import CARD_NAME, is_unfilled, read_model_card, write_model_card
+from .model_card import CARD_NAME, is_unfilled, read_model_card, with_metadata, write_model_card
 from .signing import sign_adapter
 from .untrusted import MAX_FILE_BYTES, printable, read_file
 from .verification import VerificationReport, verify_adapter
@@ -68,6 +69,9 @@ class PublishResult:
     url: str | None = None
     """Where the commit, or the pull request, can be seen."""
 
+    removed: tuple[str, ...] = ()
+    """Files of the former publication that the commit removes."""
+
     @property
     def dry_run(self) -> bool:
         """Whether nothing was published."""
@@ -81,6 +85,7 @@ class PublishResult:
             "commit": self.commit,
             "url": self.url,
             "files": self.files,
+            "removed": list(self.removed),
             "report": self.report.to_dict(),
         }
 
@@ -92,6 +97,8 @@ class PublishResult:
         table = Table("file", "bytes", title_justify="left")
         for name, size in self.files.items():
             table.add_row(Text(printable(name)), Text(f"{size:,}", justify="right"))
+        for name in self.removed:
+            table.add_row(Text(printable(name)), Text("removed", justify="right"))
         done = f"published: {self.url}" if not self.dry_run else f"dry run: {self.repo_id} was left as it is"
         return Group(table, Text(f"checks: {self.report.status}"), Text(printable(done)))
 
@@ -175,10 +182,12 @@ def push_adapter_to_hub(
         if dry_run:
             return PublishResult(repo_id, _sizes(stage), report)
         api, there = _prepare_repository(repo_id, token, private, revision, create_pr, _sizes(stage))
+        stale = _stale(repo_id, stage, there)
         if card and is_unfilled(own_card):
-            write_model_card(stage, report, existing=_card_on_hub(api, repo_id, there) or own_card, **details)
-        commit = _commit(api, stage, repo_id, there, revision, create_pr, commit_message or DEFAULT_MESSAGE)
-        return PublishResult(repo_id, _sizes(stage), report, commit.oid, str(commit.pr_url or commit.commit_url))
+            _write_onto_card(stage, report, own_card, _card_on_hub(api, repo_id, there), **details)
+        commit = _commit(api, stage, repo_id, there, stale, revision, create_pr, commit_message or DEFAULT_MESSAGE)
+        url = str(commit.pr_url or commit.commit_url)
+        return PublishResult(repo_id, _sizes(stage), report, commit.oid, url, tuple(stale))
 
 
 # The stage: a copy of what is published
@@ -269,6 +278,7 @@ def _prepare_repository(
 ) -> tuple[HfApi, ModelInfo]:
     """Make the repository and the branch where they are missing; what is there now."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
 
     with hub_errors(repo_id, "preparing", consequence=_NOTHING_DONE):
         api = HfApi(token=token, library_name="peft-gradproj", library_version=__version__)
@@ -278,16 +288,50 @@ def _prepare_repository(
                 f"{repo_id} exists and is {'public' if private else 'private'}, so it was left as it is. Change that "
                 "in its settings on the Hub first, or publish without saying which it is to be."
             )
-        if revision is not None and not create_pr and not revision.startswith("refs/"):
+        try:
+            there = api.model_info(repo_id, revision=revision)
+        except RevisionNotFoundError:
+            if create_pr or revision is None or revision.startswith("refs/"):
+                raise
+            # Nothing is made before it is known that the publication can be: the branch starts with what main holds.
+            _refuse_rivals(repo_id, api.model_info(repo_id), staged)
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.model_info(repo_id, revision=revision)
+            there = api.model_info(repo_id, revision=revision)
+    _refuse_rivals(repo_id, there, staged)
+    return api, there
+
+
+def _refuse_rivals(repo_id: str, there: ModelInfo, staged: Iterable[str]) -> None:
     rivals = rival_weights([*staged, *(name for name in _names(there) if name not in PUBLISHED_FILES)])
     if rivals:
         raise HubError(
             f"{repo_id} also holds {', '.join(rivals[:5])}, which a loader may take for the adapter, so that it would "
             f"not verify there. Remove it, or publish to another repository. {_NOTHING_DONE}"
         )
-    return api, there
+
+
+def _stale(repo_id: str, stage: Path, there: ModelInfo) -> list[str]:
+    """The files of the former publication that do not belong to this one."""
+    names = set(_names(there))
+    stale = sorted(name for name in names & {*PUBLISHED_FILES} - {CARD_NAME} if not (stage / name).exists())
+    weights = [name for name in stale if name in WEIGHT_NAMES]
+    if weights and MANIFEST_NAME not in names:
+        raise HubError(
+            f"{repo_id} holds {', '.join(weights)} of an adapter that was not published with peft-gradproj, which a "
+            f"loader may take for this one. Remove it, or publish to another repository. {_NOTHING_DONE}"
+        )
+    return stale
+
+
+def _write_onto_card(stage: Path, report: VerificationReport, own: str, theirs: str, **details: Any) -> None:
+    """Write our section onto the text of the card on the Hub, if it has one, with the metadata of the folder's own."""
+    if not theirs:
+        write_model_card(stage, report, existing=own, **details)
+        return
+    try:
+        write_model_card(stage, report, existing=with_metadata(theirs, own), **details)
+    except AdapterFolderError as error:
+        raise HubError(f"of {details['repo_id']} on the Hub, {error} {_NOTHING_DONE}") from error
 
 
 def _card_on_hub(api: HfApi, repo_id: str, there: ModelInfo) -> str:
@@ -304,14 +348,20 @@ def _names(there: ModelInfo) -> list[str]:
 
 
 def _commit(
-    api: HfApi, stage: Path, repo_id: str, there: ModelInfo, revision: str | None, create_pr: bool, message: str
+    api: HfApi,
+    stage: Path,
+    repo_id: str,
+    there: ModelInfo,
+    stale: Iterable[str],
+    revision: str | None,
+    create_pr: bool,
+    message: str,
 ) -> CommitInfo:
     """Upload the staged files, then commit them and the removal of stale ones, on top of what was looked at."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     additions = [CommitOperationAdd(name, stage / name) for name in _sizes(stage)]
-    stale = {name for name in _names(there) if name in PUBLISHED_FILES and not (stage / name).exists()} - {CARD_NAME}
-    removals = [CommitOperationDelete(name) for name in sorted(stale)]
+    removals = [CommitOperationDelete(name) for name in stale]
     with hub_errors(repo_id, "uploading to", consequence=_NOTHING_DONE):
         api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False)
     with hub_errors(repo_id, "committing to", consequence=_NOTHING_DONE, unsure=_ALL_OR_NOTHING):

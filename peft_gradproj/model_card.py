@@ -23,7 +23,7 @@ from .files import is_hub_id, write_atomically
 from .untrusted import MAX_JSON_BYTES, printable, read_file
 from .verification import MAX_ROWS, Check, VerificationReport
 
-__all__ = ["CARD_NAME", "is_unfilled", "read_model_card", "render_model_card", "write_model_card"]
+__all__ = ["CARD_NAME", "is_unfilled", "read_model_card", "render_model_card", "with_metadata", "write_model_card"]
 
 CARD_NAME = "README.md"
 
@@ -35,6 +35,12 @@ _METADATA = re.compile(r"\s*---\r?\n.*?\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 
 _BLANK = "[More Information Needed]"
 """What templates of cards have where nobody has written anything yet."""
+
+_GENERATED = "This model card has been automatically generated."
+"""What transformers and diffusers say in the template."""
+
+_BY_TOOLS = frozenset({"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"})
+"""Metadata that PEFT, transformers and diffusers write into the cards that they save."""
 
 _TASKS = {
     "CAUSAL_LM": "text-generation",
@@ -97,8 +103,37 @@ def read_model_card(folder: str | os.PathLike[str]) -> str:
 
 
 def is_unfilled(card: str) -> bool:
-    """Whether a card holds nothing that somebody wrote: it is empty, or the template that PEFT saves."""
-    return not card.strip() or _BLANK in card
+    """Whether a card's text holds nothing that somebody wrote: it is empty, or the template that PEFT saves."""
+    text = _SECTION.sub("", _METADATA.sub("", card, count=1))
+    return not text.strip() or (_BLANK in text and not any(map(_is_written, text.splitlines())))
+
+
+def _is_written(line: str) -> bool:
+    """Whether somebody wrote a line into the template: it is no heading or remark, has no blank, and is not its own."""
+    line = line.strip()
+    marks = _BLANK in line or line.startswith(("#", "<!--", "- PEFT ")) or line.endswith(_GENERATED)
+    return bool(line) and not marks and line not in _own_lines()
+
+
+@cache
+def _own_lines() -> frozenset[str]:
+    """The lines of the Hub's template, which PEFT saves."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return frozenset(line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines())
+
+
+def with_metadata(card: str, other: str) -> str:
+    """A card with what somebody wrote into the metadata of another: all but what the tools that save adapters do.
+
+    Raises:
+        AdapterFolderError: If the metadata of either cannot be read.
+    """
+    written = {key: value for key, value in _parse(other).data.to_dict().items() if key not in _BY_TOOLS}
+    parsed = _parse(card)
+    for key, value in written.items():
+        parsed.data[key] = value
+    return str(parsed) if written else card
 
 
 def render_model_card(
@@ -182,7 +217,7 @@ def _are_hub_ids(value: Any) -> bool:
 def _pipeline_tag(folder: AdapterFolder) -> str | None:
     """What the base model does, where the adapter's config or the names of its layers tell."""
     task = (folder.config or {}).get("task_type")
-    if task in _TASKS:
+    if isinstance(task, str) and task in _TASKS:
         return _TASKS[task]
     return "text-to-image" if _has_unet_blocks(folder) else None
 

@@ -276,6 +276,27 @@ def _set(key: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tens
     return lambda tensors: tensors.update({key: make(tensors[key])})
 
 
+def _renamed(key: str, name: str) -> Callable[[dict[str, Tensor]], None]:
+    """Under a name that loaders pass over: the layer's other factor is loaded onto one that is drawn."""
+    return lambda tensors: tensors.update({name: tensors.pop(key)})
+
+
+def _under_another_name(folder: Path) -> None:
+    """What is learned stands under the name that transformers takes for the layer's, with a basis of its own."""
+    for space in ("input", "output"):
+        edit_tensors(folder, BASIS, lambda t, space=space: t.update(
+            {f"model.down.attn.to_q.{space}": t[f"down.attn.to_q.{space}"].clone()}))  # fmt: skip
+    edit_tensors(folder, WEIGHTS, lambda t: t.update(
+        {key.replace(".down.", ".model.down."): t[key].clone() for key in (A, B)}))  # fmt: skip
+    basis = load_file(folder / BASIS)
+    digest = ConceptBasis({
+        module: LayerBasis(**{space: basis[f"{module}.{space}"] for space in ("input", "output")})
+        for module in {key.rpartition(".")[0] for key in basis}
+    }, "logo", base_model="someone/model", revision="abc").digest()  # fmt: skip
+    edit_json(folder, MANIFEST, lambda m: m["basis"].update(digest=digest))
+    reseal(folder)
+
+
 def _one_value(value: float) -> Callable[[Tensor], Tensor]:
     def change(tensor: Tensor) -> Tensor:
         tensor.view(-1)[0] = value
@@ -519,6 +540,11 @@ NOT_VERIFIED = [
         ("shapes", "claims"),
         "2 tensors for A",
     ),
+    Tampering("an A in an older spelling", on_tensors(WEIGHTS, _renamed(A, f"{PREFIX}.lora.down.weight")),
+              ("shapes", "claims"), "different spellings"),
+    Tampering("an A without the prefix", on_tensors(WEIGHTS, _renamed(A, A.removeprefix("base_model.model."))),
+              ("shapes", "claims"), "different spellings"),
+    Tampering("a layer under two names", _under_another_name, ("shapes",), "adapted as down.attn.to_q as well"),
     Tampering("a huge alpha tensor", on_tensors(WEIGHTS, lambda t: t.update({f"{PREFIX}.alpha": torch.tensor(1e9)})),
               ("config",), "alpha"),
     Tampering("NaN", on_tensors(WEIGHTS, _set(A, _one_value(torch.nan))), ("values", "leakage", "claims"),

@@ -198,6 +198,51 @@ def test_text_written_in_the_folder_replaces_that_on_the_hub(hub, folder):
     assert "Old text." not in there
 
 
+TEMPLATE = """---
+{}library_name: peft
+---
+
+# Model Card for Model ID
+
+<!-- Provide a quick summary of what the model is/does. -->
+
+{}
+
+- **Developed by:** [More Information Needed]
+
+### Framework versions
+
+- PEFT 0.21.2
+"""
+
+
+def test_a_template_filled_in_in_part_replaces_the_card_on_the_hub(hub, folder):
+    for words, license in (("First version.", "mit"), ("Second version.", "cc-by-nc-4.0")):
+        (folder / "README.md").write_text(TEMPLATE.format(f"license: {license}\n", words))
+        push_adapter_to_hub(folder, NAME)
+        there = hub.files(NAME)["README.md"].decode()
+        assert words in there
+        assert f"license: {license}" in there
+    assert "First version." not in there
+
+
+def test_of_a_template_that_nobody_filled_in_the_metadata_count(hub, folder):
+    hub.add_repo(NAME, {"README.md": b"---\nlicense: mit\nlanguage: en\n---\n# Mine\n\nWritten on the Hub.\n"})
+    (folder / "README.md").write_text(TEMPLATE.format("license: cc-by-nc-4.0\n", ""))
+    push_adapter_to_hub(folder, NAME)
+    there = hub.files(NAME)["README.md"].decode()
+    for kept in ("Written on the Hub.", "license: cc-by-nc-4.0", "language: en", "library_name: peft"):
+        assert kept in there
+    assert "[More Information Needed]" not in there
+
+
+def test_a_card_on_the_hub_that_cannot_be_read_is_told_from_the_folders(hub, folder):
+    hub.add_repo(NAME, {"README.md": b"---\na: [\n---\n# Mine\n"})
+    with pytest.raises(HubError, match=rf"of {NAME} on the Hub, the metadata .* cannot be read"):
+        push_adapter_to_hub(folder, NAME)
+    assert set(hub.files(NAME)) == {"README.md"}
+
+
 def test_without_a_card_the_one_on_the_hub_stays(hub, folder):
     hub.add_repo(NAME, {"README.md": b"Old text.\n"})
     assert "README.md" not in push_adapter_to_hub(folder, NAME, card=False).files
@@ -227,6 +272,32 @@ def test_withholding_would_break_a_signature(hub, folder):
     with pytest.raises(AdapterFolderError, match="signed with its concept basis"):
         push_adapter_to_hub(folder, NAME, basis="digest")
     assert "model.sig" in push_adapter_to_hub(folder, NAME).files
+
+
+def test_files_of_the_former_publication_are_removed_and_told(hub, tmp_path):
+    honest_folder(tmp_path / "peft")
+    honest_folder(tmp_path / "unet", style="unet")
+    assert push_adapter_to_hub(tmp_path / "peft", NAME).removed == ()
+    result = push_adapter_to_hub(tmp_path / "unet", NAME)
+    assert result.removed == ("adapter_config.json", WEIGHTS)
+    assert result.to_dict()["removed"] == ["adapter_config.json", WEIGHTS]
+    assert set(hub.files(NAME)) == {DIFFUSERS_WEIGHTS, BASIS, MANIFEST, "README.md"}
+
+
+def test_an_adapter_of_somebody_else_is_not_removed(hub, tmp_path):
+    honest_folder(tmp_path, style="unet")
+    files = {WEIGHTS: b"somebody's own", "adapter_config.json": b"{}", "notes.txt": b"x"}
+    hub.add_repo(NAME, files)
+    with pytest.raises(HubError, match=f"holds {WEIGHTS} of an adapter that was not published with"):
+        push_adapter_to_hub(tmp_path, NAME)
+    assert hub.files(NAME) == files
+
+
+def test_a_branch_is_made_only_for_what_can_be_published(hub, folder):
+    hub.add_repo(NAME, {"adapter_model.bin": b"x"})
+    with pytest.raises(HubError, match=r"also holds adapter_model\.bin"):
+        push_adapter_to_hub(folder, NAME, revision="try")
+    assert set(hub.repos[NAME].refs) == {"main"}
 
 
 def test_a_stale_signature_is_removed(hub, folder):

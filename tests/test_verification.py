@@ -450,6 +450,41 @@ def test_the_base_model_that_only_the_config_names_is_reported(tmp_path):
     assert "someone/model" in check.detail
 
 
+@pytest.mark.parametrize(
+    ("revisions", "same"),
+    [
+        (("main", "a" * 40), True),
+        (("a" * 40, "v1.0"), True),
+        (("main", "main"), True),
+        (("a" * 40, "b" * 40), False),
+        (("main", "v1.0"), False),
+    ],
+)
+def test_a_branch_is_not_another_revision_than_a_commit(tmp_path, revisions, same):
+    """Which commit it stands for is not known here."""
+    of_basis, of_training = revisions
+    honest_folder(
+        tmp_path,
+        basis=random_basis(revision=of_basis),
+        revision=of_training,
+        config={"base_model_name_or_path": "someone/model", "revision": of_training},
+    )
+    report = verify_adapter(tmp_path)
+    assert failed(report) == (set() if same else {"base model"}), report.render()
+    (detail,) = (check.detail for check in report.checks if check.name == "base model")
+    assert repr(of_basis) in detail
+    assert repr(of_training) in detail
+
+
+def test_small_values_in_half_precision_are_no_denormal_numbers(tmp_path):
+    """They are in float16, and not in the float32 in which a processor that takes those for zero computes."""
+    honest_folder(tmp_path, dtype=torch.float16)
+    edit_tensors(tmp_path, WEIGHTS, lambda t: t.update({k: (b * 1e-3) for k, b in t.items() if "lora_B" in k}))
+    assert max(float(b.abs().max()) for k, b in load_file(tmp_path / WEIGHTS).items() if "lora_B" in k) < 6.1e-5
+    reseal(tmp_path)
+    assert "values" not in failed(verify_adapter(tmp_path))
+
+
 @pytest.mark.parametrize("path", ["/home/me/base", "./base", "../base", "base/", "a/b/c", "~/base", "C:\\base"])
 def test_a_base_model_in_a_folder_is_that_which_the_basis_names(tmp_path, path):
     """It was fitted on the Hub's, and trained on a copy on disk."""
