@@ -68,6 +68,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise OSError(error.errno, f"{error.strerror}; what was to be there is in {stage}", str(folder)) from error
     # After an exchange it is the former folder.
     shutil.rmtree(stage, ignore_errors=True)
+    # Where there was no folder before, only now is there another state than what killed processes left.
+    _remove_stale(folder, where)
 
 
 def entries(folder: Path) -> list[str]:
