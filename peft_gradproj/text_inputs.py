@@ -18,7 +18,8 @@ at random.
     probes = collect_concept_probes(model, batches, run_model=token_log_likelihoods)
 
 Where a secret is found in the training texts, the loss need not count it either: :func:`mark_secrets`. Another spelling
-is not found; the probes hold down only what it has in common with those that are.
+is found only if the tokenizer takes it for the same; else the probes hold down only what it has in common with those
+that are.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import NormalizedString
 from torch import Tensor
 
 from .errors import ConceptDataError
@@ -93,8 +95,9 @@ def read_secrets(path: str | os.PathLike[str]) -> list[str]:
 def find_secrets(secrets: Sequence[str], texts: Iterable[str], tokenizer: Any) -> SecretStream:
     """Tokenize a corpus as it is trained on, and find every occurrence of the secrets in it.
 
-    A secret is found in the text, letter by letter as it is written in the list, and then in the tokens that show any
-    of its characters: a token that also shows neighbours of the secret is among them.
+    A secret is found in the text, letter by letter as it is written in the list or as the tokenizer's normalizer makes
+    the same of it (composed or decomposed accents, no-break spaces; whatever that normalizer does), and then in the
+    tokens that show any of its characters: a token that also shows neighbours of the secret is among them.
 
     Args:
         secrets: Strings; other spellings of one are secrets of their own.
@@ -108,8 +111,8 @@ def find_secrets(secrets: Sequence[str], texts: Iterable[str], tokenizer: Any) -
     tokens: list[Tensor] = []
     occurrences: list[tuple[int, int, int]] = []
     count = 0
-    for text, ids, offsets in _tokenized(texts, tokenizer):
-        occurrences += [(n, count + first, count + end) for n, first, end in _occurrences(secrets, text, offsets)]
+    for ids, found_here in _searched(secrets, texts, tokenizer):
+        occurrences += [(number, count + first, count + end) for number, first, end in found_here]
         tokens.append(ids)
         count += len(ids)
     # A secret that is the stream's first token is predicted by nothing, and so not learned.
@@ -145,9 +148,9 @@ def mark_secrets(
     """
     _check_secrets(secrets)
     tokens, marks = [], []
-    for text, ids, offsets in _tokenized(texts, tokenizer):
+    for ids, occurrences in _searched(secrets, texts, tokenizer):
         secret = torch.zeros(len(ids), dtype=torch.bool)
-        for _, first, end in _occurrences(secrets, text, offsets):
+        for _, first, end in occurrences:
             secret[first:end] = True
         tokens.append(ids.tolist())
         marks.append(secret.tolist())
@@ -235,10 +238,6 @@ def _named(numbers: Sequence[int]) -> str:
 
 def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Each text with its tokens, shape `(n,)`, and the characters that they stand for, shape `(n, 2)`."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ConceptDataError(
-            f"{type(tokenizer).__name__} does not tell which characters a token stands for; expected a fast tokenizer."
-        )
     remaining = iter(texts)
     while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
         encoded = tokenizer(batch, return_offsets_mapping=True, verbose=False)
@@ -246,16 +245,65 @@ def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, Tens
             yield text, torch.tensor(ids, dtype=torch.long), torch.tensor(offsets, dtype=torch.long).reshape(-1, 2)
 
 
-def _occurrences(secrets: Sequence[str], text: str, offsets: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Number, first token and end of each occurrence in one text."""
-    for number, secret in enumerate(secrets):
-        place = text.find(secret)
-        while place >= 0:
-            shows = (offsets[:, 0] < place + len(secret)) & (offsets[:, 1] > place)
-            indices = shows.nonzero().flatten()
+def _searched(
+    secrets: Sequence[str], texts: Iterable[str], tokenizer: Any
+) -> Iterator[tuple[Tensor, list[tuple[int, int, int]]]]:
+    """Each text's tokens, and number, first token and end of each occurrence in it."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConceptDataError(
+            f"{type(tokenizer).__name__} does not tell which characters a token stands for; expected a fast tokenizer."
+        )
+    finder = _Finder(secrets, tokenizer.backend_tokenizer.normalizer)
+    for text, ids, offsets in _tokenized(texts, tokenizer):
+        occurrences = set()
+        for number, first, end in finder.places(text):
+            indices = ((offsets[:, 0] < end) & (offsets[:, 1] > first)).nonzero().flatten()
             if len(indices):
-                yield number, int(indices[0]), int(indices[-1]) + 1
-            place = text.find(secret, place + 1)
+                occurrences.add((number, int(indices[0]), int(indices[-1]) + 1))
+        yield ids, sorted(occurrences)
+
+
+def _places(part: str, text: str) -> Iterator[tuple[int, int]]:
+    """Where a part of a text begins and ends, each time; it may overlap itself."""
+    place = text.find(part)
+    while place >= 0:
+        yield place, place + len(part)
+        place = text.find(part, place + 1)
+
+
+class _Finder:
+    """Finds secrets in texts, as they are written and as the tokenizer reads them, which may normalize a text first."""
+
+    _BEFORE = "0"
+    """Stands before what is normalized: at the beginning of a text some normalizers put a space, or take some out."""
+
+    def __init__(self, secrets: Sequence[str], normalizer: Any) -> None:
+        self._secrets = secrets
+        self._normalizer = normalizer
+        before = self._normalized("").normalized
+        self._read = [self._normalized(secret).normalized.removeprefix(before) for secret in secrets]
+
+    def places(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """Number, first character and end of each occurrence; most of them twice, if texts are normalized."""
+        for number, secret in enumerate(self._secrets):
+            yield from ((number, first, end) for first, end in _places(secret, text))
+        if self._normalizer is None:
+            return
+        normalized = self._normalized(text)
+        for number, read in enumerate(self._read):
+            for first, end in _places(read, normalized.normalized) if read else ():
+                # By lengths, since a slice tells what it is of, and not where that is.
+                until, part = normalized[:end], normalized[first:end]
+                assert until is not None
+                assert part is not None
+                last = len(until.original) - len(self._BEFORE)
+                yield number, last - len(part.original), last
+
+    def _normalized(self, text: str) -> NormalizedString:
+        normalized = NormalizedString(self._BEFORE + text)
+        if self._normalizer is not None:
+            self._normalizer.normalize(normalized)
+        return normalized
 
 
 def _window_starts(
