@@ -167,11 +167,15 @@ def token_log_likelihoods(model: Any, inputs: dict[str, Any]) -> Tensor:
         inputs: Its arguments, `input_ids` of shape `(b, n)` among them.
 
     Returns:
-        Shape `(b, n)`, float32; 0 at the last position, which predicts nothing that is known.
+        Shape `(b, n)`, float32; 0 at the last position, which predicts nothing that is known, and where padding
+        follows, if there is an `attention_mask` of shape `(b, n)`.
     """
-    following = inputs["input_ids"][:, 1:, None]
-    log_likelihoods = model(**inputs).logits[:, :-1].log_softmax(-1, dtype=torch.float32)
-    return torch.nn.functional.pad(log_likelihoods.gather(-1, following)[..., 0], (0, 1))
+    tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+    predicted = model(**inputs).logits[:, :-1].log_softmax(-1, dtype=torch.float32)
+    log_likelihoods = predicted.gather(-1, tokens[:, 1:, None])[..., 0]
+    if mask is not None and mask.shape == tokens.shape:
+        log_likelihoods = log_likelihoods.masked_fill(mask[:, 1:] == 0, 0.0)
+    return torch.nn.functional.pad(log_likelihoods, (0, 1))
 
 
 def secret_probe_batches(

@@ -231,6 +231,34 @@ def test_what_is_compared_is_the_likelihood_of_the_token_that_follows_and_of_no_
     assert token_log_likelihoods(model.bfloat16(), {"input_ids": tokens}).dtype == torch.float32
 
 
+def test_where_padding_follows_on_either_side_nothing_is_compared_and_all_else_as_without_padding():
+    generator = torch.Generator().manual_seed(0)
+    model, tokens = tiny_llama().eval(), torch.randint(3, 32, (2, 6), generator=generator)
+    padding, ones = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 6, dtype=torch.int64)
+    bare = token_log_likelihoods(model, {"input_ids": tokens})
+    right, left = (
+        token_log_likelihoods(
+            model,
+            {
+                "input_ids": torch.cat([tokens, padding][::order], 1),
+                "attention_mask": torch.cat([ones, padding][::order], 1),
+                "position_ids": torch.cat([torch.arange(6), padding[0]][::order]).expand(2, 9),
+            },
+        )
+        for order in (1, -1)
+    )
+    torch.testing.assert_close(right, torch.cat([bare, padding.float()], 1))
+    torch.testing.assert_close(left[:, 3:], bare)
+    assert not left[:, :2].any(), "the token before the first is padding, and predicts it"
+
+
+def test_rows_that_are_packed_under_a_mask_of_their_own_are_compared_everywhere():
+    model, tokens = tiny_llama().eval(), torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(0))
+    causal = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
+    packed = token_log_likelihoods(model, {"input_ids": tokens, "attention_mask": causal})
+    torch.testing.assert_close(packed, token_log_likelihoods(model, {"input_ids": tokens}))
+
+
 # Labels
 
 
