@@ -408,6 +408,38 @@ def test_causal_lm_reads_the_file_that_is_named_and_no_other_that_the_name_would
     assert texts["validation"]["text"][:] == ["held out [1].txt\n"]
 
 
+def load_rows(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Any:
+    script = script_module("train_causal_lm_lora_gradproj")
+    file = folder / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = script.DataTrainingArguments(train_file=str(file), **options)
+    return script.load_texts(data, script.ModelArguments(model_name_or_path="", cache_dir=str(folder / "cache")))
+
+
+@pytest.mark.parametrize("name", ["text", "content"])
+def test_causal_lm_takes_the_only_column_and_evaluates_on_the_first_rows(name, tmp_path):
+    other = {"id": 0} if name == "text" else {}
+    texts = load_rows(tmp_path, [{name: str(i), **other} for i in range(40)], validation_split_percentage=10)
+    assert {split: rows["text"][:] for split, rows in texts.items()} == {
+        "train": [str(i) for i in range(4, 40)],
+        "validation": [str(i) for i in range(4)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": "a", "content": "b"}], "no column `text`; of id, content"),
+        ([{"messages": [{"role": "user"}]}], "`messages` of the train texts holds list"),
+        ([{"text": 4821}], "`text` of the train texts holds int64; expected strings"),
+        ([{"text": "a"}, {"text": "b"}, {"text": None}], "Row 2 of the train texts"),
+    ],
+)
+def test_causal_lm_refuses_what_is_no_column_of_texts(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_rows(tmp_path, rows)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_causal_lm_counts_the_tokens_of_secrets_in_no_loss_and_only_those(masked, tmp_path):
     from datasets import Dataset, DatasetDict

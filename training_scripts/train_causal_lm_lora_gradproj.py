@@ -195,13 +195,23 @@ def load_texts(data: DataTrainingArguments, model: ModelArguments) -> DatasetDic
     else:
         raise ValueError("Need either a dataset name or a training file.")
     texts = load_dataset(source, **options)
-    if "validation" not in texts:
-        share = data.validation_split_percentage
-        texts["validation"] = load_dataset(source, split=f"train[:{share}%]", **options)
-        texts["train"] = load_dataset(source, split=f"train[{share}%:]", **options)
     columns = texts["train"].column_names
+    if "text" not in columns and len(columns) > 1:
+        raise ValueError(f"The texts have no column `text`; of {', '.join(columns)}, call one that, or give it alone.")
     column = "text" if "text" in columns else columns[0]
-    return texts.select_columns(column).rename_columns({} if column == "text" else {column: "text"})
+    texts = texts.select_columns(column).rename_columns({} if column == "text" else {column: "text"})
+    for split, rows in texts.items():
+        entries = rows.data.column("text")
+        if str(entries.type) not in ("string", "large_string"):
+            raise ValueError(f"The column `{column}` of the {split} texts holds {entries.type}; expected strings.")
+        missing = entries.is_null().index(True).as_py()
+        if missing >= 0:
+            raise ValueError(f"Row {missing} of the {split} texts has none in the column `{column}`; take it out.")
+    if "validation" not in texts:
+        rows = texts["train"]
+        held_out = round(len(rows) * data.validation_split_percentage / 100)
+        texts["validation"], texts["train"] = rows.select(range(held_out)), rows.select(range(held_out, len(rows)))
+    return texts
 
 
 def pack(
