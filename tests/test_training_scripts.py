@@ -462,6 +462,28 @@ def test_causal_lm_counts_the_tokens_of_secrets_in_no_loss_and_only_those(masked
             assert labels == [-100 if s else i for i, s in zip(ids, secret, strict=True)]
 
 
+def test_causal_lm_refuses_texts_of_less_than_a_block_before_it_trains(tmp_path):
+    from datasets import Dataset, DatasetDict
+    from transformers import TrainingArguments
+
+    script, tokenizer = script_module("train_causal_lm_lora_gradproj"), word_tokenizer()
+
+    def pack(train: list[str], validation: list[str], **options: bool) -> Any:
+        columns = {"train": train, "validation": validation}
+        texts = DatasetDict({split: Dataset.from_dict({"text": rows}) for split, rows in columns.items()})
+        training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+        return script.pack(texts, tokenizer, 4, script.DataTrainingArguments(), training)
+
+    whole, short = ["Anna likes tea."], ["Anna."]
+    assert len(pack(whole, short)["train"]) == 1
+    assert len(pack(whole, whole, do_eval=True)["validation"]) == 1
+    with pytest.raises(ValueError, match="training texts have no --block_size 4"):
+        pack(short, whole)
+    for few in (short, []):
+        with pytest.raises(ValueError, match="validation texts have no --block_size 4"):
+            pack(whole, few, do_eval=True)
+
+
 def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a_trace_of_the_secrets(
     language_model, tmp_path
 ):

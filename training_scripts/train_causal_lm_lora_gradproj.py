@@ -251,6 +251,11 @@ def pack(
         packed = tokenized.map(group, desc=f"packing blocks of {block_size}", **options)
     if len(packed["train"]) == 0:
         raise ValueError(f"The training texts have no --block_size {block_size} tokens to learn; give a smaller one.")
+    if training.do_eval and len(packed["validation"]) == 0:
+        raise ValueError(
+            f"The validation texts have no --block_size {block_size} tokens to evaluate on; give a smaller one, more "
+            "texts (--validation_split_percentage or --validation_file), or no --do_eval."
+        )
     return packed
 
 
