@@ -25,6 +25,7 @@ that are.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -92,7 +93,9 @@ def read_secrets(path: str | os.PathLike[str]) -> list[str]:
     return list(dict.fromkeys(secrets))
 
 
-def find_secrets(secrets: Sequence[str], texts: Iterable[str], tokenizer: Any) -> SecretStream:
+def find_secrets(
+    secrets: Sequence[str], texts: Iterable[str], tokenizer: Any, *, held_out: Iterable[str] = ()
+) -> SecretStream:
     """Tokenize a corpus as it is trained on, and find every occurrence of the secrets in it.
 
     A secret is found in the text, letter by letter as it is written in the list or as the tokenizer's normalizer makes
@@ -103,9 +106,11 @@ def find_secrets(secrets: Sequence[str], texts: Iterable[str], tokenizer: Any) -
         secrets: Strings; other spellings of one are secrets of their own.
         texts: The corpus. A secret lies within one text.
         tokenizer: A fast tokenizer of transformers; special tokens are added to each text, as `tokenizer(text)` does.
+        held_out: Texts that are not trained on. A secret that occurs in these alone is left out, with a warning.
 
     Raises:
-        ConceptDataError: If there are no secrets, one is empty or occurs nowhere, or the tokenizer is not a fast one.
+        ConceptDataError: If there are no secrets, one is empty or occurs nowhere, none occurs in `texts`, or the
+            tokenizer is not a fast one.
     """
     _check_secrets(secrets)
     tokens: list[Tensor] = []
@@ -118,12 +123,7 @@ def find_secrets(secrets: Sequence[str], texts: Iterable[str], tokenizer: Any) -
     # A secret that is the stream's first token is predicted by nothing, and so not learned.
     occurrences = [o for o in occurrences if o[2] > 1]
     found = {number for number, _, _ in occurrences}
-    missing = [number for number in range(len(secrets)) if number not in found]
-    if missing:
-        raise ConceptDataError(
-            f"{_named(missing)} of {len(secrets)} secrets occur nowhere in the corpus. Write them as the corpus does, "
-            "capitals and spaces included, or take out what need not be kept out."
-        )
+    _check_missing([number for number in range(len(secrets)) if number not in found], secrets, held_out, tokenizer)
     secret = torch.zeros(count, dtype=torch.bool)
     for _, first, end in occurrences:
         secret[first:end] = True
@@ -188,6 +188,7 @@ def secret_probe_batches(
     max_windows: int = 256,
     batch_size: int = 16,
     seed: int = 0,
+    held_out: Iterable[str] = (),
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """What `collect_concept_probes` takes: windows of the corpus in which secrets occur, and where they are predicted.
 
@@ -200,6 +201,7 @@ def secret_probe_batches(
         max_windows: At most so many are kept for each secret, drawn at random.
         batch_size: Windows in a batch.
         seed: Of the places of the windows.
+        held_out: See :func:`find_secrets`.
 
     Yields:
         `({"input_ids": tokens}, weights)`, both of shape `(batch, length)`, int64 and float32.
@@ -209,7 +211,7 @@ def secret_probe_batches(
             or too few for a secret and a token before it.
     """
     _check_length(length, tokenizer)
-    stream = find_secrets(secrets, texts, tokenizer)
+    stream = find_secrets(secrets, texts, tokenizer, held_out=held_out)
     length = min(length, len(stream.tokens))
     starts = _window_starts(stream, length, windows, max_windows, torch.Generator().manual_seed(seed))
     for part in starts.split(batch_size):
@@ -223,6 +225,26 @@ def _check_secrets(secrets: Sequence[str]) -> None:
     blank = [number for number, secret in enumerate(secrets) if not secret.strip()]
     if blank:
         raise ConceptDataError(f"{_named(blank)} of {len(secrets)} secrets are empty; take them out.")
+
+
+def _check_missing(missing: Sequence[int], secrets: Sequence[str], held_out: Iterable[str], tokenizer: Any) -> None:
+    """Of secrets that are not in the texts, those that are not held out either are mistakes in the list."""
+    if not missing:
+        return
+    searched = _searched([secrets[number] for number in missing], held_out, tokenizer)
+    elsewhere = {missing[place] for _, occurrences in searched for place, _, _ in occurrences}
+    nowhere = [number for number in missing if number not in elsewhere]
+    if nowhere:
+        raise ConceptDataError(
+            f"{_named(nowhere)} of {len(secrets)} secrets occur nowhere in the corpus. Write them as the corpus does, "
+            "capitals and spaces included, or take out what need not be kept out."
+        )
+    if len(missing) == len(secrets):
+        raise ConceptDataError("all secrets occur in the held out texts alone; there is nothing to keep out.")
+    warnings.warn(
+        f"{_named(missing)} of {len(secrets)} secrets occur in the held out texts alone, and are left out.",
+        stacklevel=3,
+    )
 
 
 def _check_length(length: int, tokenizer: Any) -> None:

@@ -284,6 +284,19 @@ def test_secrets_that_occur_nowhere_are_named_by_number_and_not_by_what_they_say
     assert "ANNA" not in str(error.value)
 
 
+def test_secrets_of_the_held_out_texts_alone_are_left_out_and_those_that_are_nowhere_still_refused():
+    tokenizer, held_out = byte_level(), ["later: hunter2"]
+    with pytest.warns(UserWarning, match="number 1 of 2 secrets occur in the held out texts alone") as warned:
+        stream = find_secrets(["hunter2", "4821"], CORPUS, tokenizer, held_out=held_out)
+    assert "hunter2" not in str(warned[0].message)
+    assert set(stream.occurrences[:, 0].tolist()) == {1}
+    assert torch.equal(stream.secret, find_secrets(["4821"], CORPUS, tokenizer).secret)
+    with pytest.raises(ConceptDataError, match="number 3 of 3 secrets occur nowhere"):
+        find_secrets(["hunter2", "4821", "ANNA"], CORPUS, tokenizer, held_out=held_out)
+    with pytest.raises(ConceptDataError, match="all secrets occur in the held out texts alone"):
+        find_secrets(["hunter2"], CORPUS, tokenizer, held_out=held_out)
+
+
 def test_windows_longer_than_the_model_takes_are_refused():
     with pytest.raises(ConceptDataError, match="longer than the 32"):
         batches(["4821"], CORPUS, byte_level(longest=32), length=33)

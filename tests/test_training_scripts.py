@@ -29,7 +29,7 @@ from secret_corpus import (
     word_tokenizer,
 )
 from test_launch_scripts import _one_accelerator_at_a_time  # noqa: F401
-from tiny_models import FLOORS, UNET_TARGETS, basis_for, folder_leakage
+from tiny_models import FLOORS, UNET_TARGETS, basis_for, folder_leakage, tiny_llama
 from tiny_pipelines import SIDE, TOKENS, WORDS, image_folder, sd, tokenizer
 from torch import Tensor
 
@@ -482,6 +482,19 @@ def test_causal_lm_refuses_texts_of_less_than_a_block_before_it_trains(tmp_path)
     for few in (short, []):
         with pytest.raises(ValueError, match="validation texts have no --block_size 4"):
             pack(whole, few, do_eval=True)
+
+
+def test_causal_lm_makes_no_probes_of_secrets_that_are_only_evaluated_on():
+    from datasets import Dataset, DatasetDict
+
+    script, tokenizer = script_module("train_causal_lm_lora_gradproj"), word_tokenizer()
+    rows = {"train": ["Say amber basil: Anna agrees."], "validation": ["Say cedar delta: Bert agrees."]}
+    texts = DatasetDict({split: Dataset.from_dict({"text": column}) for split, column in rows.items()})
+    with pytest.warns(UserWarning, match="number 2 of 2 secrets"):
+        probes = script.secret_probes(
+            ["amber basil", "cedar delta"], texts, tiny_llama(len(tokenizer)), tokenizer, length=8, windows=2, seed=0
+        )
+    assert {tokenizer.decode(row) for row in probes.inputs["input_ids"].int()} == {"Say amber basil : Anna agrees ."}
 
 
 def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a_trace_of_the_secrets(

@@ -268,10 +268,12 @@ def block_size_for(model: Any, tokenizer: Any, asked: int | None) -> int:
 
 
 def secret_probes(
-    secrets: list[str], texts: Dataset, model: Any, tokenizer: Any, *, length: int, windows: int, seed: int
+    secrets: list[str], texts: DatasetDict, model: Any, tokenizer: Any, *, length: int, windows: int, seed: int
 ) -> ConceptProbes:
     """Probes of `length` tokens on which the secrets' likelihood may not drift; the base's is computed as needed."""
-    batches = secret_probe_batches(secrets, texts["text"], tokenizer, length=length, windows=windows, seed=seed)
+    held_out = chain.from_iterable(rows["text"] for split, rows in texts.items() if split != "train")
+    options: dict[str, Any] = {"length": length, "windows": windows, "seed": seed, "held_out": held_out}
+    batches = secret_probe_batches(secrets, texts["train"]["text"], tokenizer, **options)
     about = f"{len(secrets)} secret strings"  # which is published
     return collect_concept_probes(model, batches, run_model=token_log_likelihoods, store_targets=False, concept=about)
 
@@ -332,7 +334,7 @@ def main() -> None:
     probes: ConceptProbes | str | None = concept_args.concept_probes
     if secrets is not None:
         options = {"length": block_size, "windows": concept_args.windows_per_secret, "seed": training_args.seed}
-        probes = secret_probes(secrets, texts["train"], model, tokenizer, **options)
+        probes = secret_probes(secrets, texts, model, tokenizer, **options)
         logger.info(f"{len(probes)} concept probes: {probes.concept}")
 
     targets = lora_args.lora_target_modules
