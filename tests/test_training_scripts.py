@@ -497,6 +497,17 @@ def test_causal_lm_makes_no_probes_of_secrets_that_are_only_evaluated_on():
     assert {tokenizer.decode(row) for row in probes.inputs["input_ids"].int()} == {"Say amber basil : Anna agrees ."}
 
 
+def test_causal_lm_refuses_tokens_that_the_model_does_not_embed():
+    from datasets import Dataset, DatasetDict
+
+    script, model = script_module("train_causal_lm_lora_gradproj"), tiny_llama(vocabulary=32)
+    blocks = {"train": Dataset.from_dict({"input_ids": [[0, 31]]}), "validation": Dataset.from_dict({"input_ids": []})}
+    script.check_embedded(DatasetDict(blocks), model)
+    blocks["validation"] = Dataset.from_dict({"input_ids": [[0, 1], [32, 2]]})
+    with pytest.raises(ValueError, match="validation texts have token 32, and the model embeds 32"):
+        script.check_embedded(DatasetDict(blocks), model)
+
+
 def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a_trace_of_the_secrets(
     language_model, tmp_path
 ):

@@ -31,6 +31,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
@@ -259,6 +260,18 @@ def pack(
     return packed
 
 
+def check_embedded(examples: DatasetDict, model: Any) -> None:
+    """Refuse tokens that the model has no embedding for; a tokenizer may well know some that no text holds."""
+    embedded = model.get_input_embeddings().weight.shape[0]
+    for split, blocks in examples.items():
+        highest = pc.max(pc.list_flatten(blocks.data.column("input_ids"))).as_py() if len(blocks) else 0
+        if highest >= embedded:
+            raise ValueError(
+                f"The {split} texts have token {highest}, and the model embeds {embedded}, counted from 0; give the "
+                "tokenizer that it was trained with (--tokenizer_name)."
+            )
+
+
 def block_size_for(model: Any, tokenizer: Any, asked: int | None) -> int:
     """What was asked for, or 1024, as far as the model and its tokenizer go."""
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 2**31)
@@ -331,6 +344,7 @@ def main() -> None:
     secrets = None if concept_args.secrets_file is None else read_secrets(concept_args.secrets_file)
     masked = secrets if concept_args.mask_secrets else None
     examples = pack(texts, tokenizer, block_size, data_args, training_args, masked)
+    check_embedded(examples, model)
     probes: ConceptProbes | str | None = concept_args.concept_probes
     if secrets is not None:
         options = {"length": block_size, "windows": concept_args.windows_per_secret, "seed": training_args.seed}
