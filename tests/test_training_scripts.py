@@ -508,6 +508,21 @@ def test_causal_lm_refuses_tokens_that_the_model_does_not_embed():
         script.check_embedded(DatasetDict(blocks), model)
 
 
+@pytest.mark.parametrize("place", [".", "checkpoint-4"])
+def test_causal_lm_without_a_basis_refuses_a_folder_that_holds_one_before_it_loads_anything(
+    place, tmp_path, monkeypatch
+):
+    script, out = script_module("train_causal_lm_lora_gradproj"), tmp_path / "out"
+    (out / place).mkdir(parents=True)
+    (out / place / "concept_basis.safetensors").touch()
+    flags = ["--model_name_or_path", tmp_path / "absent", "--output_dir", out, "--use_cpu", "--report_to", "none"]
+    for more, refused in (["--do_train"], True), (["--do_train", "--concept_basis", "x"], False), ([], False):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), *more])
+        message = "concept_basis.safetensors of an earlier run" if refused else "absent"
+        with pytest.raises((ValueError, OSError), match=message):
+            script.main()
+
+
 def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a_trace_of_the_secrets(
     language_model, tmp_path
 ):

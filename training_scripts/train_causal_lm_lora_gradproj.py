@@ -57,6 +57,7 @@ from peft_gradproj import (
     push_adapter_to_hub,
     verify_adapter,
 )
+from peft_gradproj.basis import BASIS_FILE_NAME
 from peft_gradproj.files import saved_checkpoints, write_atomically
 from peft_gradproj.online import telemetry
 from peft_gradproj.text_inputs import mark_secrets, read_secrets, secret_probe_batches, token_log_likelihoods
@@ -295,6 +296,16 @@ def limited(examples: Dataset, limit: int | None) -> Dataset:
     return examples if limit is None else examples.select(range(min(limit, len(examples))))
 
 
+def check_output(output_dir: str) -> None:
+    """Refuse, where this run has no basis, a folder with that of an earlier one: what is saved there never verifies."""
+    for folder in (Path(output_dir), *saved_checkpoints(output_dir)):
+        if (folder / BASIS_FILE_NAME).exists():
+            raise ValueError(
+                f"{folder} holds a {BASIS_FILE_NAME} of an earlier run, and this one has no --concept_basis; give "
+                "that, or another --output_dir."
+            )
+
+
 def set_up_logging(training: TrainingArguments) -> None:
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", handlers=[logging.StreamHandler(sys.stdout)]
@@ -325,6 +336,8 @@ def main() -> None:
     set_seed(training_args.seed)
     if (training_args.hub_token or model_args.token) and {*training_args.report_to} - {"tensorboard"}:
         raise ValueError("Some trackers record the command line, and so --hub_token and --token: set HF_TOKEN instead.")
+    if training_args.do_train and concept_args.concept_basis is None:
+        check_output(training_args.output_dir)
     repo_id = repository(training_args) if push else None
     # Every checkpoint holds the arguments.
     hub_token, training_args.hub_token = training_args.hub_token, None
