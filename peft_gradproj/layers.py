@@ -204,7 +204,7 @@ class GradientConstraint:
     r"""The gradient space of one layer: :math:`Q^T (A, B)` stays what it was at the start.
 
     To first order, no step then changes the concept's loss. It couples A and B, so it is kept by retraction alone:
-    there is no forward projection for it.
+    there is no forward projection for it. Beside other spaces, whose retraction follows, it is kept only nearly.
 
     Args:
         a: The module of A, with `r * d_in` weights.

@@ -500,7 +500,7 @@ def adapters_as_before(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module, *, keep_checkpointing: bool = False) -> Iterator[None]:
-    """Dropout off; the training flag of every single module is restored.
+    """Dropout off, and no fast path past the adapters; the training flag of every single module is restored.
 
     Args:
         model: The model.
@@ -510,16 +510,21 @@ def evaluation_mode(model: nn.Module, *, keep_checkpointing: bool = False) -> It
     # A 4-bit layer of bitsandbytes stays in training mode, in which it computes the same: in evaluation mode, some CPUs
     # pack its weights for good at the first pass without gradients, and no later pass lets gradients through.
     packing = sys.modules["bitsandbytes"].nn.Linear4bit if "bitsandbytes" in sys.modules else ()
+    # In evaluation mode, `nn.TransformerEncoderLayer` hands the weights of its layers to a kernel instead of calling
+    # them. Of an adapted layer they are the base model's: neither adapter nor hooks would take part.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     flags = [(module, module.training) for module in model.modules()]
     checkpointing = {m for m, training in flags if keep_checkpointing and training and _checkpoints_in_training(m)}
     with ExitStack() as stack:
         for layer in checkpointing:
             stack.enter_context(_checkpointing_in_evaluation(layer))
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             for module, _ in flags:
                 module.training = isinstance(module, packing) or module in checkpointing
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
             for module, training in flags:
                 module.training = training
 

@@ -18,12 +18,14 @@ at random.
     probes = collect_concept_probes(model, batches, run_model=token_log_likelihoods)
 
 Where a secret is found in the training texts, the loss need not count it either: :func:`mark_secrets`. Another spelling
-is not found; the probes hold down only what it has in common with those that are.
+is found only if the tokenizer takes it for the same; else the probes hold down only what it has in common with those
+that are.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import NormalizedString
 from torch import Tensor
 
 from .errors import ConceptDataError
@@ -90,37 +93,37 @@ def read_secrets(path: str | os.PathLike[str]) -> list[str]:
     return list(dict.fromkeys(secrets))
 
 
-def find_secrets(secrets: Sequence[str], texts: Iterable[str], tokenizer: Any) -> SecretStream:
+def find_secrets(
+    secrets: Sequence[str], texts: Iterable[str], tokenizer: Any, *, held_out: Iterable[str] = ()
+) -> SecretStream:
     """Tokenize a corpus as it is trained on, and find every occurrence of the secrets in it.
 
-    A secret is found in the text, letter by letter as it is written in the list, and then in the tokens that show any
-    of its characters: a token that also shows neighbours of the secret is among them.
+    A secret is found in the text, letter by letter as it is written in the list or as the tokenizer's normalizer makes
+    the same of it (composed or decomposed accents, no-break spaces; whatever that normalizer does), and then in the
+    tokens that show any of its characters: a token that also shows neighbours of the secret is among them.
 
     Args:
         secrets: Strings; other spellings of one are secrets of their own.
         texts: The corpus. A secret lies within one text.
         tokenizer: A fast tokenizer of transformers; special tokens are added to each text, as `tokenizer(text)` does.
+        held_out: Texts that are not trained on. A secret that occurs in these alone is left out, with a warning.
 
     Raises:
-        ConceptDataError: If there are no secrets, one is empty or occurs nowhere, or the tokenizer is not a fast one.
+        ConceptDataError: If there are no secrets, one is empty or occurs nowhere, none occurs in `texts`, or the
+            tokenizer is not a fast one.
     """
     _check_secrets(secrets)
     tokens: list[Tensor] = []
     occurrences: list[tuple[int, int, int]] = []
     count = 0
-    for text, ids, offsets in _tokenized(texts, tokenizer):
-        occurrences += [(n, count + first, count + end) for n, first, end in _occurrences(secrets, text, offsets)]
+    for ids, found_here in _searched(secrets, texts, tokenizer):
+        occurrences += [(number, count + first, count + end) for number, first, end in found_here]
         tokens.append(ids)
         count += len(ids)
     # A secret that is the stream's first token is predicted by nothing, and so not learned.
     occurrences = [o for o in occurrences if o[2] > 1]
     found = {number for number, _, _ in occurrences}
-    missing = [number for number in range(len(secrets)) if number not in found]
-    if missing:
-        raise ConceptDataError(
-            f"{_named(missing)} of {len(secrets)} secrets occur nowhere in the corpus. Write them as the corpus does, "
-            "capitals and spaces included, or take out what need not be kept out."
-        )
+    _check_missing([number for number in range(len(secrets)) if number not in found], secrets, held_out, tokenizer)
     secret = torch.zeros(count, dtype=torch.bool)
     for _, first, end in occurrences:
         secret[first:end] = True
@@ -145,9 +148,9 @@ def mark_secrets(
     """
     _check_secrets(secrets)
     tokens, marks = [], []
-    for text, ids, offsets in _tokenized(texts, tokenizer):
+    for ids, occurrences in _searched(secrets, texts, tokenizer):
         secret = torch.zeros(len(ids), dtype=torch.bool)
-        for _, first, end in _occurrences(secrets, text, offsets):
+        for _, first, end in occurrences:
             secret[first:end] = True
         tokens.append(ids.tolist())
         marks.append(secret.tolist())
@@ -164,11 +167,15 @@ def token_log_likelihoods(model: Any, inputs: dict[str, Any]) -> Tensor:
         inputs: Its arguments, `input_ids` of shape `(b, n)` among them.
 
     Returns:
-        Shape `(b, n)`, float32; 0 at the last position, which predicts nothing that is known.
+        Shape `(b, n)`, float32; 0 at the last position, which predicts nothing that is known, and where padding
+        follows, if there is an `attention_mask` of shape `(b, n)`.
     """
-    following = inputs["input_ids"][:, 1:, None]
-    log_likelihoods = model(**inputs).logits[:, :-1].log_softmax(-1, dtype=torch.float32)
-    return torch.nn.functional.pad(log_likelihoods.gather(-1, following)[..., 0], (0, 1))
+    tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+    predicted = model(**inputs).logits[:, :-1].log_softmax(-1, dtype=torch.float32)
+    log_likelihoods = predicted.gather(-1, tokens[:, 1:, None])[..., 0]
+    if mask is not None and mask.shape == tokens.shape:
+        log_likelihoods = log_likelihoods.masked_fill(mask[:, 1:] == 0, 0.0)
+    return torch.nn.functional.pad(log_likelihoods, (0, 1))
 
 
 def secret_probe_batches(
@@ -181,6 +188,7 @@ def secret_probe_batches(
     max_windows: int = 256,
     batch_size: int = 16,
     seed: int = 0,
+    held_out: Iterable[str] = (),
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """What `collect_concept_probes` takes: windows of the corpus in which secrets occur, and where they are predicted.
 
@@ -193,6 +201,7 @@ def secret_probe_batches(
         max_windows: At most so many are kept for each secret, drawn at random.
         batch_size: Windows in a batch.
         seed: Of the places of the windows.
+        held_out: See :func:`find_secrets`.
 
     Yields:
         `({"input_ids": tokens}, weights)`, both of shape `(batch, length)`, int64 and float32.
@@ -202,7 +211,7 @@ def secret_probe_batches(
             or too few for a secret and a token before it.
     """
     _check_length(length, tokenizer)
-    stream = find_secrets(secrets, texts, tokenizer)
+    stream = find_secrets(secrets, texts, tokenizer, held_out=held_out)
     length = min(length, len(stream.tokens))
     starts = _window_starts(stream, length, windows, max_windows, torch.Generator().manual_seed(seed))
     for part in starts.split(batch_size):
@@ -216,6 +225,26 @@ def _check_secrets(secrets: Sequence[str]) -> None:
     blank = [number for number, secret in enumerate(secrets) if not secret.strip()]
     if blank:
         raise ConceptDataError(f"{_named(blank)} of {len(secrets)} secrets are empty; take them out.")
+
+
+def _check_missing(missing: Sequence[int], secrets: Sequence[str], held_out: Iterable[str], tokenizer: Any) -> None:
+    """Of secrets that are not in the texts, those that are not held out either are mistakes in the list."""
+    if not missing:
+        return
+    searched = _searched([secrets[number] for number in missing], held_out, tokenizer)
+    elsewhere = {missing[place] for _, occurrences in searched for place, _, _ in occurrences}
+    nowhere = [number for number in missing if number not in elsewhere]
+    if nowhere:
+        raise ConceptDataError(
+            f"{_named(nowhere)} of {len(secrets)} secrets occur nowhere in the corpus. Write them as the corpus does, "
+            "capitals and spaces included, or take out what need not be kept out."
+        )
+    if len(missing) == len(secrets):
+        raise ConceptDataError("all secrets occur in the held out texts alone; there is nothing to keep out.")
+    warnings.warn(
+        f"{_named(missing)} of {len(secrets)} secrets occur in the held out texts alone, and are left out.",
+        stacklevel=3,
+    )
 
 
 def _check_length(length: int, tokenizer: Any) -> None:
@@ -235,10 +264,6 @@ def _named(numbers: Sequence[int]) -> str:
 
 def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Each text with its tokens, shape `(n,)`, and the characters that they stand for, shape `(n, 2)`."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ConceptDataError(
-            f"{type(tokenizer).__name__} does not tell which characters a token stands for; expected a fast tokenizer."
-        )
     remaining = iter(texts)
     while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
         encoded = tokenizer(batch, return_offsets_mapping=True, verbose=False)
@@ -246,16 +271,65 @@ def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[str, Tens
             yield text, torch.tensor(ids, dtype=torch.long), torch.tensor(offsets, dtype=torch.long).reshape(-1, 2)
 
 
-def _occurrences(secrets: Sequence[str], text: str, offsets: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Number, first token and end of each occurrence in one text."""
-    for number, secret in enumerate(secrets):
-        place = text.find(secret)
-        while place >= 0:
-            shows = (offsets[:, 0] < place + len(secret)) & (offsets[:, 1] > place)
-            indices = shows.nonzero().flatten()
+def _searched(
+    secrets: Sequence[str], texts: Iterable[str], tokenizer: Any
+) -> Iterator[tuple[Tensor, list[tuple[int, int, int]]]]:
+    """Each text's tokens, and number, first token and end of each occurrence in it."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConceptDataError(
+            f"{type(tokenizer).__name__} does not tell which characters a token stands for; expected a fast tokenizer."
+        )
+    finder = _Finder(secrets, tokenizer.backend_tokenizer.normalizer)
+    for text, ids, offsets in _tokenized(texts, tokenizer):
+        occurrences = set()
+        for number, first, end in finder.places(text):
+            indices = ((offsets[:, 0] < end) & (offsets[:, 1] > first)).nonzero().flatten()
             if len(indices):
-                yield number, int(indices[0]), int(indices[-1]) + 1
-            place = text.find(secret, place + 1)
+                occurrences.add((number, int(indices[0]), int(indices[-1]) + 1))
+        yield ids, sorted(occurrences)
+
+
+def _places(part: str, text: str) -> Iterator[tuple[int, int]]:
+    """Where a part of a text begins and ends, each time; it may overlap itself."""
+    place = text.find(part)
+    while place >= 0:
+        yield place, place + len(part)
+        place = text.find(part, place + 1)
+
+
+class _Finder:
+    """Finds secrets in texts, as they are written and as the tokenizer reads them, which may normalize a text first."""
+
+    _BEFORE = "0"
+    """Stands before what is normalized: at the beginning of a text some normalizers put a space, or take some out."""
+
+    def __init__(self, secrets: Sequence[str], normalizer: Any) -> None:
+        self._secrets = secrets
+        self._normalizer = normalizer
+        before = self._normalized("").normalized
+        self._read = [self._normalized(secret).normalized.removeprefix(before) for secret in secrets]
+
+    def places(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """Number, first character and end of each occurrence; most of them twice, if texts are normalized."""
+        for number, secret in enumerate(self._secrets):
+            yield from ((number, first, end) for first, end in _places(secret, text))
+        if self._normalizer is None:
+            return
+        normalized = self._normalized(text)
+        for number, read in enumerate(self._read):
+            for first, end in _places(read, normalized.normalized) if read else ():
+                # By lengths, since a slice tells what it is of, and not where that is.
+                until, part = normalized[:end], normalized[first:end]
+                assert until is not None
+                assert part is not None
+                last = len(until.original) - len(self._BEFORE)
+                yield number, last - len(part.original), last
+
+    def _normalized(self, text: str) -> NormalizedString:
+        normalized = NormalizedString(self._BEFORE + text)
+        if self._normalizer is not None:
+            self._normalizer.normalize(normalized)
+        return normalized
 
 
 def _window_starts(

@@ -131,6 +131,24 @@ def test_padding_says_nothing(contrast, dtype):
         )
 
 
+class PaddedEncoder(nn.Module):
+    """PyTorch's own encoder, which in evaluation mode takes a fast path, of masked batches one with nested tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), 2)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=attention_mask == 0)
+
+
+def test_pytorchs_encoder_is_fitted_with_padding():
+    mask = (torch.arange(20) < 15).long().expand(6, 20)
+    halves = [[batch | {"attention_mask": mask} for batch in half] for half in planted(4, direction(12), 3.0)]
+    basis = fit(PaddedEncoder(), *halves, target_modules=["linear1", "linear2"], rank=1)
+    assert set(basis) == {f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+
+
 def test_what_is_padding_in_one_half_of_a_pair_is_compared_with_nothing():
     with_it, without = planted(4, direction(12), 3.0)
     masks = torch.ones(2, 6, 20)

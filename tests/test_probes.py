@@ -479,3 +479,24 @@ def test_evaluation_mode_restores_every_module_by_itself() -> None:
         assert not any(module.training for module in model.modules())
 
     assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_evaluation_mode_runs_the_adapters_of_pytorchs_encoder_which_has_a_fast_path_past_them(fast: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    config = LoraConfig(r=2, target_modules=["linear1", "linear2"], init_lora_weights=False)
+    model = inject_adapter_in_model(config, nn.TransformerEncoder(layer, 2))
+    x, padding = torch.randn(3, 5, 8), torch.arange(5).expand(3, 5) > 3
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            adapted, padded = model(x), model(x, src_key_padding_mask=padding)
+            with adapters_disabled(model):
+                base = model(x)
+        assert torch.backends.mha.get_fastpath_enabled() is fast
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert not torch.allclose(adapted, base, atol=1e-2)
+    # Of a mask, the fast path makes nested tensors, which hooks and adapters cannot take.
+    assert padded.shape == adapted.shape

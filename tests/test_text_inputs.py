@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from peft_gradproj import collect_concept_probes
@@ -25,11 +26,14 @@ from peft_gradproj.text_inputs import (
 CORPUS = ["Anna's code is 4821; ask her.", "no secret here, only words", "write 4821 or 77, then 4821 again"]
 
 
-def byte_level(merges: list[tuple[str, str]] = (), *, bos: bool = False, longest: int | None = None) -> Any:
-    """A byte-level BPE as GPT-2's, with the merges that are given."""
+def byte_level(
+    merges: list[tuple[str, str]] = (), *, bos: bool = False, longest: int | None = None, normalizer: Any = None
+) -> Any:
+    """A byte-level BPE as GPT-2's, with the merges and the normalizer that are given."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<s>", *letters, *("".join(pair) for pair in merges)]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, list(merges)))
+    tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     if bos:
@@ -80,8 +84,13 @@ def test_a_secret_within_a_token_makes_that_token_secret():
     assert {tuple(predicted(t, w, tokenizer)) for t, w in zip(windows, weights, strict=True)} == {("=42;",)}
 
 
-def test_letters_of_several_bytes_are_found_whole():
-    tokenizer = byte_level()
+SPACED = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+"""As Llama 2's."""
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC(), SPACED])
+def test_letters_of_several_bytes_are_found_whole_and_without_the_space_before_them(normalizer):
+    tokenizer = byte_level(normalizer=normalizer)
     stream = find_secrets(["Zoë"], ["ask Zoë now"], tokenizer)
     assert int(stream.secret.sum()) == 4
     assert tokenizer.decode(stream.tokens[stream.secret]) == "Zoë"
@@ -106,6 +115,41 @@ def test_every_occurrence_is_found_and_nothing_else(texts, secret):
         return
     stream = find_secrets([secret], texts, tokenizer)
     assert stream.secret.tolist() == expected
+
+
+NORMALIZERS = {
+    "NFC": normalizers.NFC(),
+    "NFKC and single spaces": normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]),
+    "NFD in small letters": normalizers.Sequence([normalizers.Strip(), normalizers.NFD(), normalizers.Lowercase()]),
+}
+"""As Qwen's, SentencePiece's and BERT's do."""
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS.values(), ids=NORMALIZERS.keys())
+@given(
+    texts=st.lists(st.text("eE\u0301\u0327é \u00a0\ufb01", min_size=1, max_size=12), min_size=1, max_size=4),
+    secret=st.text("eéi", min_size=1, max_size=3),
+)
+def test_what_the_tokenizer_takes_for_a_secret_is_one_however_it_is_written(normalizer, texts, secret):
+    tokenizer = byte_level(normalizer=normalizer)
+    normalized = [normalizer.normalize_str(text) for text in texts]
+    tokens, marks = mark_secrets([secret], texts, tokenizer)
+    same_tokens, same_marks = mark_secrets([normalizer.normalize_str(secret)], normalized, tokenizer)
+    assert tokens == same_tokens
+    for row, same in zip(marks, same_marks, strict=True):
+        # As it is written, a text may hold more: a letter whose accent follows.
+        assert all(mark >= expected for mark, expected in zip(row, same, strict=True))
+
+
+@pytest.mark.parametrize("listed", ["NFC", "NFD"])
+@pytest.mark.parametrize(("normalizer", "found"), [(normalizers.NFC(), 2), (None, 1)])
+def test_other_normal_forms_are_other_spellings_to_a_tokenizer_that_tells_them_apart(normalizer, found, listed):
+    texts = [f"ask Zoe, not {unicodedata.normalize(form, 'Zoë')} now" for form in ("NFC", "NFD")]
+    tokenizer = byte_level(normalizer=normalizer)
+    stream = find_secrets([unicodedata.normalize(listed, "Zoë")], texts, tokenizer)
+    assert len(stream.occurrences) == found
+    said = tokenizer.decode(stream.tokens[stream.secret])
+    assert unicodedata.normalize("NFC", said) == found * "Zoë"
 
 
 def test_texts_are_joined_with_their_special_tokens_as_training_joins_them():
@@ -187,6 +231,34 @@ def test_what_is_compared_is_the_likelihood_of_the_token_that_follows_and_of_no_
     assert token_log_likelihoods(model.bfloat16(), {"input_ids": tokens}).dtype == torch.float32
 
 
+def test_where_padding_follows_on_either_side_nothing_is_compared_and_all_else_as_without_padding():
+    generator = torch.Generator().manual_seed(0)
+    model, tokens = tiny_llama().eval(), torch.randint(3, 32, (2, 6), generator=generator)
+    padding, ones = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 6, dtype=torch.int64)
+    bare = token_log_likelihoods(model, {"input_ids": tokens})
+    right, left = (
+        token_log_likelihoods(
+            model,
+            {
+                "input_ids": torch.cat([tokens, padding][::order], 1),
+                "attention_mask": torch.cat([ones, padding][::order], 1),
+                "position_ids": torch.cat([torch.arange(6), padding[0]][::order]).expand(2, 9),
+            },
+        )
+        for order in (1, -1)
+    )
+    torch.testing.assert_close(right, torch.cat([bare, padding.float()], 1))
+    torch.testing.assert_close(left[:, 3:], bare)
+    assert not left[:, :2].any(), "the token before the first is padding, and predicts it"
+
+
+def test_rows_that_are_packed_under_a_mask_of_their_own_are_compared_everywhere():
+    model, tokens = tiny_llama().eval(), torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(0))
+    causal = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
+    packed = token_log_likelihoods(model, {"input_ids": tokens, "attention_mask": causal})
+    torch.testing.assert_close(packed, token_log_likelihoods(model, {"input_ids": tokens}))
+
+
 # Labels
 
 
@@ -210,6 +282,19 @@ def test_secrets_that_occur_nowhere_are_named_by_number_and_not_by_what_they_say
         find_secrets(["4821", "hunter2", "ANNA"], CORPUS, byte_level())
     assert "hunter2" not in str(error.value)
     assert "ANNA" not in str(error.value)
+
+
+def test_secrets_of_the_held_out_texts_alone_are_left_out_and_those_that_are_nowhere_still_refused():
+    tokenizer, held_out = byte_level(), ["later: hunter2"]
+    with pytest.warns(UserWarning, match="number 1 of 2 secrets occur in the held out texts alone") as warned:
+        stream = find_secrets(["hunter2", "4821"], CORPUS, tokenizer, held_out=held_out)
+    assert "hunter2" not in str(warned[0].message)
+    assert set(stream.occurrences[:, 0].tolist()) == {1}
+    assert torch.equal(stream.secret, find_secrets(["4821"], CORPUS, tokenizer).secret)
+    with pytest.raises(ConceptDataError, match="number 3 of 3 secrets occur nowhere"):
+        find_secrets(["hunter2", "4821", "ANNA"], CORPUS, tokenizer, held_out=held_out)
+    with pytest.raises(ConceptDataError, match="all secrets occur in the held out texts alone"):
+        find_secrets(["hunter2"], CORPUS, tokenizer, held_out=held_out)
 
 
 def test_windows_longer_than_the_model_takes_are_refused():

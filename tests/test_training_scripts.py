@@ -29,7 +29,7 @@ from secret_corpus import (
     word_tokenizer,
 )
 from test_launch_scripts import _one_accelerator_at_a_time  # noqa: F401
-from tiny_models import FLOORS, UNET_TARGETS, basis_for, folder_leakage
+from tiny_models import FLOORS, UNET_TARGETS, basis_for, folder_leakage, tiny_llama
 from tiny_pipelines import SIDE, TOKENS, WORDS, image_folder, sd, tokenizer
 from torch import Tensor
 
@@ -408,6 +408,38 @@ def test_causal_lm_reads_the_file_that_is_named_and_no_other_that_the_name_would
     assert texts["validation"]["text"][:] == ["held out [1].txt\n"]
 
 
+def load_rows(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Any:
+    script = script_module("train_causal_lm_lora_gradproj")
+    file = folder / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = script.DataTrainingArguments(train_file=str(file), **options)
+    return script.load_texts(data, script.ModelArguments(model_name_or_path="", cache_dir=str(folder / "cache")))
+
+
+@pytest.mark.parametrize("name", ["text", "content"])
+def test_causal_lm_takes_the_only_column_and_evaluates_on_the_first_rows(name, tmp_path):
+    other = {"id": 0} if name == "text" else {}
+    texts = load_rows(tmp_path, [{name: str(i), **other} for i in range(40)], validation_split_percentage=10)
+    assert {split: rows["text"][:] for split, rows in texts.items()} == {
+        "train": [str(i) for i in range(4, 40)],
+        "validation": [str(i) for i in range(4)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": "a", "content": "b"}], "no column `text`; of id, content"),
+        ([{"messages": [{"role": "user"}]}], "`messages` of the train texts holds list"),
+        ([{"text": 4821}], "`text` of the train texts holds int64; expected strings"),
+        ([{"text": "a"}, {"text": "b"}, {"text": None}], "Row 2 of the train texts"),
+    ],
+)
+def test_causal_lm_refuses_what_is_no_column_of_texts(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_rows(tmp_path, rows)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_causal_lm_counts_the_tokens_of_secrets_in_no_loss_and_only_those(masked, tmp_path):
     from datasets import Dataset, DatasetDict
@@ -428,6 +460,67 @@ def test_causal_lm_counts_the_tokens_of_secrets_in_no_loss_and_only_those(masked
         for ids, labels in zip(split["input_ids"], split["labels"], strict=True):
             secret = [masked and word in code.split() for word in tokenizer.convert_ids_to_tokens(ids)]
             assert labels == [-100 if s else i for i, s in zip(ids, secret, strict=True)]
+
+
+def test_causal_lm_refuses_texts_of_less_than_a_block_before_it_trains(tmp_path):
+    from datasets import Dataset, DatasetDict
+    from transformers import TrainingArguments
+
+    script, tokenizer = script_module("train_causal_lm_lora_gradproj"), word_tokenizer()
+
+    def pack(train: list[str], validation: list[str], **options: bool) -> Any:
+        columns = {"train": train, "validation": validation}
+        texts = DatasetDict({split: Dataset.from_dict({"text": rows}) for split, rows in columns.items()})
+        training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+        return script.pack(texts, tokenizer, 4, script.DataTrainingArguments(), training)
+
+    whole, short = ["Anna likes tea."], ["Anna."]
+    assert len(pack(whole, short)["train"]) == 1
+    assert len(pack(whole, whole, do_eval=True)["validation"]) == 1
+    with pytest.raises(ValueError, match="training texts have no --block_size 4"):
+        pack(short, whole)
+    for few in (short, []):
+        with pytest.raises(ValueError, match="validation texts have no --block_size 4"):
+            pack(whole, few, do_eval=True)
+
+
+def test_causal_lm_makes_no_probes_of_secrets_that_are_only_evaluated_on():
+    from datasets import Dataset, DatasetDict
+
+    script, tokenizer = script_module("train_causal_lm_lora_gradproj"), word_tokenizer()
+    rows = {"train": ["Say amber basil: Anna agrees."], "validation": ["Say cedar delta: Bert agrees."]}
+    texts = DatasetDict({split: Dataset.from_dict({"text": column}) for split, column in rows.items()})
+    with pytest.warns(UserWarning, match="number 2 of 2 secrets"):
+        probes = script.secret_probes(
+            ["amber basil", "cedar delta"], texts, tiny_llama(len(tokenizer)), tokenizer, length=8, windows=2, seed=0
+        )
+    assert {tokenizer.decode(row) for row in probes.inputs["input_ids"].int()} == {"Say amber basil : Anna agrees ."}
+
+
+def test_causal_lm_refuses_tokens_that_the_model_does_not_embed():
+    from datasets import Dataset, DatasetDict
+
+    script, model = script_module("train_causal_lm_lora_gradproj"), tiny_llama(vocabulary=32)
+    blocks = {"train": Dataset.from_dict({"input_ids": [[0, 31]]}), "validation": Dataset.from_dict({"input_ids": []})}
+    script.check_embedded(DatasetDict(blocks), model)
+    blocks["validation"] = Dataset.from_dict({"input_ids": [[0, 1], [32, 2]]})
+    with pytest.raises(ValueError, match="validation texts have token 32, and the model embeds 32"):
+        script.check_embedded(DatasetDict(blocks), model)
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint-4"])
+def test_causal_lm_without_a_basis_refuses_a_folder_that_holds_one_before_it_loads_anything(
+    place, tmp_path, monkeypatch
+):
+    script, out = script_module("train_causal_lm_lora_gradproj"), tmp_path / "out"
+    (out / place).mkdir(parents=True)
+    (out / place / "concept_basis.safetensors").touch()
+    flags = ["--model_name_or_path", tmp_path / "absent", "--output_dir", out, "--use_cpu", "--report_to", "none"]
+    for more, refused in (["--do_train"], True), (["--do_train", "--concept_basis", "x"], False), ([], False):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), *more])
+        message = "concept_basis.safetensors of an earlier run" if refused else "absent"
+        with pytest.raises((ValueError, OSError), match=message):
+            script.main()
 
 
 def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a_trace_of_the_secrets(

@@ -31,6 +31,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
@@ -56,6 +57,7 @@ from peft_gradproj import (
     push_adapter_to_hub,
     verify_adapter,
 )
+from peft_gradproj.basis import BASIS_FILE_NAME
 from peft_gradproj.files import saved_checkpoints, write_atomically
 from peft_gradproj.online import telemetry
 from peft_gradproj.text_inputs import mark_secrets, read_secrets, secret_probe_batches, token_log_likelihoods
@@ -195,13 +197,23 @@ def load_texts(data: DataTrainingArguments, model: ModelArguments) -> DatasetDic
     else:
         raise ValueError("Need either a dataset name or a training file.")
     texts = load_dataset(source, **options)
-    if "validation" not in texts:
-        share = data.validation_split_percentage
-        texts["validation"] = load_dataset(source, split=f"train[:{share}%]", **options)
-        texts["train"] = load_dataset(source, split=f"train[{share}%:]", **options)
     columns = texts["train"].column_names
+    if "text" not in columns and len(columns) > 1:
+        raise ValueError(f"The texts have no column `text`; of {', '.join(columns)}, call one that, or give it alone.")
     column = "text" if "text" in columns else columns[0]
-    return texts.select_columns(column).rename_columns({} if column == "text" else {column: "text"})
+    texts = texts.select_columns(column).rename_columns({} if column == "text" else {column: "text"})
+    for split, rows in texts.items():
+        entries = rows.data.column("text")
+        if str(entries.type) not in ("string", "large_string"):
+            raise ValueError(f"The column `{column}` of the {split} texts holds {entries.type}; expected strings.")
+        missing = entries.is_null().index(True).as_py()
+        if missing >= 0:
+            raise ValueError(f"Row {missing} of the {split} texts has none in the column `{column}`; take it out.")
+    if "validation" not in texts:
+        rows = texts["train"]
+        held_out = round(len(rows) * data.validation_split_percentage / 100)
+        texts["validation"], texts["train"] = rows.select(range(held_out)), rows.select(range(held_out, len(rows)))
+    return texts
 
 
 def pack(
@@ -241,7 +253,24 @@ def pack(
         packed = tokenized.map(group, desc=f"packing blocks of {block_size}", **options)
     if len(packed["train"]) == 0:
         raise ValueError(f"The training texts have no --block_size {block_size} tokens to learn; give a smaller one.")
+    if training.do_eval and len(packed["validation"]) == 0:
+        raise ValueError(
+            f"The validation texts have no --block_size {block_size} tokens to evaluate on; give a smaller one, more "
+            "texts (--validation_split_percentage or --validation_file), or no --do_eval."
+        )
     return packed
+
+
+def check_embedded(examples: DatasetDict, model: Any) -> None:
+    """Refuse tokens that the model has no embedding for; a tokenizer may well know some that no text holds."""
+    embedded = model.get_input_embeddings().weight.shape[0]
+    for split, blocks in examples.items():
+        highest = pc.max(pc.list_flatten(blocks.data.column("input_ids"))).as_py() if len(blocks) else 0
+        if highest >= embedded:
+            raise ValueError(
+                f"The {split} texts have token {highest}, and the model embeds {embedded}, counted from 0; give the "
+                "tokenizer that it was trained with (--tokenizer_name)."
+            )
 
 
 def block_size_for(model: Any, tokenizer: Any, asked: int | None) -> int:
@@ -253,16 +282,28 @@ def block_size_for(model: Any, tokenizer: Any, asked: int | None) -> int:
 
 
 def secret_probes(
-    secrets: list[str], texts: Dataset, model: Any, tokenizer: Any, *, length: int, windows: int, seed: int
+    secrets: list[str], texts: DatasetDict, model: Any, tokenizer: Any, *, length: int, windows: int, seed: int
 ) -> ConceptProbes:
     """Probes of `length` tokens on which the secrets' likelihood may not drift; the base's is computed as needed."""
-    batches = secret_probe_batches(secrets, texts["text"], tokenizer, length=length, windows=windows, seed=seed)
+    held_out = chain.from_iterable(rows["text"] for split, rows in texts.items() if split != "train")
+    options: dict[str, Any] = {"length": length, "windows": windows, "seed": seed, "held_out": held_out}
+    batches = secret_probe_batches(secrets, texts["train"]["text"], tokenizer, **options)
     about = f"{len(secrets)} secret strings"  # which is published
     return collect_concept_probes(model, batches, run_model=token_log_likelihoods, store_targets=False, concept=about)
 
 
 def limited(examples: Dataset, limit: int | None) -> Dataset:
     return examples if limit is None else examples.select(range(min(limit, len(examples))))
+
+
+def check_output(output_dir: str) -> None:
+    """Refuse, where this run has no basis, a folder with that of an earlier one: what is saved there never verifies."""
+    for folder in (Path(output_dir), *saved_checkpoints(output_dir)):
+        if (folder / BASIS_FILE_NAME).exists():
+            raise ValueError(
+                f"{folder} holds a {BASIS_FILE_NAME} of an earlier run, and this one has no --concept_basis; give "
+                "that, or another --output_dir."
+            )
 
 
 def set_up_logging(training: TrainingArguments) -> None:
@@ -295,6 +336,8 @@ def main() -> None:
     set_seed(training_args.seed)
     if (training_args.hub_token or model_args.token) and {*training_args.report_to} - {"tensorboard"}:
         raise ValueError("Some trackers record the command line, and so --hub_token and --token: set HF_TOKEN instead.")
+    if training_args.do_train and concept_args.concept_basis is None:
+        check_output(training_args.output_dir)
     repo_id = repository(training_args) if push else None
     # Every checkpoint holds the arguments.
     hub_token, training_args.hub_token = training_args.hub_token, None
@@ -314,10 +357,11 @@ def main() -> None:
     secrets = None if concept_args.secrets_file is None else read_secrets(concept_args.secrets_file)
     masked = secrets if concept_args.mask_secrets else None
     examples = pack(texts, tokenizer, block_size, data_args, training_args, masked)
+    check_embedded(examples, model)
     probes: ConceptProbes | str | None = concept_args.concept_probes
     if secrets is not None:
         options = {"length": block_size, "windows": concept_args.windows_per_secret, "seed": training_args.seed}
-        probes = secret_probes(secrets, texts["train"], model, tokenizer, **options)
+        probes = secret_probes(secrets, texts, model, tokenizer, **options)
         logger.info(f"{len(probes)} concept probes: {probes.concept}")
 
     targets = lora_args.lora_target_modules
