@@ -608,15 +608,55 @@ def test_an_adapter_that_would_stay_on_the_base_is_refused_before_it_is_put_ther
     for parameter in trained.parameters():
         parameter.data += 0.1 * parameter.requires_grad
     trained.save_pretrained(tmp_path)
+    refused_without_a_trace(tmp_path, next(iter(option)))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_an_initialisation_in_the_header_that_would_stay_on_the_base_is_refused_as_well(part, tmp_path):
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = PIPELINES["sd"]()
+    model, modules = getattr(pipeline, part), ["to_k"] if part == "unet" else ["q_proj"]
+    model.add_adapter(LoraConfig(r=2, target_modules=modules, init_lora_weights="pissa"))
+    if part == "unet":
+        model.save_lora_adapter(tmp_path)
+    else:
+        layers, config = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
+        written: Any = {"text_encoder_lora_layers": layers, "text_encoder_lora_adapter_metadata": config}
+        type(pipeline).save_lora_weights(tmp_path, **written)
+    refused_without_a_trace(tmp_path, "init_lora_weights='pissa'")
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("bias", "all"),
+        ("modules_to_save", ["conv_out", "final_layer_norm"]),
+        ("trainable_token_indices", {"token_embedding": [1]}),
+        ("kasa_config", {}),
+    ],
+)
+def test_options_in_the_header_that_would_stay_on_the_base_are_refused_as_well(part, option, value, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = next(saved_with_text_encoder(tmp_path).iterdir())
+    save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps({f"{part}.{option}": value})})
+    refused_without_a_trace(tmp_path, f"{option}=")
+
+
+def refused_without_a_trace(path: Path, option: str) -> None:
     family = PipelineFamily.of(PIPELINES["sd"]())
-    before = {name: value.clone() for name, value in family.denoiser.state_dict().items()}
+    models = [family.denoiser, family.pipeline.text_encoder]
+    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in models]
     with (
-        pytest.raises(BehaviourError, match=f"changes the base model itself .{next(iter(option))}"),
-        adapter_on(family, locate_adapter(tmp_path)),
+        pytest.raises(BehaviourError, match=f"changes the base model itself .{option}"),
+        adapter_on(family, locate_adapter(path)),
     ):
         pass
-    assert family.denoiser.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in family.denoiser.state_dict().items())
+    for model, state in zip(models, before, strict=True):
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 # Whole evaluations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter_folder import ADAPTER_CONFIG_NAME, WEIGHT_NAMES
+from ..adapter_folder import ADAPTER_CONFIG_NAME, WEIGHT_NAMES, lora_configs
 from ..behaviour import adapters_removed
 from ..errors import AdapterFolderError, BehaviourError
 from ..files import is_repository, read_json_object
@@ -27,6 +27,8 @@ _ADAPTER = "evaluated"
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 """Of A and B alone; all others of PEFT subtract something from the base weights, when an adapter is loaded as well."""
+_WRAPPING = ("modules_to_save", "trainable_token_indices", "kasa_config")
+"""Options of PEFT by which base layers are replaced, or their weights."""
 _A_SUFFIXES = ("lora_A.weight", "lora.down.weight", "lora_down.weight", "lora_linear_layer.down.weight")
 """How tensors A are called in files that diffusers reads: PEFT's name, diffusers' former ones, and kohya's."""
 
@@ -109,12 +111,13 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
 
     if adapted():
         raise BehaviourError("the base pipeline carries adapters already; give it without.")
-    _check_comes_off(adapter)
+    keys, header = _header(adapter)
+    _check_comes_off(adapter, header)
     with adapters_removed(*models):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                _load(family, adapter, models)
+                _load(family, adapter, keys, models)
             except Exception as error:
                 raise BehaviourError(
                     f"the adapter {adapter.source} cannot be loaded onto this pipeline ({type(error).__name__}: "
@@ -127,18 +130,17 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
         yield
 
 
-def _check_comes_off(adapter: AdapterFile) -> None:
-    """Refuse what PEFT writes into the base model: it stays there, and the other models would be measured with it."""
+def _check_comes_off(adapter: AdapterFile, header: Mapping[str, str]) -> None:
+    """Refuse what loaders write into the base model: it stays there, and the other models would be measured with it."""
     config = adapter.path.with_name(ADAPTER_CONFIG_NAME)
-    # Loaders of diffusers read no such config, and fail on such options in the header of their own files.
-    if adapter.path.name != WEIGHT_NAMES[0] or not config.is_file():
-        return
+    beside = read_json_object(config.resolve()) if config.is_file() else None
     stays = [
         f"{option}={value!r}"
-        for option, value in read_json_object(config.resolve()).items()
+        for _, _, options in lora_configs(adapter.path.name, header, beside)
+        for option, value in options.items()
         if (option == "bias" and value != "none")
         or (option == "init_lora_weights" and value not in _PLAIN_INITS)
-        or (option in ("modules_to_save", "kasa_config") and value)
+        or (option in _WRAPPING and value not in (None, False, []))
     ]
     if stays:
         raise BehaviourError(
@@ -148,13 +150,24 @@ def _check_comes_off(adapter: AdapterFile) -> None:
         )
 
 
-def _load(family: PipelineFamily, adapter: AdapterFile, models: list[nn.Module]) -> None:
-    folder, name = str(adapter.path.parent), adapter.path.name
-    from peft.tuners.lora import LoraLayer
-    from safetensors import safe_open
+def _header(adapter: AdapterFile) -> tuple[set[str], dict[str, str]]:
+    """The names of the tensors in a file, and its metadata."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(adapter.path, framework="pt") as file:
-        keys = set(file.keys())
+    try:
+        with safe_open(adapter.path, framework="pt") as file:
+            return set(file.keys()), file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise BehaviourError(
+            f"the adapter {adapter.source} cannot be loaded: {adapter.path} is no file of safetensors "
+            f"({type(error).__name__}: {printable(first_line(error))})."
+        ) from error
+
+
+def _load(family: PipelineFamily, adapter: AdapterFile, keys: set[str], models: list[nn.Module]) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    folder, name = str(adapter.path.parent), adapter.path.name
     if name == WEIGHT_NAMES[0]:
         from peft import PeftModel, get_peft_model_state_dict
 
