@@ -948,7 +948,7 @@ def test_an_earlier_evaluation_is_replaced_as_a_whole_or_left_as_it_was(workshop
         run = CliRunner().invoke(app, arguments)
         assert run.exit_code == 0, run.output
         assert len(list(output.glob("samples/*/*.png"))) == count
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    before = files_in(output)
     wrong = [
         {"plain": workshop / "reference"},
         {"sscd": workshop / "logo.png"},
@@ -963,11 +963,33 @@ def test_an_earlier_evaluation_is_replaced_as_a_whole_or_left_as_it_was(workshop
             main()
         assert ended.value.code == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("gradproj: ")
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert files_in(output) == before
 
 
-def test_a_folder_that_holds_other_things_is_not_replaced(workshop, tmp_path):
-    (tmp_path / "thesis.txt").write_text("three years of work")
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["thesis.txt"], "thesis.txt"),
+        (["evaluation.json", "model.safetensors"], ""),
+        (["evaluation.json"], "evaluation.json"),
+        (["samples/base/0000.png"], "samples"),
+        (["evaluation.json", "index.html", "notes.md"], "notes.md"),
+        (["evaluation.json", "index.html", "adapter/weights.safetensors"], "adapter"),
+        (["evaluation.json", "index.html", "samples/base/0000.png", "samples/best.png"], "samples/best.png"),
+        (["evaluation.json", "index.html", "samples/base/0000.png", "samples/base/a.txt"], "samples/base/a.txt"),
+    ],
+)
+def test_a_folder_that_holds_other_things_is_not_replaced(names, shown, workshop, tmp_path):
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("three years of work")
+    before = files_in(tmp_path)
     run = CliRunner().invoke(app, command(workshop, tmp_path))
     assert isinstance(run.exception, ConceptDataError)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert f"holds other things than an evaluation, {shown}" in str(run.exception)
+    assert files_in(tmp_path) == before

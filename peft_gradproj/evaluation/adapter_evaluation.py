@@ -34,7 +34,7 @@ from ..probes import ConceptProbes
 from ..projection import dtype_name
 from ..training_data import TrainingData, draw_frame, load_table
 from .adapters import AdapterFile, adapter_on, locate_adapter
-from .evaluation_page import write_evaluation
+from .evaluation_page import found_beside_evaluation, write_evaluation
 from .evaluation_report import EvaluationReport, LossCurves, Measure, Sample
 from .figures import mean_estimate, share_of_drop
 from .judging import Bar, Judges, Pictures, Verdict
@@ -249,8 +249,12 @@ def _check_output(folder: Path) -> None:
     """Refuse to replace what no evaluation wrote."""
     if folder.exists() and not folder.is_dir():
         raise ConceptDataError(f"{folder} is a file; expected a folder to write to.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "evaluation.json").is_file():
-        raise ConceptDataError(f"{folder} holds other things than an evaluation; give a new or an empty folder.")
+    other = found_beside_evaluation(folder)
+    if other is not None:
+        raise ConceptDataError(
+            f"{folder} holds other things than an evaluation, {other}, which would be lost when it is replaced; move "
+            "them away, or give a new or an empty folder."
+        )
 
 
 # What is asked
