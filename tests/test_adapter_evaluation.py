@@ -374,6 +374,30 @@ def test_models_that_are_not_there_are_refused(workshop):
             make(str(workshop / "base"))
 
 
+@pytest.mark.parametrize("kind", ["eyes without a projection", "eyes alone", "words alone", "another model"])
+def test_models_of_which_a_part_would_be_drawn_at_random_are_refused(kind, workshop, tmp_path):
+    from transformers import CLIPModel, CLIPProcessor, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
+
+    whole = CLIPModel.from_pretrained(workshop / "clip")
+    if kind == "another model":
+        small = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+        Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path)
+    elif kind == "eyes alone":
+        config = whole.config.vision_config
+        config.projection_dim = whole.config.projection_dim
+        CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    else:
+        (whole.text_model if kind == "words alone" else whole.vision_model).save_pretrained(tmp_path)
+    CLIPProcessor.from_pretrained(workshop / "clip").save_pretrained(tmp_path)
+    with pytest.raises(BehaviourError, match="there is no CLIP"):
+        ClipScorer(str(tmp_path))
+    if kind == "eyes alone":  # which are all that KID takes
+        assert KernelDistance(str(tmp_path)).features([picture(0)]).shape == (1, 8)
+        return
+    with pytest.raises(BehaviourError, match="there is no CLIP"):
+        KernelDistance(str(tmp_path))
+
+
 # Denoising losses and samples
 
 

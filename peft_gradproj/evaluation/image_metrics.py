@@ -357,13 +357,22 @@ class _ClipVision(nn.Module):
 
 
 def _pretrained(kind: Any, path_or_id: str) -> Any:
-    options = {"use_safetensors": True} if issubclass(kind, nn.Module) else {}
     try:
-        return kind.from_pretrained(path_or_id, **options)
+        if not issubclass(kind, nn.Module):
+            return kind.from_pretrained(path_or_id)
+        model, info = kind.from_pretrained(path_or_id, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, ImportError, KeyError) as error:
         raise BehaviourError(
             f"there is no {kind.__name__} of transformers at {path_or_id}: {first_line(error)}"
         ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers draws them at random, and only logs it.
+        raise BehaviourError(
+            f"there is no {kind.__name__} of transformers at {path_or_id}: {len(missing)} of its weights, such as "
+            f"{missing[0]}, are not in the file. Is it another kind of model, or a part of one?"
+        )
+    return model
 
 
 def _torchscript(path: Path) -> Any:
