@@ -842,6 +842,45 @@ def test_no_leak_without_a_figure_of_quality(workshop):
         evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, ["a house"], **given)
 
 
+@pytest.mark.parametrize(
+    ("option", "model", "message"),
+    [
+        ("sscd", nn.Identity(), "one vector each"),
+        ("sscd", nn.Flatten(0), "one vector each"),
+        ("kid_features", nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "not take pictures"),
+    ],
+)
+def test_a_model_that_cannot_judge_is_refused_before_anything_is_sampled(
+    option, model, message, workshop, tmp_path, capsys
+):
+    torch.jit.trace(model, torch.zeros(1, 3, SIDE, SIDE)).save(str(tmp_path / "model.pt"))
+    concept, given = Overlay(logo(), **OVERLAY), {**FAST, "progress": True, option: str(tmp_path / "model.pt")}
+    with pytest.raises(BehaviourError, match=message):
+        evaluate_adapter(
+            workshop / "protected", PIPELINES["sd"](), concept, ["a house"], reference_data=reference(), **given
+        )
+    assert "samples" not in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_sampled(workshop, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    run = CliRunner().invoke(app, command(workshop, tmp_path / "file" / "out"))
+    assert isinstance(run.exception, ConceptDataError)
+    assert "cannot be written" in str(run.exception)
+    assert "samples" not in run.output
+
+
+def test_what_is_no_text_is_spelt_out_on_the_page(workshop, tmp_path):
+    concept = ConceptSet.from_pairs([picture(0)], [picture(1)], ["a house"])
+    given: Any = {"name": "caf\udce9", "command": ["gradproj", "evaluate", "bilder-\udcfc"], **FAST}
+    output = tmp_path / "one" / "two"
+    evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, ["a house"], output_dir=output, **given)
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert "caf\\udce9" in page
+    assert "bilder-\\udcfc" in page
+    assert json.loads((output / "evaluation.json").read_text(encoding="utf-8"))["concept"] == given["name"]
+
+
 def test_probes_of_another_base_are_refused(workshop):
     family = PipelineFamily.of(PIPELINES["sd"]())
     examples = concept_examples(family, Overlay(logo(), **OVERLAY), reference(), count=1, center_crop=True)

@@ -9,11 +9,13 @@ spoils its samples, does not show it either.
 from __future__ import annotations
 
 import inspect
+import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -190,6 +192,7 @@ def evaluate_adapter(
                 "whether the concept is found is not told without a figure of quality beside it: give a CLIP model "
                 "(--clip) or pictures without the concept (--reference-data-dir) as well."
             )
+        judges.try_out(pictures)
         questions = {
             kind: TimestepQuestions.draw(family, examples, bins=timestep_bins, seed=seed + number)
             for number, (kind, examples) in enumerate(_asked(pictures).items())
@@ -246,7 +249,7 @@ def evaluate_adapter(
 
 
 def _check_output(folder: Path) -> None:
-    """Refuse to replace what no evaluation wrote."""
+    """Refuse to replace what no evaluation wrote, and what cannot be written, before hours of sampling."""
     if folder.exists() and not folder.is_dir():
         raise ConceptDataError(f"{folder} is a file; expected a folder to write to.")
     other = found_beside_evaluation(folder)
@@ -255,6 +258,13 @@ def _check_output(folder: Path) -> None:
             f"{folder} holds other things than an evaluation, {other}, which would be lost when it is replaced; move "
             "them away, or give a new or an empty folder."
         )
+    parent = Path(os.path.realpath(folder)).parent
+    try:
+        # As it is written at the end: beside its place first.
+        parent.mkdir(parents=True, exist_ok=True)
+        TemporaryDirectory(dir=parent).cleanup()
+    except OSError as error:
+        raise ConceptDataError(f"{folder} cannot be written ({error}); give another folder.") from error
 
 
 # What is asked

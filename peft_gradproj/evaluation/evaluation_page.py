@@ -59,7 +59,9 @@ def write_evaluation(
             picture.save(path)
         text = json.dumps(report.to_dict(), indent=2, allow_nan=False)
         (stage / "evaluation.json").write_text(text, encoding="utf-8")
-        (stage / "index.html").write_text(_page(report, samples, concept), encoding="utf-8")
+        # Paths in a command need not be text.
+        page = _page(report, samples, concept).encode("utf-8", errors="backslashreplace")
+        (stage / "index.html").write_bytes(page)
 
 
 def _page(report: EvaluationReport, samples: Sequence[Image.Image], concept: Sequence[Image.Image]) -> str:

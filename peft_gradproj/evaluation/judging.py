@@ -98,6 +98,21 @@ class Judges:
             threshold,
         )
 
+    def try_out(self, pictures: Pictures) -> None:
+        """Let each model see two squares: what does not take them is to show before hours of sampling.
+
+        Raises:
+            BehaviourError: If a model does not take pictures.
+        """
+        example = pictures.concept[0]
+        squares = [example.picture] * 2
+        if self.detector is not None:
+            self.detector.embed(squares)
+        if self.clip is not None:
+            self.clip.scores(squares, [example.prompt] * 2)
+        if self.kid is not None:
+            self.kid.features(squares)
+
     def judge(
         self, samples: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], pictures: Pictures, bar: Bar
     ) -> Verdict:
