@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import html
 import json
 import math
@@ -581,6 +582,24 @@ def test_adapters_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
     for wrong in (tmp_path / "absent", tmp_path, tmp_path / ("long" * 1000)):
         with pytest.raises(AdapterFolderError, match="there is no adapter"):
             locate_adapter(wrong)
+
+
+def test_an_adapter_that_was_overwritten_since_it_was_located_is_not_taken_for_it(workshop, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    protected, plain = (
+        (workshop / name / "pytorch_lora_weights.safetensors").read_bytes() for name in ("protected", "plain")
+    )
+    path.write_bytes(protected)
+    family, located = PipelineFamily.of(PIPELINES["sd"]()), locate_adapter(path)
+    assert located.sha256 == hashlib.sha256(protected).hexdigest()
+    with adapter_on(family, located):
+        path.write_bytes(plain)
+    for change, message in ((lambda: None, "was overwritten"), (path.unlink, "cannot be read")):
+        change()
+        assert located.to_dict()["sha256"] == located.sha256
+        with pytest.raises(BehaviourError, match=message), adapter_on(family, located):
+            pass
+        assert not any("lora" in name for name in family.denoiser.state_dict())
 
 
 @pytest.mark.parametrize(("old", "new"), [("base_model.model.", "base_model.model.unet."), ("attn1", "attn9")])

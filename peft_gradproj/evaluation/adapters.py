@@ -40,13 +40,14 @@ class AdapterFile:
     source: str
     """As it was asked for: a path or a Hub id."""
     path: Path
+    sha256: str
+    """Digest of its bytes, in hexadecimal, when it was located."""
     revision: str | None = None
     """The commit on the Hub, if it came from there."""
 
     def to_dict(self) -> dict[str, Any]:
         """What tells it from others, JSON values."""
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        return {"source": self.source, "file": self.path.name, "revision": self.revision, "sha256": digest}
+        return {"source": self.source, "file": self.path.name, "revision": self.revision, "sha256": self.sha256}
 
 
 def locate_adapter(path_or_id: str | Path, *, revision: str | None = None) -> AdapterFile:
@@ -67,14 +68,18 @@ def locate_adapter(path_or_id: str | Path, *, revision: str | None = None) -> Ad
     elif revision is not None:
         raise AdapterFolderError(f"a revision was given, but {source} is a path; only the Hub has revisions.")
     if os.path.isfile(path) and path.suffix == ".safetensors":
-        return AdapterFile(source, path)
+        return AdapterFile(source, path, _digest(path))
     for name in WEIGHT_NAMES:
         if os.path.isfile(path / name):
-            return AdapterFile(source, path / name, commit)
+            return AdapterFile(source, path / name, _digest(path / name), commit)
     raise AdapterFolderError(
         f"there is no adapter at {source}: expected a .safetensors file, or a folder or Hub id with "
         f"{' or '.join(WEIGHT_NAMES)}."
     )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _downloaded(repo_id: str, revision: str | None) -> Path:
@@ -99,7 +104,8 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
     adapt text encoders as well, or, where its tensors are named as in the denoiser, by its `load_lora_adapter`.
 
     Raises:
-        BehaviourError: If the pipeline has adapters already, this one does not fit, or it changes the base for good.
+        BehaviourError: If the pipeline has adapters already, this one does not fit, it changes the base for good, or
+            its file is no longer what was located.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -126,6 +132,12 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
         if not adapted():
             raise BehaviourError(
                 f"the adapter {adapter.source} adapts no layer of this pipeline; was it trained on another base model?"
+            )
+        # After it was loaded, so that nothing can come between.
+        if _digest(adapter.path) != adapter.sha256:
+            raise BehaviourError(
+                f"the adapter {adapter.source} was overwritten while it was evaluated: {adapter.path} is not the file "
+                "that it was. Evaluate it again when nobody writes to it, or a copy of it."
             )
         yield
 
@@ -159,7 +171,7 @@ def _header(adapter: AdapterFile) -> tuple[set[str], dict[str, str]]:
             return set(file.keys()), file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise BehaviourError(
-            f"the adapter {adapter.source} cannot be loaded: {adapter.path} is no file of safetensors "
+            f"the adapter {adapter.source} cannot be loaded: {adapter.path} cannot be read as safetensors "
             f"({type(error).__name__}: {printable(first_line(error))})."
         ) from error
 
