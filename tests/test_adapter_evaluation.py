@@ -369,6 +369,44 @@ def test_kid_is_small_between_pictures_of_one_kind_and_large_between_two(worksho
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("count", [4, 7, 300])
+def test_kid_of_sets_of_one_size_is_that_of_torchmetrics_on_all_of_them(count, workshop):
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    generator = torch.Generator().manual_seed(count)
+    drawn, known = (torch.randn(count, 16, generator=generator).double() + shift for shift in (0.3, 0.0))
+    metric = KernelInceptionDistance(nn.Identity(), subsets=1, subset_size=count)
+    metric.update(known, real=True)
+    metric.update(drawn, real=False)
+    found = KernelDistance(str(workshop / "cells.pt")).distance(drawn, known)
+    assert found.value == pytest.approx(float(metric.compute()[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "known", "width", "shift", "most"),
+    [
+        (8, 400, 32, 0.5, 1.5),
+        (400, 8, 32, 0.5, 1.5),
+        (32, 1000, 64, 0.3, 1.5),
+        (24, 24, 32, 0.5, 1.5),
+        (8, 400, 32, 0, 2.1),
+    ],
+)
+def test_the_standard_error_of_kid_is_how_far_it_is_off_whatever_the_sizes_of_the_sets(
+    drawn, known, width, shift, most, workshop
+):
+    kid, generator = KernelDistance(str(workshop / "cells.pt")), torch.Generator().manual_seed(0)
+
+    def features(count: int) -> torch.Tensor:
+        return torch.randn(count, width, generator=generator).double()
+
+    found = [kid.distance(features(drawn) + shift, features(known)) for _ in range(150)]
+    values, errors = (np.array([getattr(e, part) for e in found]) for part in ("value", "standard_error"))
+    assert 0.9 < errors.mean() / values.std(ddof=1) < most
+    within_two = np.abs(values - values.mean()) < 2 * errors
+    assert within_two.mean() > 0.93
+
+
 def test_models_that_are_not_there_are_refused(workshop):
     for make in (ClipScorer, KernelDistance):
         with pytest.raises(BehaviourError, match="there is no"):

@@ -86,7 +86,7 @@ class Judges:
         device: str | torch.device,
         seed: int,
     ) -> Judges:
-        """Load what is given; `seed` is that of KID's subsets.
+        """Load what is given; `seed` is that of KID's halves.
 
         Raises:
             BehaviourError: If there is no such model.
