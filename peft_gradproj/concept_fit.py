@@ -602,6 +602,8 @@ def _weights_of_words(family: PipelineFamily, batch: _Batch) -> Tensor:
 
 # Concepts from files
 
+_TEXT_SUFFIXES = (".txt", ".csv", ".jsonl")
+
 
 def load_concept(
     *,
@@ -666,13 +668,19 @@ def read_phrases(prompt: str) -> list[str]:
     """The lines of a file, if `prompt` is one, else `prompt` itself; blank ones are left out.
 
     Raises:
-        ConceptDataError: If nothing is left, or the file cannot be read.
+        ConceptDataError: If nothing is left, or the file cannot be read, or is not there: one word that ends as names of
+            files do is no phrase.
     """
-    try:
-        # Some editors begin a file with a byte order mark, which no caption has.
-        lines = Path(prompt).read_text(encoding="utf-8-sig").splitlines() if os.path.isfile(prompt) else [prompt]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConceptDataError(f"the file of prompts {prompt} cannot be read: {error}") from error
+    lines = [prompt]
+    if os.path.isfile(prompt):
+        try:
+            # Some editors begin a file with a byte order mark, which no caption has. Not by `splitlines`, which also
+            # ends lines at characters that captions may have.
+            lines = Path(prompt).read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConceptDataError(f"the file of prompts {prompt} cannot be read: {error}") from error
+    elif len(prompt.split()) == 1 and prompt.lower().endswith(_TEXT_SUFFIXES):
+        raise ConceptDataError(f"there is no file {prompt}; expected phrases, or a file with one a line.")
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise ConceptDataError(f"{prompt or 'a prompt'} names nothing; expected phrases, one a line.")
