@@ -668,8 +668,8 @@ def read_phrases(prompt: str) -> list[str]:
     """The lines of a file, if `prompt` is one, else `prompt` itself; blank ones are left out.
 
     Raises:
-        ConceptDataError: If nothing is left, or the file cannot be read, or is not there: one word that ends as names of
-            files do is no phrase.
+        ConceptDataError: If nothing is left, or the file cannot be read, or is not there: one word that ends as a file
+            of text does is no phrase.
     """
     lines = [prompt]
     if os.path.isfile(prompt):

@@ -502,6 +502,32 @@ def test_a_sample_depends_on_its_own_prompt_and_seed_alone(kind):
     assert together[0].size == (SIDE, SIDE)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}), ("FlowMatchLCMScheduler", {})],
+)
+def test_so_it_does_with_schedulers_that_draw_from_the_global_generator(scheduler, options):
+    import diffusers
+
+    pipeline = PIPELINES["sd3"]()
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **options)
+    given: Any = {"num_inference_steps": 2, "guidance_scale": 3.0, "resolution": SIDE}
+    family, counts = PipelineFamily.of(pipeline), []
+
+    def drawn(seeds: list[int], size: int) -> list[Image.Image]:
+        torch.rand(size)
+        before = torch.get_rng_state()
+        found = draw_samples(family, CAPTIONS[:3], seeds, **given, batch_size=size, progress=counts.append)
+        assert torch.equal(torch.get_rng_state(), before)
+        return found
+
+    first = drawn([5, 6, 7], 3)
+    assert all(drawn([5, 6, 7], size) == first for size in (3, 2, 1))
+    assert sum(counts) == 4 * len(first)
+    others = drawn([8, 6, 9], 3)
+    assert [a == b for a, b in zip(first, others, strict=True)] == [False, True, False]
+
+
 @pytest.mark.parametrize("part", ["unet", "vae"])
 def test_samples_that_are_not_finite_are_an_error_and_no_black_pictures(part):
     pipeline = PIPELINES["sd"]()
