@@ -633,7 +633,8 @@ def load_concept(
         cache_dir: Where `datasets` keeps what it has prepared.
 
     Raises:
-        ConceptDataError: If none or several forms are given, or there is no such concept.
+        ConceptDataError: If none or several forms are given, there is no such concept, or ranges are given for another
+            form than an overlay.
     """
     forms = {"overlay": overlay, "pairs": pairs, "masks": masks, "pictures": pictures, "prompts": prompts}
     given = [form for form, value in forms.items() if value]
@@ -641,8 +642,13 @@ def load_concept(
         raise ConceptDataError(
             f"the concept is given as {' and '.join(given) or 'nothing'}; expected one of {', '.join(forms)}."
         )
+    chosen = {name: values for name, values in (ranges or {}).items() if values is not None}
     if overlay is not None:
-        return _opened(overlay, {name: values for name, values in (ranges or {}).items() if values is not None})
+        return _opened(overlay, chosen)
+    if chosen:
+        raise ConceptDataError(
+            f"{', '.join(chosen)}: an overlay has these, and the concept is given as {given[0]}; leave them out."
+        )
     if prompts:
         return [phrase for prompt in prompts for phrase in read_phrases(prompt)]
     source = str(pairs or masks or pictures)

@@ -682,6 +682,17 @@ def test_an_adapter_whose_tensors_find_no_layer_is_refused_and_not_measured_as_n
     assert not any("lora" in name for name in family.denoiser.state_dict())
 
 
+def test_a_file_of_pefts_layout_under_another_name_is_told_what_it_must_be_called(tmp_path):
+    folder = saved(PIPELINES["sd"](), tmp_path, "peft")
+    path = (folder / "adapter_model.safetensors").rename(folder / "mine.safetensors")
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    with (
+        pytest.raises(BehaviourError, match=r"PEFT's layout, .* called adapter_model.safetensors"),
+        adapter_on(family, locate_adapter(path)),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("layout", "old", "new"),
     [
@@ -821,6 +832,18 @@ def test_real_pictures_that_have_no_other_to_be_compared_with_do_not_count(works
     assert "with_concept" not in found["sscd_whole"]
     assert found["sscd_whole_found"]["without"].total == 2
     assert found["sscd_whole"]["without"].value > -0.5
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_two_pictures_of_the_concept_are_one_comparison_and_have_no_standard_error(count, workshop):
+    concept = Overlay(logo(), **OVERLAY)
+    given: Any = {"reference_data": reference(), "sscd": workshop / "sscd.pt", **FAST, "num_pictures": count}
+    report = evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, CAPTIONS[:1], **given)
+    for name in ("sscd_crops", "sscd_whole"):
+        found = figures(report)[name]
+        assert math.isnan(found["with_concept"].standard_error) == (count == 2)
+        assert math.isfinite(found["with_concept"].value)
+        assert found["without"].standard_error > 0
 
 
 def test_without_real_pictures_to_set_a_threshold_nothing_is_told_to_be_found_in_crops(workshop):
@@ -997,7 +1020,9 @@ def test_drift_says_that_it_does_not_see_an_adapter_on_the_text_encoder(tmp_path
 
 def test_forms_of_a_concept_are_told_by_what_is_there(workshop, tmp_path):
     assert isinstance(read_concept(str(workshop / "logo.png"), ranges={"scale": (0.2, 0.3)}), Overlay)
-    pictures = read_concept(str(workshop / "reference"))
+    with pytest.raises(ConceptDataError, match=r"scale: an overlay has these, and the concept is given as pictures"):
+        read_concept(str(workshop / "reference"), ranges={"scale": (0.2, 0.3), "angle": None})
+    pictures = read_concept(str(workshop / "reference"), ranges={"scale": None})
     assert isinstance(pictures, ConceptSet)
     assert not pictures.paired
     assert all(pair.mask.getextrema() == (255, 255) for pair in pictures)
@@ -1102,13 +1127,16 @@ def test_an_earlier_evaluation_is_replaced_as_a_whole_or_left_as_it_was(workshop
         {"base": workshop / "reference"},
         {"resolution": 33},
         {"samples_per_prompt": 0},
+        {"seed": -1},
     ]
     for changed in wrong:
         monkeypatch.setattr("sys.argv", ["gradproj", *command(workshop, output, **changed)])
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith("gradproj: ")
+        shown = capsys.readouterr().err
+        assert shown.splitlines()[-1].startswith("gradproj: ")
+        assert "Traceback" not in shown
     assert files_in(output) == before
 
 

@@ -76,14 +76,14 @@ def read_concept(
         cache_dir: Where `datasets` keeps what it has prepared.
 
     Raises:
-        ConceptDataError: If there is no such concept.
+        ConceptDataError: If there is no such concept, or ranges are given and it is no overlay.
     """
     if Path(path_or_id).is_file() or Path(path_or_id).suffix.lower() in (".png", ".webp", ".gif", ".tif", ".tiff"):
         return load_concept(overlay=path_or_id, ranges=ranges)
     columns = load_table(path_or_id, [image_column], cache_dir=cache_dir).column_names
     form = "pairs" if "without" in columns else "masks" if "mask" in columns else "pictures"
     options: Any = {form: path_or_id, "image_column": image_column, "caption_column": caption_column}
-    return load_concept(**options, data=data, cache_dir=cache_dir)
+    return load_concept(**options, ranges=ranges, data=data, cache_dir=cache_dir)
 
 
 # Evaluation
@@ -170,6 +170,8 @@ def evaluate_adapter(
             f"{len(prompts)} prompts, samples_per_prompt={samples_per_prompt}, batch_size={batch_size}, "
             f"num_pictures={num_pictures}, timestep_bins={timestep_bins}; expected at least 1 of each."
         )
+    if seed < 0:
+        raise ConceptDataError(f"seed={seed}; expected 0 or more.")
     if output_dir is not None:
         _check_output(Path(output_dir))
     clock, bar = Clock(), _bars(progress)

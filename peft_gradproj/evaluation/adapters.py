@@ -192,6 +192,11 @@ def _load(family: PipelineFamily, adapter: AdapterFile, keys: set[str], models: 
                 f"model, such as {min(keys ^ loaded)}"
             )
         return
+    if any(key.startswith("base_model.model.") for key in keys):
+        raise ValueError(
+            f"it has PEFT's layout, whose loader reads files that are called {WEIGHT_NAMES[0]}, with an "
+            f"{ADAPTER_CONFIG_NAME} beside them; rename it"
+        )
     roots = {key.partition(".")[0] for key in keys}
     if roots <= {child for child, _ in family.denoiser.named_children()}:
         family.denoiser.load_lora_adapter(folder, prefix=None, adapter_name=_ADAPTER, weight_name=name)

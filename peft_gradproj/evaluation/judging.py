@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,11 @@ class _Likeness:
         scores |= {column: _of_others(scores[column], real[column], self._shown) for column in real if column in scores}
         best = {column: matrix.amax(1) for column, matrix in scores.items() if len(matrix)}
         self.scores[name] = {model: best[model] for model in self._samples}
-        measured = Measure(**similarity, figures={column: mean_estimate(values) for column, values in best.items()})
+        estimates = {column: mean_estimate(values) for column, values in best.items()}
+        if len(best.get("with_concept", ())) == 2:
+            # Each is compared with the other: one comparison, made twice.
+            estimates["with_concept"] = replace(estimates["with_concept"], standard_error=math.nan)
+        measured = Measure(**similarity, figures=estimates)
         threshold, whose = self._threshold(best, details=list(sizes) != [1.0])
         if threshold is None:
             return measured, Measure(**found, not_measured=whose)
