@@ -72,6 +72,7 @@ __all__ = [
     "has_adapter_weights",
     "layer_leakage",
     "locate_adapter_folder",
+    "lora_configs",
     "parse_lora_layers",
     "publishes_basis",
     "read_adapter_folder",
@@ -418,6 +419,37 @@ def _share_of_b(b: Tensor, basis: Tensor) -> float:
     b = b.double()
     total = b.norm()
     return float((b @ basis.double()).norm() / total) if total > 0 else 0.0
+
+
+def lora_configs(
+    name: str, header: Mapping[str, str], config: Mapping[str, Any] | None
+) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """The LoRA configs that loaders take for a file of weights: where each is, for which part, and it.
+
+    Args:
+        name: Of the file.
+        header: The metadata in it, which diffusers reads.
+        config: That of the file beside it, which PEFT reads, if there is one.
+
+    Raises:
+        AdapterFolderError: If the header holds another config than a JSON object.
+    """
+    if name == WEIGHT_NAMES[0]:
+        yield ADAPTER_CONFIG_NAME, None, dict(config or {})
+    text = header.get(DIFFUSERS_CONFIG_KEY)
+    if text is None:
+        return
+    where = f"{DIFFUSERS_CONFIG_KEY} in {name}"
+    merged = parse_json(text, where)
+    if not isinstance(merged, dict):
+        raise AdapterFolderError(f"{where} is not a JSON object; save the adapter again.")
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in merged.items():
+        # The option stands behind the part of the pipeline that it is for.
+        part, _, option = key.rpartition(".")
+        parts.setdefault(part, {})[option] = value
+    for part, options in parts.items():
+        yield where, part, {"peft_type": "LORA", **options}
 
 
 # Writing

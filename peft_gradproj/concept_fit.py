@@ -602,6 +602,8 @@ def _weights_of_words(family: PipelineFamily, batch: _Batch) -> Tensor:
 
 # Concepts from files
 
+_TEXT_SUFFIXES = (".txt", ".csv", ".jsonl")
+
 
 def load_concept(
     *,
@@ -631,7 +633,8 @@ def load_concept(
         cache_dir: Where `datasets` keeps what it has prepared.
 
     Raises:
-        ConceptDataError: If none or several forms are given, or there is no such concept.
+        ConceptDataError: If none or several forms are given, there is no such concept, or ranges are given for another
+            form than an overlay.
     """
     forms = {"overlay": overlay, "pairs": pairs, "masks": masks, "pictures": pictures, "prompts": prompts}
     given = [form for form, value in forms.items() if value]
@@ -639,8 +642,13 @@ def load_concept(
         raise ConceptDataError(
             f"the concept is given as {' and '.join(given) or 'nothing'}; expected one of {', '.join(forms)}."
         )
+    chosen = {name: values for name, values in (ranges or {}).items() if values is not None}
     if overlay is not None:
-        return _opened(overlay, {name: values for name, values in (ranges or {}).items() if values is not None})
+        return _opened(overlay, chosen)
+    if chosen:
+        raise ConceptDataError(
+            f"{', '.join(chosen)}: an overlay has these, and the concept is given as {given[0]}; leave them out."
+        )
     if prompts:
         return [phrase for prompt in prompts for phrase in read_phrases(prompt)]
     source = str(pairs or masks or pictures)
@@ -666,13 +674,19 @@ def read_phrases(prompt: str) -> list[str]:
     """The lines of a file, if `prompt` is one, else `prompt` itself; blank ones are left out.
 
     Raises:
-        ConceptDataError: If nothing is left, or the file cannot be read.
+        ConceptDataError: If nothing is left, or the file cannot be read, or is not there: one word that ends as a file
+            of text does is no phrase.
     """
-    try:
-        # Some editors begin a file with a byte order mark, which no caption has.
-        lines = Path(prompt).read_text(encoding="utf-8-sig").splitlines() if os.path.isfile(prompt) else [prompt]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConceptDataError(f"the file of prompts {prompt} cannot be read: {error}") from error
+    lines = [prompt]
+    if os.path.isfile(prompt):
+        try:
+            # Some editors begin a file with a byte order mark, which no caption has. Not by `splitlines`, which also
+            # ends lines at characters that captions may have.
+            lines = Path(prompt).read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConceptDataError(f"the file of prompts {prompt} cannot be read: {error}") from error
+    elif len(prompt.split()) == 1 and prompt.lower().endswith(_TEXT_SUFFIXES):
+        raise ConceptDataError(f"there is no file {prompt}; expected phrases, or a file with one a line.")
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise ConceptDataError(f"{prompt or 'a prompt'} names nothing; expected phrases, one a line.")

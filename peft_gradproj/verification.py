@@ -30,7 +30,6 @@ from .adapter_folder import (
     ADAPTER_CONFIG_NAME,
     BASIS_NAME,
     CHECKABLE_SPACES,
-    DIFFUSERS_CONFIG_KEY,
     MANIFEST_NAME,
     SIGNATURE_NAME,
     WEIGHT_NAMES,
@@ -40,6 +39,7 @@ from .adapter_folder import (
     LoraPair,
     layer_leakage,
     locate_adapter_folder,
+    lora_configs,
     read_adapter_folder,
     read_basis,
     rival_weights,
@@ -48,7 +48,7 @@ from .errors import AdapterFolderError, BehaviourError, ConceptBasisError, Conce
 from .escaping import ESCAPING_OPTIONS, PLAIN_NAME, regular_expressions
 from .files import is_hub_id
 from .projection import LEAST_REMAINDER, dtype_name, orthonormality_error, principal_cosines
-from .untrusted import parse_json, printable, shown
+from .untrusted import printable, shown
 
 if TYPE_CHECKING:
     from .basis import ConceptBasis
@@ -545,7 +545,7 @@ _REPEATED_GROUP = re.compile(r"(?<!\\)\)(?:[*+]|\{\d*,\d*\})")
 def _check_config(folder: AdapterFolder, layers: Mapping[str, LoraLayers]) -> list[Check]:
     failures: list[str] = []
     for name, parsed in layers.items():
-        for where, part, config in _configs(folder, name):
+        for where, part, config in lora_configs(name, folder.weights[name].metadata, folder.config):
             failures += [f"{where}: {fault}" for fault in _config_faults(config, _pairs_of(part, parsed))]
         failures += [
             f"{module} has alpha {pair.alpha}; expected a finite number up to {MAX_SCALE:g} times its rank"
@@ -567,25 +567,6 @@ def _pairs_of(part: str | None, parsed: LoraLayers) -> dict[str, LoraPair]:
     if part.startswith("text_encoder"):
         return {m.removeprefix(f"{part}."): pair for m, pair in encoders.items() if m.startswith(f"{part}.")}
     return {m: pair for m, pair in parsed.pairs.items() if m not in encoders}
-
-
-def _configs(folder: AdapterFolder, name: str) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-    """The LoRA configs that loaders take for the weights in file `name`: where each is, for which part, and it."""
-    if name == WEIGHT_NAMES[0]:
-        yield ADAPTER_CONFIG_NAME, None, folder.config if folder.config is not None else {}
-    text = folder.weights[name].metadata.get(DIFFUSERS_CONFIG_KEY)
-    if text is None:
-        return
-    where = f"{DIFFUSERS_CONFIG_KEY} in {name}"
-    merged = parse_json(text, where)
-    if not isinstance(merged, dict):
-        raise AdapterFolderError(f"{where} is not a JSON object; save the adapter again.")
-    parts: dict[str, dict[str, Any]] = {}
-    for key, value in merged.items():
-        prefix, _, option = key.rpartition(".")
-        parts.setdefault(prefix, {})[option] = value
-    for part, config in parts.items():
-        yield where, part, {"peft_type": "LORA", **config}
 
 
 def _config_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> Iterator[str]:
@@ -619,7 +600,8 @@ def _init_fault(init: Any) -> str:
 
 
 def _has_expressions(folder: AdapterFolder) -> bool:
-    configs = (config for name in folder.weights for _, _, config in _configs(folder, name))
+    files = folder.weights.items()
+    configs = (config for name, file in files for _, _, config in lora_configs(name, file.metadata, folder.config))
     return any(True for config in configs for _ in regular_expressions(config))
 
 

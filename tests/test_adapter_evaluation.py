@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import html
 import json
 import math
@@ -368,10 +369,72 @@ def test_kid_is_small_between_pictures_of_one_kind_and_large_between_two(worksho
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("count", [4, 7, 300])
+def test_kid_of_sets_of_one_size_is_that_of_torchmetrics_on_all_of_them(count, workshop):
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    generator = torch.Generator().manual_seed(count)
+    drawn, known = (torch.randn(count, 16, generator=generator).double() + shift for shift in (0.3, 0.0))
+    metric = KernelInceptionDistance(nn.Identity(), subsets=1, subset_size=count)
+    metric.update(known, real=True)
+    metric.update(drawn, real=False)
+    found = KernelDistance(str(workshop / "cells.pt")).distance(drawn, known)
+    assert found.value == pytest.approx(float(metric.compute()[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "known", "width", "shift", "most"),
+    [
+        (8, 400, 32, 0.5, 1.5),
+        (400, 8, 32, 0.5, 1.5),
+        (32, 1000, 64, 0.3, 1.5),
+        (24, 24, 32, 0.5, 1.5),
+        (8, 400, 32, 0, 2.1),
+    ],
+)
+def test_the_standard_error_of_kid_is_how_far_it_is_off_whatever_the_sizes_of_the_sets(
+    drawn, known, width, shift, most, workshop
+):
+    kid, generator = KernelDistance(str(workshop / "cells.pt")), torch.Generator().manual_seed(0)
+
+    def features(count: int) -> torch.Tensor:
+        return torch.randn(count, width, generator=generator).double()
+
+    found = [kid.distance(features(drawn) + shift, features(known)) for _ in range(150)]
+    values, errors = (np.array([getattr(e, part) for e in found]) for part in ("value", "standard_error"))
+    assert 0.9 < errors.mean() / values.std(ddof=1) < most
+    within_two = np.abs(values - values.mean()) < 2 * errors
+    assert within_two.mean() > 0.93
+
+
 def test_models_that_are_not_there_are_refused(workshop):
     for make in (ClipScorer, KernelDistance):
         with pytest.raises(BehaviourError, match="there is no"):
             make(str(workshop / "base"))
+
+
+@pytest.mark.parametrize("kind", ["eyes without a projection", "eyes alone", "words alone", "another model"])
+def test_models_of_which_a_part_would_be_drawn_at_random_are_refused(kind, workshop, tmp_path):
+    from transformers import CLIPModel, CLIPProcessor, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
+
+    whole = CLIPModel.from_pretrained(workshop / "clip")
+    if kind == "another model":
+        small = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+        Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path)
+    elif kind == "eyes alone":
+        config = whole.config.vision_config
+        config.projection_dim = whole.config.projection_dim
+        CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    else:
+        (whole.text_model if kind == "words alone" else whole.vision_model).save_pretrained(tmp_path)
+    CLIPProcessor.from_pretrained(workshop / "clip").save_pretrained(tmp_path)
+    with pytest.raises(BehaviourError, match="there is no CLIP"):
+        ClipScorer(str(tmp_path))
+    if kind == "eyes alone":  # which are all that KID takes
+        assert KernelDistance(str(tmp_path)).features([picture(0)]).shape == (1, 8)
+        return
+    with pytest.raises(BehaviourError, match="there is no CLIP"):
+        KernelDistance(str(tmp_path))
 
 
 # Denoising losses and samples
@@ -437,6 +500,32 @@ def test_a_sample_depends_on_its_own_prompt_and_seed_alone(kind):
     assert np.abs(difference).max() <= 1
     assert together[0] != together[2]
     assert together[0].size == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}), ("FlowMatchLCMScheduler", {})],
+)
+def test_so_it_does_with_schedulers_that_draw_from_the_global_generator(scheduler, options):
+    import diffusers
+
+    pipeline = PIPELINES["sd3"]()
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **options)
+    given: Any = {"num_inference_steps": 2, "guidance_scale": 3.0, "resolution": SIDE}
+    family, counts = PipelineFamily.of(pipeline), []
+
+    def drawn(seeds: list[int], size: int) -> list[Image.Image]:
+        torch.rand(size)
+        before = torch.get_rng_state()
+        found = draw_samples(family, CAPTIONS[:3], seeds, **given, batch_size=size, progress=counts.append)
+        assert torch.equal(torch.get_rng_state(), before)
+        return found
+
+    first = drawn([5, 6, 7], 3)
+    assert all(drawn([5, 6, 7], size) == first for size in (3, 2, 1))
+    assert sum(counts) == 4 * len(first)
+    others = drawn([8, 6, 9], 3)
+    assert [a == b for a, b in zip(first, others, strict=True)] == [False, True, False]
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
@@ -559,6 +648,24 @@ def test_adapters_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
             locate_adapter(wrong)
 
 
+def test_an_adapter_that_was_overwritten_since_it_was_located_is_not_taken_for_it(workshop, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    protected, plain = (
+        (workshop / name / "pytorch_lora_weights.safetensors").read_bytes() for name in ("protected", "plain")
+    )
+    path.write_bytes(protected)
+    family, located = PipelineFamily.of(PIPELINES["sd"]()), locate_adapter(path)
+    assert located.sha256 == hashlib.sha256(protected).hexdigest()
+    with adapter_on(family, located):
+        path.write_bytes(plain)
+    for change, message in ((lambda: None, "was overwritten"), (path.unlink, "cannot be read")):
+        change()
+        assert located.to_dict()["sha256"] == located.sha256
+        with pytest.raises(BehaviourError, match=message), adapter_on(family, located):
+            pass
+        assert not any("lora" in name for name in family.denoiser.state_dict())
+
+
 @pytest.mark.parametrize(("old", "new"), [("base_model.model.", "base_model.model.unet."), ("attn1", "attn9")])
 def test_an_adapter_whose_tensors_find_no_layer_is_refused_and_not_measured_as_none(old, new, tmp_path):
     from safetensors.torch import load_file, save_file
@@ -573,6 +680,17 @@ def test_an_adapter_whose_tensors_find_no_layer_is_refused_and_not_measured_as_n
     ):
         pass
     assert not any("lora" in name for name in family.denoiser.state_dict())
+
+
+def test_a_file_of_pefts_layout_under_another_name_is_told_what_it_must_be_called(tmp_path):
+    folder = saved(PIPELINES["sd"](), tmp_path, "peft")
+    path = (folder / "adapter_model.safetensors").rename(folder / "mine.safetensors")
+    family = PipelineFamily.of(PIPELINES["sd"]())
+    with (
+        pytest.raises(BehaviourError, match=r"PEFT's layout, .* called adapter_model.safetensors"),
+        adapter_on(family, locate_adapter(path)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -608,15 +726,55 @@ def test_an_adapter_that_would_stay_on_the_base_is_refused_before_it_is_put_ther
     for parameter in trained.parameters():
         parameter.data += 0.1 * parameter.requires_grad
     trained.save_pretrained(tmp_path)
+    refused_without_a_trace(tmp_path, next(iter(option)))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_an_initialisation_in_the_header_that_would_stay_on_the_base_is_refused_as_well(part, tmp_path):
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = PIPELINES["sd"]()
+    model, modules = getattr(pipeline, part), ["to_k"] if part == "unet" else ["q_proj"]
+    model.add_adapter(LoraConfig(r=2, target_modules=modules, init_lora_weights="pissa"))
+    if part == "unet":
+        model.save_lora_adapter(tmp_path)
+    else:
+        layers, config = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
+        written: Any = {"text_encoder_lora_layers": layers, "text_encoder_lora_adapter_metadata": config}
+        type(pipeline).save_lora_weights(tmp_path, **written)
+    refused_without_a_trace(tmp_path, "init_lora_weights='pissa'")
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("bias", "all"),
+        ("modules_to_save", ["conv_out", "final_layer_norm"]),
+        ("trainable_token_indices", {"token_embedding": [1]}),
+        ("kasa_config", {}),
+    ],
+)
+def test_options_in_the_header_that_would_stay_on_the_base_are_refused_as_well(part, option, value, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = next(saved_with_text_encoder(tmp_path).iterdir())
+    save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps({f"{part}.{option}": value})})
+    refused_without_a_trace(tmp_path, f"{option}=")
+
+
+def refused_without_a_trace(path: Path, option: str) -> None:
     family = PipelineFamily.of(PIPELINES["sd"]())
-    before = {name: value.clone() for name, value in family.denoiser.state_dict().items()}
+    models = [family.denoiser, family.pipeline.text_encoder]
+    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in models]
     with (
-        pytest.raises(BehaviourError, match=f"changes the base model itself .{next(iter(option))}"),
-        adapter_on(family, locate_adapter(tmp_path)),
+        pytest.raises(BehaviourError, match=f"changes the base model itself .{option}"),
+        adapter_on(family, locate_adapter(path)),
     ):
         pass
-    assert family.denoiser.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in family.denoiser.state_dict().items())
+    for model, state in zip(models, before, strict=True):
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 # Whole evaluations
@@ -674,6 +832,18 @@ def test_real_pictures_that_have_no_other_to_be_compared_with_do_not_count(works
     assert "with_concept" not in found["sscd_whole"]
     assert found["sscd_whole_found"]["without"].total == 2
     assert found["sscd_whole"]["without"].value > -0.5
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_two_pictures_of_the_concept_are_one_comparison_and_have_no_standard_error(count, workshop):
+    concept = Overlay(logo(), **OVERLAY)
+    given: Any = {"reference_data": reference(), "sscd": workshop / "sscd.pt", **FAST, "num_pictures": count}
+    report = evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, CAPTIONS[:1], **given)
+    for name in ("sscd_crops", "sscd_whole"):
+        found = figures(report)[name]
+        assert math.isnan(found["with_concept"].standard_error) == (count == 2)
+        assert math.isfinite(found["with_concept"].value)
+        assert found["without"].standard_error > 0
 
 
 def test_without_real_pictures_to_set_a_threshold_nothing_is_told_to_be_found_in_crops(workshop):
@@ -778,6 +948,45 @@ def test_no_leak_without_a_figure_of_quality(workshop):
         evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, ["a house"], **given)
 
 
+@pytest.mark.parametrize(
+    ("option", "model", "message"),
+    [
+        ("sscd", nn.Identity(), "one vector each"),
+        ("sscd", nn.Flatten(0), "one vector each"),
+        ("kid_features", nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "not take pictures"),
+    ],
+)
+def test_a_model_that_cannot_judge_is_refused_before_anything_is_sampled(
+    option, model, message, workshop, tmp_path, capsys
+):
+    torch.jit.trace(model, torch.zeros(1, 3, SIDE, SIDE)).save(str(tmp_path / "model.pt"))
+    concept, given = Overlay(logo(), **OVERLAY), {**FAST, "progress": True, option: str(tmp_path / "model.pt")}
+    with pytest.raises(BehaviourError, match=message):
+        evaluate_adapter(
+            workshop / "protected", PIPELINES["sd"](), concept, ["a house"], reference_data=reference(), **given
+        )
+    assert "samples" not in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_sampled(workshop, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    run = CliRunner().invoke(app, command(workshop, tmp_path / "file" / "out"))
+    assert isinstance(run.exception, ConceptDataError)
+    assert "cannot be written" in str(run.exception)
+    assert "samples" not in run.output
+
+
+def test_what_is_no_text_is_spelt_out_on_the_page(workshop, tmp_path):
+    concept = ConceptSet.from_pairs([picture(0)], [picture(1)], ["a house"])
+    given: Any = {"name": "caf\udce9", "command": ["gradproj", "evaluate", "bilder-\udcfc"], **FAST}
+    output = tmp_path / "one" / "two"
+    evaluate_adapter(workshop / "protected", PIPELINES["sd"](), concept, ["a house"], output_dir=output, **given)
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert "caf\\udce9" in page
+    assert "bilder-\\udcfc" in page
+    assert json.loads((output / "evaluation.json").read_text(encoding="utf-8"))["concept"] == given["name"]
+
+
 def test_probes_of_another_base_are_refused(workshop):
     family = PipelineFamily.of(PIPELINES["sd"]())
     examples = concept_examples(family, Overlay(logo(), **OVERLAY), reference(), count=1, center_crop=True)
@@ -811,7 +1020,9 @@ def test_drift_says_that_it_does_not_see_an_adapter_on_the_text_encoder(tmp_path
 
 def test_forms_of_a_concept_are_told_by_what_is_there(workshop, tmp_path):
     assert isinstance(read_concept(str(workshop / "logo.png"), ranges={"scale": (0.2, 0.3)}), Overlay)
-    pictures = read_concept(str(workshop / "reference"))
+    with pytest.raises(ConceptDataError, match=r"scale: an overlay has these, and the concept is given as pictures"):
+        read_concept(str(workshop / "reference"), ranges={"scale": (0.2, 0.3), "angle": None})
+    pictures = read_concept(str(workshop / "reference"), ranges={"scale": None})
     assert isinstance(pictures, ConceptSet)
     assert not pictures.paired
     assert all(pair.mask.getextrema() == (255, 255) for pair in pictures)
@@ -908,7 +1119,7 @@ def test_an_earlier_evaluation_is_replaced_as_a_whole_or_left_as_it_was(workshop
         run = CliRunner().invoke(app, arguments)
         assert run.exit_code == 0, run.output
         assert len(list(output.glob("samples/*/*.png"))) == count
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    before = files_in(output)
     wrong = [
         {"plain": workshop / "reference"},
         {"sscd": workshop / "logo.png"},
@@ -916,18 +1127,43 @@ def test_an_earlier_evaluation_is_replaced_as_a_whole_or_left_as_it_was(workshop
         {"base": workshop / "reference"},
         {"resolution": 33},
         {"samples_per_prompt": 0},
+        {"seed": -1},
     ]
     for changed in wrong:
         monkeypatch.setattr("sys.argv", ["gradproj", *command(workshop, output, **changed)])
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith("gradproj: ")
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+        shown = capsys.readouterr().err
+        assert shown.splitlines()[-1].startswith("gradproj: ")
+        assert "Traceback" not in shown
+    assert files_in(output) == before
 
 
-def test_a_folder_that_holds_other_things_is_not_replaced(workshop, tmp_path):
-    (tmp_path / "thesis.txt").write_text("three years of work")
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["thesis.txt"], "thesis.txt"),
+        (["evaluation.json", "model.safetensors"], ""),
+        (["evaluation.json"], "evaluation.json"),
+        (["samples/base/0000.png"], "samples"),
+        (["evaluation.json", "index.html", "notes.md"], "notes.md"),
+        (["evaluation.json", "index.html", "adapter/weights.safetensors"], "adapter"),
+        (["evaluation.json", "index.html", "samples/base/0000.png", "samples/best.png"], "samples/best.png"),
+        (["evaluation.json", "index.html", "samples/base/0000.png", "samples/base/a.txt"], "samples/base/a.txt"),
+    ],
+)
+def test_a_folder_that_holds_other_things_is_not_replaced(names, shown, workshop, tmp_path):
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("three years of work")
+    before = files_in(tmp_path)
     run = CliRunner().invoke(app, command(workshop, tmp_path))
     assert isinstance(run.exception, ConceptDataError)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert f"holds other things than an evaluation, {shown}" in str(run.exception)
+    assert files_in(tmp_path) == before

@@ -28,7 +28,7 @@ from peft_gradproj import (
     verify_adapter,
 )
 from peft_gradproj.cli import app
-from peft_gradproj.concept_fit import _with_and_without, iter_concept_examples, load_concept
+from peft_gradproj.concept_fit import _with_and_without, iter_concept_examples, load_concept, read_phrases
 from peft_gradproj.concepts import ConceptPair, Overlay, nth_of_shuffles
 from peft_gradproj.errors import ConceptDataError
 from peft_gradproj.pipelines import PipelineFamily
@@ -382,6 +382,22 @@ def test_forms_of_a_concept_are_told_apart(tmp_path):
     (tmp_path / "words.txt").write_text("\n")
     with pytest.raises(ConceptDataError, match="names nothing"):
         load_concept(prompts=[str(tmp_path / "words.txt")])
+
+
+@pytest.mark.parametrize("name", ["wrods.txt", "prompts.csv", "folder/metadata.jsonl", "WORDS.TXT"])
+def test_a_file_of_phrases_that_is_not_there_is_no_phrase(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConceptDataError, match="there is no file"):
+        read_phrases(name)
+    assert read_phrases("a page of notes.txt") == ["a page of notes.txt"]
+    assert read_phrases("v1.5") == ["v1.5"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_only_the_ends_of_lines_part_phrases(end, tmp_path):
+    phrases = ["a house\u2028at night", "a tree\x0cin the sun", "a\x85cat", "a\x1cdog"]
+    (tmp_path / "words.txt").write_bytes(end.join(phrases).encode())
+    assert read_phrases(str(tmp_path / "words.txt")) == phrases
 
 
 def concept_folder(folder: Path, other: str, *, captions: bool = True) -> Path:

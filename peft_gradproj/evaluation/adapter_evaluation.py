@@ -9,11 +9,13 @@ spoils its samples, does not show it either.
 from __future__ import annotations
 
 import inspect
+import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ from ..probes import ConceptProbes
 from ..projection import dtype_name
 from ..training_data import TrainingData, draw_frame, load_table
 from .adapters import AdapterFile, adapter_on, locate_adapter
-from .evaluation_page import write_evaluation
+from .evaluation_page import found_beside_evaluation, write_evaluation
 from .evaluation_report import EvaluationReport, LossCurves, Measure, Sample
 from .figures import mean_estimate, share_of_drop
 from .judging import Bar, Judges, Pictures, Verdict
@@ -74,14 +76,14 @@ def read_concept(
         cache_dir: Where `datasets` keeps what it has prepared.
 
     Raises:
-        ConceptDataError: If there is no such concept.
+        ConceptDataError: If there is no such concept, or ranges are given and it is no overlay.
     """
     if Path(path_or_id).is_file() or Path(path_or_id).suffix.lower() in (".png", ".webp", ".gif", ".tif", ".tiff"):
         return load_concept(overlay=path_or_id, ranges=ranges)
     columns = load_table(path_or_id, [image_column], cache_dir=cache_dir).column_names
     form = "pairs" if "without" in columns else "masks" if "mask" in columns else "pictures"
     options: Any = {form: path_or_id, "image_column": image_column, "caption_column": caption_column}
-    return load_concept(**options, data=data, cache_dir=cache_dir)
+    return load_concept(**options, ranges=ranges, data=data, cache_dir=cache_dir)
 
 
 # Evaluation
@@ -168,6 +170,8 @@ def evaluate_adapter(
             f"{len(prompts)} prompts, samples_per_prompt={samples_per_prompt}, batch_size={batch_size}, "
             f"num_pictures={num_pictures}, timestep_bins={timestep_bins}; expected at least 1 of each."
         )
+    if seed < 0:
+        raise ConceptDataError(f"seed={seed}; expected 0 or more.")
     if output_dir is not None:
         _check_output(Path(output_dir))
     clock, bar = Clock(), _bars(progress)
@@ -190,6 +194,7 @@ def evaluate_adapter(
                 "whether the concept is found is not told without a figure of quality beside it: give a CLIP model "
                 "(--clip) or pictures without the concept (--reference-data-dir) as well."
             )
+        judges.try_out(pictures)
         questions = {
             kind: TimestepQuestions.draw(family, examples, bins=timestep_bins, seed=seed + number)
             for number, (kind, examples) in enumerate(_asked(pictures).items())
@@ -246,11 +251,22 @@ def evaluate_adapter(
 
 
 def _check_output(folder: Path) -> None:
-    """Refuse to replace what no evaluation wrote."""
+    """Refuse to replace what no evaluation wrote, and what cannot be written, before hours of sampling."""
     if folder.exists() and not folder.is_dir():
         raise ConceptDataError(f"{folder} is a file; expected a folder to write to.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "evaluation.json").is_file():
-        raise ConceptDataError(f"{folder} holds other things than an evaluation; give a new or an empty folder.")
+    other = found_beside_evaluation(folder)
+    if other is not None:
+        raise ConceptDataError(
+            f"{folder} holds other things than an evaluation, {other}, which would be lost when it is replaced; move "
+            "them away, or give a new or an empty folder."
+        )
+    parent = Path(os.path.realpath(folder)).parent
+    try:
+        # As it is written at the end: beside its place first.
+        parent.mkdir(parents=True, exist_ok=True)
+        TemporaryDirectory(dir=parent).cleanup()
+    except OSError as error:
+        raise ConceptDataError(f"{folder} cannot be written ({error}); give another folder.") from error
 
 
 # What is asked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter_folder import ADAPTER_CONFIG_NAME, WEIGHT_NAMES
+from ..adapter_folder import ADAPTER_CONFIG_NAME, WEIGHT_NAMES, lora_configs
 from ..behaviour import adapters_removed
 from ..errors import AdapterFolderError, BehaviourError
 from ..files import is_repository, read_json_object
@@ -27,6 +27,8 @@ _ADAPTER = "evaluated"
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 """Of A and B alone; all others of PEFT subtract something from the base weights, when an adapter is loaded as well."""
+_WRAPPING = ("modules_to_save", "trainable_token_indices", "kasa_config")
+"""Options of PEFT by which base layers are replaced, or their weights."""
 _A_SUFFIXES = ("lora_A.weight", "lora.down.weight", "lora_down.weight", "lora_linear_layer.down.weight")
 """How tensors A are called in files that diffusers reads: PEFT's name, diffusers' former ones, and kohya's."""
 
@@ -38,13 +40,14 @@ class AdapterFile:
     source: str
     """As it was asked for: a path or a Hub id."""
     path: Path
+    sha256: str
+    """Digest of its bytes, in hexadecimal, when it was located."""
     revision: str | None = None
     """The commit on the Hub, if it came from there."""
 
     def to_dict(self) -> dict[str, Any]:
         """What tells it from others, JSON values."""
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        return {"source": self.source, "file": self.path.name, "revision": self.revision, "sha256": digest}
+        return {"source": self.source, "file": self.path.name, "revision": self.revision, "sha256": self.sha256}
 
 
 def locate_adapter(path_or_id: str | Path, *, revision: str | None = None) -> AdapterFile:
@@ -65,14 +68,18 @@ def locate_adapter(path_or_id: str | Path, *, revision: str | None = None) -> Ad
     elif revision is not None:
         raise AdapterFolderError(f"a revision was given, but {source} is a path; only the Hub has revisions.")
     if os.path.isfile(path) and path.suffix == ".safetensors":
-        return AdapterFile(source, path)
+        return AdapterFile(source, path, _digest(path))
     for name in WEIGHT_NAMES:
         if os.path.isfile(path / name):
-            return AdapterFile(source, path / name, commit)
+            return AdapterFile(source, path / name, _digest(path / name), commit)
     raise AdapterFolderError(
         f"there is no adapter at {source}: expected a .safetensors file, or a folder or Hub id with "
         f"{' or '.join(WEIGHT_NAMES)}."
     )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _downloaded(repo_id: str, revision: str | None) -> Path:
@@ -97,7 +104,8 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
     adapt text encoders as well, or, where its tensors are named as in the denoiser, by its `load_lora_adapter`.
 
     Raises:
-        BehaviourError: If the pipeline has adapters already, this one does not fit, or it changes the base for good.
+        BehaviourError: If the pipeline has adapters already, this one does not fit, it changes the base for good, or
+            its file is no longer what was located.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -109,12 +117,13 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
 
     if adapted():
         raise BehaviourError("the base pipeline carries adapters already; give it without.")
-    _check_comes_off(adapter)
+    keys, header = _header(adapter)
+    _check_comes_off(adapter, header)
     with adapters_removed(*models):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                _load(family, adapter, models)
+                _load(family, adapter, keys, models)
             except Exception as error:
                 raise BehaviourError(
                     f"the adapter {adapter.source} cannot be loaded onto this pipeline ({type(error).__name__}: "
@@ -124,21 +133,26 @@ def adapter_on(family: PipelineFamily, adapter: AdapterFile) -> Iterator[None]:
             raise BehaviourError(
                 f"the adapter {adapter.source} adapts no layer of this pipeline; was it trained on another base model?"
             )
+        # After it was loaded, so that nothing can come between.
+        if _digest(adapter.path) != adapter.sha256:
+            raise BehaviourError(
+                f"the adapter {adapter.source} was overwritten while it was evaluated: {adapter.path} is not the file "
+                "that it was. Evaluate it again when nobody writes to it, or a copy of it."
+            )
         yield
 
 
-def _check_comes_off(adapter: AdapterFile) -> None:
-    """Refuse what PEFT writes into the base model: it stays there, and the other models would be measured with it."""
+def _check_comes_off(adapter: AdapterFile, header: Mapping[str, str]) -> None:
+    """Refuse what loaders write into the base model: it stays there, and the other models would be measured with it."""
     config = adapter.path.with_name(ADAPTER_CONFIG_NAME)
-    # Loaders of diffusers read no such config, and fail on such options in the header of their own files.
-    if adapter.path.name != WEIGHT_NAMES[0] or not config.is_file():
-        return
+    beside = read_json_object(config.resolve()) if config.is_file() else None
     stays = [
         f"{option}={value!r}"
-        for option, value in read_json_object(config.resolve()).items()
+        for _, _, options in lora_configs(adapter.path.name, header, beside)
+        for option, value in options.items()
         if (option == "bias" and value != "none")
         or (option == "init_lora_weights" and value not in _PLAIN_INITS)
-        or (option in ("modules_to_save", "kasa_config") and value)
+        or (option in _WRAPPING and value not in (None, False, []))
     ]
     if stays:
         raise BehaviourError(
@@ -148,13 +162,24 @@ def _check_comes_off(adapter: AdapterFile) -> None:
         )
 
 
-def _load(family: PipelineFamily, adapter: AdapterFile, models: list[nn.Module]) -> None:
-    folder, name = str(adapter.path.parent), adapter.path.name
-    from peft.tuners.lora import LoraLayer
-    from safetensors import safe_open
+def _header(adapter: AdapterFile) -> tuple[set[str], dict[str, str]]:
+    """The names of the tensors in a file, and its metadata."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(adapter.path, framework="pt") as file:
-        keys = set(file.keys())
+    try:
+        with safe_open(adapter.path, framework="pt") as file:
+            return set(file.keys()), file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise BehaviourError(
+            f"the adapter {adapter.source} cannot be loaded: {adapter.path} cannot be read as safetensors "
+            f"({type(error).__name__}: {printable(first_line(error))})."
+        ) from error
+
+
+def _load(family: PipelineFamily, adapter: AdapterFile, keys: set[str], models: list[nn.Module]) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    folder, name = str(adapter.path.parent), adapter.path.name
     if name == WEIGHT_NAMES[0]:
         from peft import PeftModel, get_peft_model_state_dict
 
@@ -167,6 +192,11 @@ def _load(family: PipelineFamily, adapter: AdapterFile, models: list[nn.Module])
                 f"model, such as {min(keys ^ loaded)}"
             )
         return
+    if any(key.startswith("base_model.model.") for key in keys):
+        raise ValueError(
+            f"it has PEFT's layout, whose loader reads files that are called {WEIGHT_NAMES[0]}, with an "
+            f"{ADAPTER_CONFIG_NAME} beside them; rename it"
+        )
     roots = {key.partition(".")[0] for key in keys}
     if roots <= {child for child, _ in family.denoiser.named_children()}:
         family.denoiser.load_lora_adapter(folder, prefix=None, adapter_name=_ADAPTER, weight_name=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from ..folder_swap import replaced_folder
 from .evaluation_report import COLUMNS, EvaluationReport, LossCurves, figure_text
 
-__all__ = ["write_evaluation"]
+__all__ = ["found_beside_evaluation", "write_evaluation"]
 
 TEMPLATE = Path(__file__).parent / "templates" / "evaluation.html.j2"
 COLOURS = {"base": "#6b7280", "plain": "#c0392b", "protected": "#1f6feb"}
@@ -23,6 +24,21 @@ ROWS = 24
 """Most rows of the sheet of samples."""
 THUMBNAIL = 192
 """Longest side of a picture on the page, in pixels."""
+_WRITTEN = re.compile(r"evaluation\.json|index\.html|samples(/(base|plain|protected)(/[0-9]{4,}\.png)?)?")
+"""Paths in the folder of an evaluation."""
+
+
+def found_beside_evaluation(folder: Path) -> str | None:
+    """What :func:`write_evaluation` would lose: a file or folder in `folder` that no evaluation writes.
+
+    All of them, where there is no report beside the page.
+
+    Returns:
+        The path of one in the folder, `None` if there is none.
+    """
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    whole = all((folder / name).is_file() for name in ("evaluation.json", "index.html"))
+    return next((name for name in names if not (whole and _WRITTEN.fullmatch(name))), None)
 
 
 def write_evaluation(
@@ -43,7 +59,9 @@ def write_evaluation(
             picture.save(path)
         text = json.dumps(report.to_dict(), indent=2, allow_nan=False)
         (stage / "evaluation.json").write_text(text, encoding="utf-8")
-        (stage / "index.html").write_text(_page(report, samples, concept), encoding="utf-8")
+        # Paths in a command need not be text.
+        page = _page(report, samples, concept).encode("utf-8", errors="backslashreplace")
+        (stage / "index.html").write_bytes(page)
 
 
 def _page(report: EvaluationReport, samples: Sequence[Image.Image], concept: Sequence[Image.Image]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Judges:
         device: str | torch.device,
         seed: int,
     ) -> Judges:
-        """Load what is given; `seed` is that of KID's subsets.
+        """Load what is given; `seed` is that of KID's halves.
 
         Raises:
             BehaviourError: If there is no such model.
@@ -97,6 +98,21 @@ class Judges:
             None if kid_features is None else KernelDistance(kid_features, device=device, seed=seed),
             threshold,
         )
+
+    def try_out(self, pictures: Pictures) -> None:
+        """Let each model see two squares: what does not take them is to show before hours of sampling.
+
+        Raises:
+            BehaviourError: If a model does not take pictures.
+        """
+        example = pictures.concept[0]
+        squares = [example.picture] * 2
+        if self.detector is not None:
+            self.detector.embed(squares)
+        if self.clip is not None:
+            self.clip.scores(squares, [example.prompt] * 2)
+        if self.kid is not None:
+            self.kid.features(squares)
 
     def judge(
         self, samples: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], pictures: Pictures, bar: Bar
@@ -233,7 +249,11 @@ class _Likeness:
         scores |= {column: _of_others(scores[column], real[column], self._shown) for column in real if column in scores}
         best = {column: matrix.amax(1) for column, matrix in scores.items() if len(matrix)}
         self.scores[name] = {model: best[model] for model in self._samples}
-        measured = Measure(**similarity, figures={column: mean_estimate(values) for column, values in best.items()})
+        estimates = {column: mean_estimate(values) for column, values in best.items()}
+        if len(best.get("with_concept", ())) == 2:
+            # Each is compared with the other: one comparison, made twice.
+            estimates["with_concept"] = replace(estimates["with_concept"], standard_error=math.nan)
+        measured = Measure(**similarity, figures=estimates)
         threshold, whose = self._threshold(best, details=list(sizes) != [1.0])
         if threshold is None:
             return measured, Measure(**found, not_measured=whose)

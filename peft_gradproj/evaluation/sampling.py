@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..diffusion_inputs import decode_latents, tensor_to_pictures
 from ..errors import BehaviourError
@@ -30,12 +32,14 @@ def draw_samples(
 ) -> list[Image.Image]:
     """Sample one picture for each prompt.
 
-    A sample depends on its own prompt and seed alone, but for what batches of another size do to rounding.
+    A sample depends on its own prompt and seed alone, but for what batches of another size do to rounding. Pipelines
+    whose schedulers draw from the global generators are therefore given one at a time.
 
     Args:
         family: The pipeline.
         prompts: One for each sample.
-        seeds: As many. Noise is drawn on the CPU, so that the same seed gives the same on every device.
+        seeds: As many. Noise is drawn on the CPU, so that the same seed gives the same on every device, but by
+            schedulers that draw from the global generators.
         num_inference_steps: Steps of the pipeline's own scheduler.
         guidance_scale: Of the pipeline's own guidance.
         resolution: Side of the pictures, in pixels.
@@ -46,9 +50,10 @@ def draw_samples(
         BehaviourError: If samples are not finite, and would be black pictures, in which no concept is found.
     """
     pictures: list[Image.Image] = []
-    for start in range(0, len(prompts), batch_size):
+    while len(pictures) < len(prompts):
+        start = len(pictures)
         part = slice(start, start + batch_size)
-        with evaluation_mode(family.denoiser):
+        with evaluation_mode(family.denoiser), _seeded(seeds[start]) as drawn_from:
             answer = family.pipeline(
                 list(prompts[part]),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
@@ -59,6 +64,10 @@ def draw_samples(
                 # Decoded here, since pipelines in half precision do not decode with a VAE that keeps float32.
                 output_type="latent",
             )
+            if batch_size > 1 and drawn_from():
+                # For all at once, by a scheduler that is not given the samples' own generators.
+                batch_size = 1
+                continue
         pixels = decode_latents(family.pipeline, answer.images, batch_size=1).cpu()
         if not pixels.isfinite().all():
             raise BehaviourError(
@@ -69,3 +78,19 @@ def draw_samples(
         pictures += tensor_to_pictures(pixels)
         progress(len(pictures) - start)
     return pictures
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[Callable[[], bool]]:
+    """The global generators from a seed, and as they were afterwards.
+
+    Gives a function that tells whether they were drawn from.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        before = _states()
+        yield lambda: not all(map(torch.equal, before, _states()))
+
+
+def _states() -> list[Tensor]:
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
