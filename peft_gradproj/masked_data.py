@@ -16,14 +16,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from .concept_fit import Concept
 from .concept_markers import ConceptMarkers
 from .concept_masks import MaskReport, find_concept
 from .errors import ConceptDataError
 from .folder_swap import entries, replaced_folder
-from .training_data import TrainingData, first_line, read_pictures, without_phrases
+from .training_data import UNREADABLE, TrainingData, first_line, read_pictures, without_phrases
 
 __all__ = ["mask_table", "write_masked"]
 
@@ -185,7 +185,7 @@ def _copied(cell: dict[str, Any] | None, stage: Path, stem: str) -> str | None:
         if suffix not in Image.registered_extensions():
             with Image.open(BytesIO(data)) as picture:
                 suffix = f".{str(picture.format).lower()}"
-    except (OSError, UnidentifiedImageError) as error:
+    except UNREADABLE as error:
         raise ConceptDataError(f"the picture {path or stem} cannot be copied: {first_line(error)}") from error
     (stage / f"{stem}{suffix}").write_bytes(data)
     return f"{stem}{suffix}"

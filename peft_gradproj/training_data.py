@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .errors import ConceptDataError
 
@@ -29,6 +29,9 @@ __all__ = [
     "without_phrase",
     "without_phrases",
 ]
+
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+"""What Pillow raises of pictures that are damaged, of no known format, or too large."""
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -247,13 +250,23 @@ class _Column(Sequence[Image.Image]):
             return [self[i] for i in range(len(self))[index]]
         try:
             picture = self._table[index][self._name]
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        except UNREADABLE as error:
+            file = picture_path(self._table, self._name, index)
             raise ConceptDataError(
-                f"picture {index} of column '{self._name}' cannot be read: {first_line(error)}"
+                f"picture {index} of column '{self._name}'{f', {file},' if file else ''} cannot be read: "
+                f"{first_line(error)}"
             ) from error
         if not isinstance(picture, Image.Image):
             raise ConceptDataError(f"column '{self._name}' holds a {type(picture).__name__}; expected pictures.")
         return picture
+
+
+def picture_path(table: Any, column: str, row: int) -> str | None:
+    """Where a picture of a table of `datasets` comes from, as far as the table says; it is not decoded."""
+    import datasets
+
+    cell = table.select([row]).cast_column(column, datasets.Image(decode=False))[0][column]
+    return None if cell is None else cell["path"]
 
 
 def read_pictures(table: Any, column: str) -> Sequence[Image.Image]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageFilter
 from test_concept_fit import concept_folder
 from tiny_pipelines import PIPELINES, SIDE, image_folder, logo, picture
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from peft_gradproj import ConceptMarkers, ConceptSet, TrainingData, concept_masks
@@ -27,8 +28,9 @@ from peft_gradproj.training_data import load_table
 QUICK = {"num_pairs": 16, "steps": 2, "progress": False}
 
 
-def data(count: int = 6, size: tuple[int, int] = (48, 40)) -> TrainingData:
-    return TrainingData([picture(seed, size) for seed in range(count)], [""] * count)
+def data(seeds: int | list[int] = 6, size: tuple[int, int] = (48, 40)) -> TrainingData:
+    pictures = [picture(seed, size) for seed in (range(seeds) if isinstance(seeds, int) else seeds)]
+    return TrainingData(pictures, [""] * len(pictures))
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +154,30 @@ def test_the_same_seed_gives_the_same_masks_from_the_folder_with_the_vae_alone(v
     assert torch.equal(before, torch.get_rng_state())
     assert all(np.array_equal(a, b) for a, b in zip(first.cells, again.cells, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(first.cells, other.cells, strict=True))
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], [0, 1, 0, 2, 3, 3, 1, 4, 5, 0]])
+def test_rows_with_equal_pictures_are_looked_at_as_one_that_no_network_of_theirs_has_learned_from(rows):
+    """As of data with several captions a picture. One may be stored in another mode."""
+    pictures = [picture(seed) for seed in range(6)]
+    once, report = find_concept(PIPELINES["sd"](), Overlay(logo()), TrainingData(pictures, [""] * 6), **QUICK)
+    repeated = TrainingData(
+        [pictures[row] for row in rows[:-1]] + [pictures[rows[-1]].convert("RGBA")], [""] * len(rows)
+    )
+    masks, report_of_repeated = find_concept(PIPELINES["sd"](), Overlay(logo()), repeated, **QUICK)
+    assert len(masks) == report_of_repeated.pictures == len(rows)
+    assert once.marked
+    for mask, row in zip(masks, rows, strict=True):
+        assert np.array_equal(mask, once[row])
+    assert report_of_repeated.recall_pictures == report.recall_pictures == 6
+    assert report_of_repeated.recall == report.recall
+
+
+def test_different_pictures_are_in_the_folds_of_even_and_odd_rows():
+    pictures = data(5)
+    folds = concept_masks._sources(Overlay(logo()), pictures, concept_masks._first_rows(pictures, tqdm(disable=True)))
+    read = [[shown for shown, _ in fold.data] for fold in folds]
+    assert read == [[pictures[row][0] for row in rows] for rows in ([0, 2, 4], [1, 3])]
 
 
 def test_pictures_are_read_one_by_one():
@@ -290,6 +316,7 @@ def test_the_report_tells_which_phrase_names_what_was_found(monkeypatch, tmp_pat
         (["by X"], 6, {}, "words cannot be found"),
         (Overlay(logo(), scale=(1, 1), angle=(45, 45)), 6, {}, "does not fit on a picture of 32x32"),
         (Overlay(logo()), 1, {}, "1 of training pictures"),
+        (Overlay(logo()), [0, 0, 0], {}, "1 of different training pictures"),
         (ConceptSet.from_masks([picture(0)], [Image.new("L", (48, 40), 255)], [""]), 6, {}, "1 of examples"),
         (Overlay(logo()), 6, {"num_pairs": 15}, "at least 16"),
         (Overlay(logo()), 6, {"resolution": 33}, "multiple of 2"),
@@ -298,6 +325,22 @@ def test_the_report_tells_which_phrase_names_what_was_found(monkeypatch, tmp_pat
 def test_what_cannot_be_found(concept, count, options, message):
     with pytest.raises(ConceptDataError, match=message):
         find_concept(PIPELINES["sd"](), concept, data(count), **{**QUICK, **options})
+
+
+def test_pictures_that_cannot_be_read_are_all_named_by_their_files_before_anything_is_looked_for(tmp_path):
+    folder = image_folder(tmp_path / "pictures", ["a"] * 30)
+    for number in (3, 14):
+        (folder / f"{number}.png").write_bytes((folder / f"{number}.png").read_bytes()[:200])
+    table = load_table(folder, ["image"], cache_dir=str(tmp_path / "cache"))
+    message = r"2 of the 30 pictures cannot be used.*/3\.png, cannot be read.*/14\.png, cannot be read"
+    # There is no pipeline.
+    with pytest.raises(ConceptDataError, match=message):
+        mask_table("nowhere", Overlay(logo()), table, tmp_path / "out")
+    for number in range(29):
+        (folder / f"{number}.png").write_bytes(b"no picture")
+    with pytest.raises(ConceptDataError, match=r"29 of the 30 .*; and 9 more") as caught:
+        mask_table("nowhere", Overlay(logo()), table, tmp_path / "out")
+    assert str(caught.value).count("cannot be read") == 20
 
 
 def test_no_data():

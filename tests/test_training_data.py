@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 from tiny_pipelines import image_folder, picture
 
 from peft_gradproj import TrainingData
 from peft_gradproj.errors import ConceptDataError
-from peft_gradproj.training_data import Frame, draw_frame
+from peft_gradproj.training_data import Frame, draw_frame, read_pictures
 
 CAPTIONS = ["a house", "a tree", "a dog"]
 
@@ -77,8 +79,6 @@ def test_a_folder_with_metadata(tmp_path):
 
 
 def test_a_data_set_of_another_kind(tmp_path):
-    import datasets
-
     table = datasets.Dataset.from_dict({"photo": [picture(i) for i in range(3)], "caption": CAPTIONS})
     (tmp_path / "data").mkdir()
     table.to_parquet(tmp_path / "data" / "train.parquet")
@@ -102,8 +102,6 @@ def test_a_folder_named_with_the_characters_of_patterns_is_that_folder_and_no_ot
 
 
 def test_a_data_set_in_a_folder_with_such_characters_is_refused(tmp_path):
-    import datasets
-
     for name in ("data*", "data-old"):
         (tmp_path / name).mkdir()
         datasets.Dataset.from_dict({"text": CAPTIONS}).to_parquet(tmp_path / name / "train.parquet")
@@ -133,8 +131,29 @@ def test_pictures_that_cannot_be_read_are_named_when_they_are_needed(tmp_path):
     (folder / "1.png").write_bytes(b"no picture")
     data = load(folder, tmp_path)
     assert data[0][1] == "a house"
-    with pytest.raises(ConceptDataError, match="picture 1 of column 'image' cannot be read"):
+    with pytest.raises(ConceptDataError, match=r"picture 1 of column 'image', .*1\.png, cannot be read"):
         data[1]
+
+
+@pytest.mark.parametrize("kind", ["bomb", "avif", "truncated"])
+def test_whatever_pillow_raises_of_a_damaged_picture_is_an_error_of_ours(kind, tmp_path):
+    if kind == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    stored = BytesIO()
+    if kind == "bomb":
+        Image.new("1", (20_000, 9_500)).save(stored, "PNG")
+    else:
+        picture(0).save(stored, "AVIF" if kind == "avif" else "PNG")
+    content = stored.getvalue()
+    if kind == "avif":
+        # The picture's item is called something else, of which Pillow raises a RuntimeError.
+        content = content.replace(b"av01", b"none")
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": content[: 150 if kind == "truncated" else None], "path": None}]},
+        features=datasets.Features({"image": datasets.Image()}),
+    )
+    with pytest.raises(ConceptDataError, match="picture 0 of column 'image' cannot be read"):
+        read_pictures(table, "image")[0]
 
 
 def test_metadata_of_a_missing_picture(tmp_path):
