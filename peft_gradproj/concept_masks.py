@@ -33,7 +33,7 @@ from .clock import Clock
 from .concept_fit import Concept, iter_concept_examples
 from .concept_markers import ConceptMarkers
 from .concepts import ConceptSet, Overlay, nth_of_shuffles
-from .diffusion_inputs import dilated, mask_weights
+from .diffusion_inputs import dilated, mask_weights, vae_answer
 from .errors import ConceptDataError
 from .masks import GUARDED_SHARE, ConceptMarker, fit_markers, guarded, places
 from .pipelines import PictureEncoder, checked_resolution, load_encoder
@@ -319,7 +319,8 @@ def find_concept(
             bar.update()
     cells, sizes = zip(*(marks[first] for first in firsts), strict=True)
 
-    kept = ConceptMarkers(markers, resolution=side, dilation=dilation, concept=name)
+    about: Any = {"concept": name, "vae_answer": vae_answer(encoder.vae)}
+    kept = ConceptMarkers(markers, resolution=side, dilation=dilation, **about)
     found = ConceptMasks(cells, sizes, kept)
     masks = found.guarded() if guard else found
     across, down = found.places() if found.marked else (None, None)
