@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .errors import ConceptDataError
 __all__ = [
     "Frame",
     "TrainingData",
+    "check_pictures",
     "draw_frame",
     "first_line",
     "load_table",
@@ -163,11 +164,30 @@ def one_caption(given: Any, of: str) -> str:
     Raises:
         ConceptDataError: If it is neither text nor a list of texts; `of` says of what.
     """
-    caption = given[0] if isinstance(given, list | tuple) and given else given
-    if not isinstance(caption, str):
-        kind = type(caption).__name__
-        raise ConceptDataError(f"the caption of {of} is a {kind}; expected text, or a list of at least one text.")
-    return caption
+    alternatives = given if isinstance(given, list | tuple) and given else [given]
+    for caption in alternatives:
+        if not isinstance(caption, str):
+            kind = type(caption).__name__
+            what = f"the caption of {of} is" if caption is given else f"one of the captions of {of} is"
+            raise ConceptDataError(f"{what} a {kind}; expected text, or a list of at least one text.")
+    return alternatives[0]
+
+
+def check_pictures(table: Any, columns: Iterable[str]) -> None:
+    """Refuse columns of a table of `datasets` that hold something other than pictures.
+
+    Raises:
+        ConceptDataError: If there is one; the columns have to be there.
+    """
+    import datasets
+
+    for column in columns:
+        feature = table.features[column]
+        if not isinstance(feature, datasets.Image):
+            raise ConceptDataError(
+                f"column '{column}' holds {feature}; expected pictures. In the metadata of a folder, the column that "
+                f"names their files is '{column}_file_name'."
+            )
 
 
 def load_table(

@@ -61,6 +61,8 @@ def test_data_of_ones_own():
     assert len(data[:2]) == 2
     with pytest.raises(ConceptDataError, match="caption of picture 2 is a NoneType"):
         data.caption(2)
+    with pytest.raises(ConceptDataError, match="one of the captions of picture 0 is a NoneType"):
+        TrainingData([picture(0)], [["one", None]]).caption(0)
     with pytest.raises(ConceptDataError, match="empty"):
         TrainingData([], [])
     with pytest.raises(ConceptDataError, match="3 pictures but 1 captions"):
