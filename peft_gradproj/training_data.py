@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from .errors import ConceptDataError
 
 __all__ = [
+    "UNREADABLE",
     "Frame",
     "TrainingData",
     "check_pictures",
@@ -26,6 +27,7 @@ __all__ = [
     "first_line",
     "load_table",
     "one_caption",
+    "picture_path",
     "read_pictures",
     "without_phrase",
     "without_phrases",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
@@ -368,6 +369,7 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
     flags += ["--overlay", tmp_path / "logo.png", "--num-pairs", 16, "--steps", 2, "--output-dir", tmp_path / "masked"]
     (tmp_path / "phrases.txt").write_text("by Y\n\nby Z\n")
     flags += ["--concept", "the logo", "--remove-phrase", "By X", "--remove-phrase", tmp_path / "phrases.txt"]
+    before = sorted(source.iterdir())
     report = json.loads(run(*flags, "--json"))
     assert (report["pictures"], report["left_out"], report["captions_changed"]) == (3, 0, 2)
     assert report["folder"] == str(tmp_path / "masked")
@@ -375,6 +377,12 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
         run(*flags)
     with pytest.raises(ConceptDataError, match="expected a share"):
         run(*flags, "--leave-out-above", 2)
+    # There the copies would be training pictures as well.
+    for inside in ("masked", "nested/../masked", "."):
+        nested = CliRunner().invoke(app, ["mask", *map(str, [*flags, "--output-dir", source / inside])])
+        assert nested.exit_code == 2
+        assert "--output-dir lies in --train-data-dir" in nested.stderr
+        assert sorted(source.iterdir()) == before
 
     # It works after moving, and without what it was made from.
     (tmp_path / "masked").rename(tmp_path / "moved")
@@ -382,7 +390,8 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
     for file in source.iterdir():
         file.unlink()
     table = load_table(tmp_path / "moved", ["image", "mask", "text"], cache_dir=str(tmp_path / "other-cache"))
-    assert table.column_names == ["image", "mask", "text"]
+    assert table.column_names == ["image", "mask", "original_name", "text"]
+    assert table["original_name"][:] == ["0.png", "1.png", "2.png"]
     assert table["text"][:] == ["a house", "ein Bär", "a dog"]
     for row in table:
         assert row["mask"].mode == "L"
@@ -422,6 +431,36 @@ def test_a_data_set_with_further_pictures_keeps_them_and_its_column_names(tmp_pa
     assert [row["mask"].getextrema() for row in read] == [(0, 0), (255, 255), (0, 0)]
     assert read["words"][:] == [["a", "b"], [], ["c"]]
     assert read["size"][:] == [1, 2, None]
+
+
+def test_a_copy_of_a_copy_keeps_the_names_of_the_first_files_and_dates_are_those_that_they_were(tmp_path):
+    folder = image_folder(tmp_path / "pictures", ["a", "b", "c"])
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines = [
+        json.dumps({**line, "day": "2024-05-01", "at": f"2024-05-0{i}T10:00:30"}) for i, line in enumerate(lines, 1)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    tables = [load_table(folder, ["image"], cache_dir=str(tmp_path / "cache"))]
+    for mask, copy in (("mask", tmp_path / "copy"), ("other", tmp_path / "again")):
+        write_masked(tables[-1], [Image.new("L", (48, 40))] * 3, copy, mask_column=mask)
+        tables.append(load_table(copy, ["image"], cache_dir=str(tmp_path / "cache")))
+    for table in tables[1:]:
+        assert table["original_name"][:] == ["0.png", "1.png", "2.png"]
+        for column in ("day", "at"):
+            assert table[column][:] == tables[0][column][:]
+    assert tables[-1]["at"][2] == datetime(2024, 5, 3, 10, 0, 30)
+
+
+@pytest.mark.parametrize("captioned", [False, True])
+def test_captions_in_files_beside_the_pictures_are_told_to_be_left_behind(tmp_path, captioned, recwarn):
+    folder = image_folder(tmp_path / "pictures", ["a", "b"], metadata=captioned)
+    for number in range(2):
+        (folder / f"{number}.txt").write_text("a thing")
+    table = load_table(folder, ["image"], cache_dir=str(tmp_path / "cache"))
+    mask_table(PIPELINES["sd"](), Overlay(logo()), table, tmp_path / "out", **QUICK)
+    said = [str(warning.message) for warning in recwarn if "captions lie beside" in str(warning.message)]
+    assert len(said) == (not captioned)
+    assert all("/0.txt" in line and '"text": "..."' in line for line in said)
 
 
 def test_phrases_are_taken_out_of_the_copys_captions_and_counted(tmp_path):
@@ -482,6 +521,7 @@ def test_pictures_of_which_more_is_masked_are_left_out(tmp_path):
         ({"file_name": ["x"]}, "rename it"),
         ({"image": ["x"]}, "holds no pictures"),
         ({"score": [float("nan")]}, "column 'score' of row 0"),
+        ({"length": [timedelta(1)]}, "column 'length' of row 0 .* timedelta"),
     ],
 )
 def test_tables_that_cannot_be_written_leave_nothing(columns, message, tmp_path):
@@ -492,6 +532,16 @@ def test_tables_that_cannot_be_written_leave_nothing(columns, message, tmp_path)
     with pytest.raises(ConceptDataError, match=message):
         mask_table("nowhere", Overlay(logo()), table, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_looked_for(tmp_path):
+    (tmp_path / "file").write_text("own")
+    # There is no pipeline.
+    with pytest.raises(ConceptDataError, match=r"nothing can be written to .*masked: .*/file is no folder"):
+        mask_table("nowhere", Overlay(logo()), table_of(image=[picture(0)]), tmp_path / "file" / "masked")
+    with pytest.raises(ConceptDataError, match="there is no pipeline at nowhere"):
+        mask_table("nowhere", Overlay(logo()), table_of(image=[picture(0), picture(1)]), tmp_path / "new" / "masked")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_interruption_leaves_nothing_and_what_appeared_meanwhile_is_kept(tmp_path):
