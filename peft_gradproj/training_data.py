@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "check_pictures",
     "draw_frame",
     "first_line",
+    "in_one_form",
     "load_table",
     "one_caption",
     "picture_path",
@@ -35,6 +37,10 @@ __all__ = [
 
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 """What Pillow raises of pictures that are damaged, of no known format, or too large."""
+
+_APOSTROPHES = "'\u2018\u2019\u02bc"
+_MARKS = "\u0300-\u036f\u1160-\u11ff\u3099\u309a"
+"""What belongs to the letter before it, where letters are not composed: accents, parts of Korean and Japanese ones."""
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -297,13 +303,34 @@ def read_pictures(table: Any, column: str) -> Sequence[Image.Image]:
 
 
 def without_phrase(caption: str, phrase: str) -> tuple[str, bool]:
-    """A caption without a phrase, in whatever case, and without what joined it to the rest; and whether it had it."""
+    """A caption without a phrase, and without what joined it to the rest; and whether it had it.
+
+    In whatever case, Unicode form and kind of apostrophe; the rest of the caption stays as it was.
+    """
+    phrase = in_one_form(phrase)
     # Captions are broken into lines, and hold two blanks where there is one in the phrase.
-    words = r"\s+".join(map(re.escape, phrase.split()))
-    before = r"(?<!\w)" if _ends_words(phrase[:1]) else ""
-    after = r"(?!\w)" if _ends_words(phrase[-1:]) else ""
+    words = r"\s+".join("".join(map(_any_form, word)) for word in phrase.split())
+    before = rf"(?<![\w{_MARKS}])" if _ends_words(phrase[:1]) else ""
+    # What ends before a mark ends within a letter.
+    after = rf"(?![\w{_MARKS}])" if _ends_words(phrase[-1:]) else f"(?![{_MARKS}])"
     without, found = re.subn(rf"[\s,;]*{before}{words}{after}", "", caption, flags=re.IGNORECASE)
     return (without.strip(" ,;"), True) if found else (caption, False)
+
+
+def in_one_form(text: str) -> str:
+    """A text of which all that looks alike is alike: letters with accents composed (NFC), apostrophes straight."""
+    return re.sub(f"[{_APOSTROPHES}]", "'", unicodedata.normalize("NFC", text))
+
+
+def _any_form(letter: str) -> str:
+    """What matches a letter of a text in one form in any of its forms."""
+    if letter == "'":
+        return f"[{_APOSTROPHES}]"
+    parts = unicodedata.normalize("NFD", letter)
+    # Some write Vietnamese, or Korean, with a part of the marks composed.
+    composed = (unicodedata.normalize("NFC", parts[:end]) + parts[end:] for end in range(1, len(parts) + 1))
+    forms = dict.fromkeys(composed)
+    return f"(?:{'|'.join(map(re.escape, forms))})"
 
 
 def _ends_words(letter: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from io import BytesIO
 
 import datasets
@@ -15,7 +17,7 @@ from tiny_pipelines import image_folder, picture
 
 from peft_gradproj import TrainingData
 from peft_gradproj.errors import ConceptDataError
-from peft_gradproj.training_data import Frame, draw_frame, read_pictures
+from peft_gradproj.training_data import Frame, draw_frame, read_pictures, without_phrase
 
 CAPTIONS = ["a house", "a tree", "a dog"]
 
@@ -165,3 +167,51 @@ def test_metadata_of_a_missing_picture(tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(ConceptDataError, match="cannot be read"):
         load(folder, tmp_path)[1]
+
+
+# Phrases
+
+
+def partly_composed(text: str) -> str:
+    """As Vietnamese is typed: of two marks on a letter the first composed."""
+    parts = unicodedata.normalize("NFD", text)
+    return re.sub(r"(.[\u0300-\u036f])(?=[\u0300-\u036f])", lambda m: unicodedata.normalize("NFC", m[1]), parts)
+
+
+FORMS = {
+    "composed": lambda text: unicodedata.normalize("NFC", text),
+    "decomposed": lambda text: unicodedata.normalize("NFD", text),
+    "partly composed": partly_composed,
+    "upper case": str.upper,
+    "curly": lambda text: text.replace("'", "\u2019"),
+    "other curly": lambda text: text.replace("'", "\u2018"),
+    "broken": lambda text: text.replace(" ", "\n "),
+}
+
+
+@given(
+    phrase=st.sampled_from(["Pokémon", "McDonald's", "by Amélie's café", "chữ Tiếng Việt", "한국", "ガンダム"]),
+    given_as=st.sampled_from(sorted(FORMS)),
+    stored_as=st.sampled_from(sorted(FORMS)),
+)
+def test_a_phrase_is_taken_out_in_whatever_form_it_is_stored_and_the_rest_stays_as_it_was(phrase, given_as, stored_as):
+    for before, after in (("a cup", ""), ("l\u2019été, e\u0301te\u0301", "of Zoe\u0308's"), ("", "on grass")):
+        caption = f"{before} {FORMS[stored_as](phrase)} {after}"
+        assert without_phrase(caption, FORMS[given_as](phrase)) == (f"{before} {after}".strip(), True)
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrase"),
+    [
+        ("a café", "caf"),
+        ("a café", "cafe"),
+        ("émilie", "milie"),
+        ("각", "가"),
+        ("が", "か"),
+        ("McDonalds", "McDonald's"),
+    ],
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_what_is_another_word_is_left_in_whatever_form(caption, phrase, form):
+    caption = unicodedata.normalize(form, caption)
+    assert without_phrase(caption, phrase) == (caption, False)
