@@ -95,7 +95,9 @@ class Overlay:
         with Image.open(path) as image:
             has_alpha = image.mode in ("LA", "PA") or "transparency" in image.info
             overlay = cls(upright(image, "RGBA" if has_alpha else image.mode), **ranges)
-        left, top, right, bottom = overlay.image.getchannel("A").getbbox()
+        box = overlay.image.getchannel("A").getbbox()
+        assert box is not None  # checked there
+        left, top, right, bottom = box
         share = max(right - left, bottom - top) / max(overlay.image.size)
         if share < 1 - WIDE_MARGIN:
             warnings.warn(
