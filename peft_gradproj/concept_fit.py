@@ -41,7 +41,16 @@ from .fitting import fit_concept_basis
 from .observation import find_layers
 from .pipelines import PipelineFamily, checked_resolution, load_pipeline
 from .probes import ConceptProbes, adapters_as_before, adapters_disabled, collect_concept_probes, evaluation_mode
-from .training_data import Frame, TrainingData, draw_frame, load_table, one_caption, read_pictures, without_phrase
+from .training_data import (
+    UNREADABLE,
+    Frame,
+    TrainingData,
+    draw_frame,
+    load_table,
+    one_caption,
+    read_pictures,
+    without_phrase,
+)
 
 __all__ = [
     "Concept",
@@ -662,7 +671,9 @@ def load_concept(
 def _opened(path: str | Path, ranges: Mapping[str, tuple[float, float]]) -> Overlay:
     try:
         return Overlay.open(path, **ranges)
-    except OSError as error:
+    except ConceptDataError:
+        raise
+    except UNREADABLE as error:
         raise ConceptDataError(f"the overlay {path} cannot be read: {error}") from error
 
 

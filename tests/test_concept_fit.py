@@ -374,6 +374,9 @@ def test_forms_of_a_concept_are_told_apart(tmp_path):
         load_concept()
     with pytest.raises(ConceptDataError, match="overlay and prompts"):
         load_concept(overlay="logo.png", prompts=["x"])
+    Image.new("1", (20_000, 9_500)).save(tmp_path / "huge.png")
+    with pytest.raises(ConceptDataError, match=r"the overlay .*huge\.png cannot be read.*bomb"):
+        load_concept(overlay=tmp_path / "huge.png")
     with pytest.raises(ConceptDataError, match="cannot be read"):
         load_concept(overlay=tmp_path / "absent.png")
     (tmp_path / "text.png").write_text("no picture")
