@@ -421,6 +421,10 @@ def mask(
     source = train_data_dir or dataset_name
     if source is None or (train_data_dir and dataset_name):
         raise typer.BadParameter("give --train-data-dir or --dataset-name.")
+    if train_data_dir and output_dir.resolve().is_relative_to(Path(train_data_dir).resolve()):
+        raise typer.BadParameter(
+            "--output-dir lies in --train-data-dir, of whose pictures the copies would be. Give a folder beside it."
+        )
     table = load_table(source, [image_column], config_name=dataset_config_name, split=split, cache_dir=cache_dir)
     found = load_concept(
         overlay=overlay,

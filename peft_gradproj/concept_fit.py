@@ -36,11 +36,21 @@ from .concepts import ConceptPair, ConceptSet, Overlay, nth_of_shuffles
 from .contrast import ContrastBatches
 from .diffusion_inputs import mask_weights
 from .errors import ConceptDataError
+from .files import check_can_hold
 from .fitting import fit_concept_basis
 from .observation import find_layers
 from .pipelines import PipelineFamily, checked_resolution, load_pipeline
 from .probes import ConceptProbes, adapters_as_before, adapters_disabled, collect_concept_probes, evaluation_mode
-from .training_data import Frame, TrainingData, draw_frame, load_table, one_caption, read_pictures, without_phrase
+from .training_data import (
+    UNREADABLE,
+    Frame,
+    TrainingData,
+    draw_frame,
+    load_table,
+    one_caption,
+    read_pictures,
+    without_phrase,
+)
 
 __all__ = [
     "Concept",
@@ -180,7 +190,8 @@ def fit_concept(
         seed: Of everything that is random: crops, places of the overlay, noise and timesteps.
 
     Raises:
-        ConceptDataError: If the pipeline is of no known family, or the concept and the data do not give examples of it.
+        ConceptDataError: If the pipeline is of no known family, the concept and the data do not give examples of it, or
+            nothing can be written to the folder.
         ConceptBasisError: If no layer shows the concept, or the basis would block other learning.
     """
     if min(num_pairs, num_probes, batch_size) < 1:
@@ -191,6 +202,8 @@ def fit_concept(
         raise ConceptDataError(f"spaces={list(spaces)}; expected 'input', 'output' or both: others need an adapter.")
     if save_contrast and output_dir is None:
         raise ConceptDataError("save_contrast needs output_dir, the folder to write the contrast batches to.")
+    if output_dir is not None:
+        check_can_hold(output_dir, ConceptDataError)
     clock = Clock()
     with clock("load"):
         if isinstance(pipeline_or_id, str | Path):
@@ -666,7 +679,9 @@ def load_concept(
 def _opened(path: str | Path, ranges: Mapping[str, tuple[float, float]]) -> Overlay:
     try:
         return Overlay.open(path, **ranges)
-    except OSError as error:
+    except ConceptDataError:
+        raise
+    except UNREADABLE as error:
         raise ConceptDataError(f"the overlay {path} cannot be read: {error}") from error
 
 

@@ -2,7 +2,7 @@
 
 As a file they are one safetensors file with a tensor `{number}.{name}` for each network and each of its weights, and a
 header with `format_version`, `concept`, `resolution`, `dilation`, `latent_channels` and, for each network, its share
-in `labelled_shares`.
+in `labelled_shares`. `vae_answer`, which files of before have not, is how the VAE of the latents answers to a picture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .diffusion_inputs import dilated
+from .diffusion_inputs import ANSWER_GRID, dilated
 from .errors import ConceptDataError
 from .files import locate_file, read_header_json, read_tensor_file, write_tensor_file
 from .masks import ConceptMarker, mark_by_any, marker_network
@@ -26,6 +26,10 @@ __all__ = ["FORMAT_VERSION", "MARKERS_FILE_NAME", "ConceptMarkers"]
 
 MARKERS_FILE_NAME = "concept_markers.safetensors"
 FORMAT_VERSION = "1"
+
+MAX_VAE_DISTANCE = 0.2
+"""How far, relatively, a VAE's answer may be from that of the markers' own. Half precision makes less than 0.01, other
+weights made at least 0.46, and the scaling factors of Stable Diffusion and of XL alone make 0.28."""
 
 
 class ConceptMarkers:
@@ -41,24 +45,37 @@ class ConceptMarkers:
         resolution: The shorter side of the pictures in which they learned to find it, in pixels.
         dilation: By how many latents what was found is widened.
         concept: What is found, in words.
+        vae_answer: How the VAE answers whose latents they learned from, a :func:`~.diffusion_inputs.vae_answer`;
+            `None` if that is not known.
 
     Raises:
         ConceptDataError: If there is none, they do not go together, or a number is out of range.
     """
 
     def __init__(
-        self, markers: Sequence[ConceptMarker], *, resolution: int, dilation: int = 0, concept: str = ""
+        self,
+        markers: Sequence[ConceptMarker],
+        *,
+        resolution: int,
+        dilation: int = 0,
+        concept: str = "",
+        vae_answer: Tensor | None = None,
     ) -> None:
         if not markers:
             raise ConceptDataError("there is no network to mark with; expected at least one.")
         self.markers = tuple(markers)
-        self.resolution, self.dilation, self.concept = resolution, dilation, concept
+        self.resolution, self.dilation, self.concept, self.vae_answer = resolution, dilation, concept, vae_answer
         if len({marker.channels for marker in self.markers}) > 1:
             raise ConceptDataError("the networks take latents of different numbers of channels; expected one number.")
         if resolution < 1 or dilation < 0 or not all(0 < marker.labelled_share <= 1 for marker in self.markers):
             raise ConceptDataError(
                 f"resolution={resolution}, dilation={dilation}, labelled shares "
                 f"{[marker.labelled_share for marker in self.markers]}; expected at least 1, at least 0, in (0, 1]."
+            )
+        if vae_answer is not None and vae_answer.shape != (self.channels, ANSWER_GRID, ANSWER_GRID):
+            raise ConceptDataError(
+                f"the VAE's answer has shape {tuple(vae_answer.shape)}; expected "
+                f"{(self.channels, ANSWER_GRID, ANSWER_GRID)}, as of vae_answer()."
             )
 
     @property
@@ -71,6 +88,26 @@ class ConceptMarkers:
             f"ConceptMarkers({self.concept!r}, {len(self.markers)} networks, {self.channels} channels, "
             f"resolution={self.resolution}, dilation={self.dilation})"
         )
+
+    def check_vae(self, answer: Tensor) -> None:
+        """Refuse a VAE other than that whose latents the networks learned from, if it is known.
+
+        Args:
+            answer: How it answers, a :func:`~.diffusion_inputs.vae_answer`.
+
+        Raises:
+            ConceptDataError: If it is another one. In its latents they would find nothing, or anything.
+        """
+        if self.vae_answer is None:
+            return
+        distance = float((answer - self.vae_answer).norm() / self.vae_answer.norm().clamp_min(1e-12))
+        # What is no number is no small one.
+        if not distance <= MAX_VAE_DISTANCE:
+            raise ConceptDataError(
+                f"the VAE's latents of a test picture differ by {distance:.0%} from those of the VAE that the concept "
+                "markers were made with: in these they would find nothing, or anything. Make the markers with "
+                "`gradproj mask` on the base model that is trained."
+            )
 
     @torch.no_grad()
     def mark(self, latents: Tensor) -> Tensor:
@@ -104,6 +141,7 @@ class ConceptMarkers:
             "dilation": str(self.dilation),
             "latent_channels": str(self.channels),
             "labelled_shares": json.dumps([marker.labelled_share for marker in self.markers]),
+            "vae_answer": None if self.vae_answer is None else json.dumps(self.vae_answer.flatten().tolist()),
         }
         tensors = {
             f"{number}.{name}": tensor.cpu().contiguous()
@@ -137,6 +175,7 @@ class ConceptMarkers:
             resolution=_whole(header, "resolution", path, 1, 2**16),
             dilation=_whole(header, "dilation", path, 0, 2**10),
             concept=header.get("concept", ""),
+            vae_answer=_answer(header, channels, path),
         )
 
 
@@ -169,6 +208,16 @@ def _shares(header: Mapping[str, str], path: Path) -> list[float]:
     if not isinstance(shares, list) or not shares or not all(type(s) is float and 0 < s <= 1 for s in shares):
         raise ConceptDataError(f"{path}: labelled_shares is {shown(shares)}; expected a list of numbers in (0, 1].")
     return shares
+
+
+def _answer(header: Mapping[str, str], channels: int, path: Path) -> Tensor | None:
+    if "vae_answer" not in header:
+        return None
+    values = _value(header, "vae_answer", path)
+    count = channels * ANSWER_GRID**2
+    if not isinstance(values, list) or len(values) != count or not all(type(value) is float for value in values):
+        raise ConceptDataError(f"{path}: vae_answer is {shown(values)}; expected a list of {count} numbers.")
+    return torch.tensor(values).unflatten(0, (channels, ANSWER_GRID, ANSWER_GRID))
 
 
 def _whole(header: Mapping[str, str], key: str, path: Path, least: int, most: int) -> int:

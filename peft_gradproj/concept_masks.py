@@ -2,7 +2,8 @@
 
 The pictures are divided into two folds. On the latents of each fold, onto which the concept is pasted, a small network
 learns to find it (`masks`), and marks the pictures of the other fold. The same networks say how much of what was pasted
-onto the other fold they find: an estimate of what they miss.
+onto the other fold they find: an estimate of what they miss. Rows with equal pictures, as of data with several captions
+a picture, are in one fold: a network that learned from a picture takes what it shows for not pasted.
 
 A concept that pictures show can be found: an overlay, which is pasted; pairs, whose other halves are what it is not; or
 pictures with masks, where the training pictures, unlabelled, take the place of the other halves.
@@ -13,6 +14,7 @@ them: as many that overlap by half as the longer side takes.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +33,7 @@ from .clock import Clock
 from .concept_fit import Concept, iter_concept_examples
 from .concept_markers import ConceptMarkers
 from .concepts import ConceptSet, Overlay, nth_of_shuffles
-from .diffusion_inputs import dilated, mask_weights
+from .diffusion_inputs import dilated, mask_weights, vae_answer
 from .errors import ConceptDataError
 from .masks import GUARDED_SHARE, ConceptMarker, fit_markers, guarded, places
 from .pipelines import PictureEncoder, checked_resolution, load_encoder
@@ -45,6 +47,8 @@ CELLS_IN_A_STEP = 2**16
 """A training step of the networks sees about so many latents' places, whatever the resolution."""
 GRID = 64
 """Rows and columns of the grid on which places in pictures of different sizes are compared."""
+NAMED = 20
+"""So many pictures that cannot be read are named in an error."""
 CROP = 0.5
 """The networks learn from parts of the squares, and so not where in the pictures they are."""
 
@@ -165,7 +169,7 @@ class MaskReport:
     pairs: int
     """Examples that either network learned from."""
     seconds: dict[str, float]
-    """Of each part: `load`, `examples`, `networks`, `marks`."""
+    """Of each part: `pictures`, `load`, `examples`, `networks`, `marks`."""
     telling_phrases: list[TellingPhrase]
     """Phrases that captions of pictures in which it was found have, and others have not, or less often: they may name
     the concept, and are better taken out."""
@@ -240,13 +244,14 @@ def find_concept(
 ) -> tuple[ConceptMasks, MaskReport]:
     """Mark a concept in training pictures, each by a network that learned from others.
 
-    Pictures are read one by one; the latents of the examples are kept, about `2 * num_pairs` times those of a picture.
+    Pictures are read one by one, all of them once before the work begins, so that none is found unreadable when it is
+    nearly done; the latents of the examples are kept, about `2 * num_pairs` times those of a picture.
 
     Args:
         pipeline_or_id: A pipeline of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, its folder, or its Hub id, of which only
             the VAE is loaded then, in float32.
         concept: An overlay, pairs, or pictures with masks; the latter two at least two.
-        data: The training pictures, at least two. Captions only tell which phrases may name the concept.
+        data: The training pictures, at least two different ones. Captions only tell which phrases may name the concept.
         name: What the concept is called.
         resolution: The shorter side to which pictures are scaled to look for it; what the pipeline makes by default. It
             need not be that of the training, but the concept has to be seen at it.
@@ -269,8 +274,8 @@ def find_concept(
         as their `markers`; and the report.
 
     Raises:
-        ConceptDataError: If the pipeline is of no known family, the concept is words, or it and the data do not give
-            examples for both networks.
+        ConceptDataError: If the pipeline is of no known family, the concept is words, pictures cannot be read, or it
+            and the data do not give examples for both networks.
     """
     if min(num_pairs - 15, steps, batch_size, dilation + 1) < 1:
         raise ConceptDataError(
@@ -278,7 +283,11 @@ def find_concept(
             "16, 1, 1 and 0."
         )
     clock = Clock()
-    sources = _sources(concept, data)
+    findable = _findable(concept, data)
+    with clock("pictures"), _bar("pictures", len(data), progress) as bar:
+        firsts = _first_rows(data, bar)
+    different = sorted({*firsts})
+    sources = _sources(findable, data, different)
     with clock("load"):
         if isinstance(pipeline_or_id, str | Path):
             encoder = load_encoder(str(pipeline_or_id), revision=revision, variant=variant, device=device)
@@ -301,16 +310,17 @@ def find_concept(
             progress=lambda done: bar.update(done - bar.n),
         )
     recalls = torch.cat([fold.recalls(marker, dilation) for fold, marker in zip(examples, markers, strict=True)])
-    cells, sizes, captions = [], [], []
-    with clock("marks"), _bar("masks", len(data), progress) as bar:
-        for number in range(len(data)):
-            picture, caption = data[number]
-            captions.append(caption)
-            cells.append(_marked(picture, encoder, markers[number % FOLDS], side, dilation, batch_size))
-            sizes.append(picture.size)
+    marks: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
+    with clock("marks"), _bar("masks", len(different), progress) as bar:
+        for number, row in enumerate(different):
+            picture, _ = data[row]
+            marked = _marked(picture, encoder, markers[number % FOLDS], side, dilation, batch_size)
+            marks[row] = marked, picture.size
             bar.update()
+    cells, sizes = zip(*(marks[first] for first in firsts), strict=True)
 
-    kept = ConceptMarkers(markers, resolution=side, dilation=dilation, concept=name)
+    about: Any = {"concept": name, "vae_answer": vae_answer(encoder.vae)}
+    kept = ConceptMarkers(markers, resolution=side, dilation=dilation, **about)
     found = ConceptMasks(cells, sizes, kept)
     masks = found.guarded() if guard else found
     across, down = found.places() if found.marked else (None, None)
@@ -328,7 +338,9 @@ def find_concept(
         resolution=side,
         pairs=num_pairs,
         seconds=clock.seconds,
-        telling_phrases=find_telling_phrases(captions, [bool(marked.any()) for marked in cells]),
+        telling_phrases=find_telling_phrases(
+            [data.caption(row) for row in range(len(data))], [bool(marked.any()) for marked in cells]
+        ),
     )
     return masks, report
 
@@ -387,26 +399,62 @@ class _Source:
         return frame.apply(picture)
 
 
-def _sources(concept: Concept, data: TrainingData) -> list[_Source]:
-    """For each fold of the training pictures."""
+def _findable(concept: Concept, data: TrainingData) -> Overlay | ConceptSet:
+    """The concept, if pictures show it and there are enough."""
     if not isinstance(concept, Overlay | ConceptSet):
         raise ConceptDataError(
             "words cannot be found in pictures; give the concept as an overlay, as pairs, or as pictures with masks."
         )
-    for what, count in (("training pictures", len(data)), ("examples", _number_of_examples(concept))):
-        if count < FOLDS:
-            raise ConceptDataError(
-                f"{count} of {what} cannot be divided into {FOLDS} folds, one to learn from and one to look at."
-            )
+    _check_count("training pictures", len(data))
+    if isinstance(concept, ConceptSet):
+        _check_count("examples", len(concept))
+    return concept
+
+
+def _check_count(what: str, count: int) -> None:
+    if count < FOLDS:
+        raise ConceptDataError(
+            f"{count} of {what} cannot be divided into {FOLDS} folds, one to learn from and one to look at."
+        )
+
+
+def _first_rows(data: TrainingData, bar: Any) -> list[int]:
+    """For each row the first one whose picture looks the same, pixel for pixel: itself, where there is no other.
+
+    Raises:
+        ConceptDataError: If pictures cannot be read, which names them all.
+    """
+    known: dict[bytes, int] = {}
+    firsts: list[int] = []
+    failed: list[str] = []
+    for row in range(len(data)):
+        try:
+            shown = data[row][0].convert("RGB")
+        except ConceptDataError as error:
+            failed.append(str(error))
+        else:
+            # In memory are the digests and not the pictures.
+            digest = hashlib.sha256(shown.tobytes())
+            digest.update(repr(shown.size).encode())
+            firsts.append(known.setdefault(digest.digest(), row))
+        bar.update()
+    if failed:
+        more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
+        raise ConceptDataError(
+            f"{len(failed)} of the {len(data)} pictures cannot be used; mend them or leave them out: "
+            f"{'; '.join(failed[:NAMED])}{more}"
+        )
+    return firsts
+
+
+def _sources(concept: Overlay | ConceptSet, data: TrainingData, different: Sequence[int]) -> list[_Source]:
+    """For each fold of the training pictures, of which the rows of the different ones are given."""
+    _check_count("different training pictures", len(different))
     sources = []
     for fold in range(FOLDS):
         part = concept if isinstance(concept, Overlay) else concept[fold::FOLDS]
-        sources.append(_Source(part, data.select(range(fold, len(data), FOLDS))))
+        sources.append(_Source(part, data.select(different[fold::FOLDS])))
     return sources
-
-
-def _number_of_examples(concept: Overlay | ConceptSet) -> int:
-    return FOLDS if isinstance(concept, Overlay) else len(concept)
 
 
 @dataclass(frozen=True)

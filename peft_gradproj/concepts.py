@@ -12,6 +12,7 @@ Everything here is pictures and prompts; `diffusion_inputs` turns them into what
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ __all__ = ["ConceptPair", "ConceptSet", "Overlay", "Placement", "nth_of_shuffles
 
 MASK_THRESHOLD = 8
 """Grey levels that two halves of a pair must differ by, to count as the concept."""
+
+WIDE_MARGIN = 0.2
+"""A transparent margin that takes a larger share of an overlay's longer side is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,25 @@ class Overlay:
 
     @classmethod
     def open(cls, path: str | Path, **ranges: tuple[float, float]) -> Overlay:
-        """Read an overlay from an image file; `ranges` are the other arguments."""
+        """Read an overlay from an image file; `ranges` are the other arguments.
+
+        A transparent margin counts in `scale`: a warning says so where it is wide.
+        """
         with Image.open(path) as image:
             has_alpha = image.mode in ("LA", "PA") or "transparency" in image.info
-            return cls(upright(image, "RGBA" if has_alpha else image.mode), **ranges)
+            overlay = cls(upright(image, "RGBA" if has_alpha else image.mode), **ranges)
+        box = overlay.image.getchannel("A").getbbox()
+        assert box is not None  # checked there
+        left, top, right, bottom = box
+        share = max(right - left, bottom - top) / max(overlay.image.size)
+        if share < 1 - WIDE_MARGIN:
+            warnings.warn(
+                f"what is seen of the overlay {path} is {share:.0%} as long as the file, whose transparent margin "
+                f"counts in the scale {overlay.scale}: it is pasted that much smaller. Crop the margin away, or give "
+                "a larger scale.",
+                stacklevel=2,
+            )
+        return overlay
 
     def draw(self, placement: Placement) -> Image.Image:
         """The overlay as it lies on a picture: scaled, turned, faded, cropped to what is visible."""

@@ -10,7 +10,7 @@ Written for pipelines with `vae`, `tokenizer`, `text_encoder`, `unet` and `sched
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,11 @@ __all__ = [
     "scaled_latents",
     "tensor_to_pictures",
     "training_target",
+    "vae_answer",
 ]
+
+ANSWER_GRID = 4
+"""Rows and columns that the answer of a VAE is averaged over."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,31 @@ def encode_images(pipeline: Any, pictures: Sequence[Image.Image] | Tensor, *, ba
 def scaled_latents(vae: Any, latents: Tensor) -> Tensor:
     """What a VAE encodes to, as the denoiser sees it."""
     return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def vae_answer(vae: Any, encode: Callable[[Tensor], Any] | None = None, like: Tensor | None = None) -> Tensor:
+    """How a VAE answers to one fixed picture: by that, two whose latents have as many channels are told apart.
+
+    Latents as the denoiser sees them, averaged over a grid, so that they are few whatever the VAE.
+
+    Args:
+        vae: An `AutoencoderKL`.
+        encode: What to encode with; its own `encode` by default.
+        like: A tensor on the device and of the dtype that it takes; by default as it says itself.
+
+    Returns:
+        Float32, on the CPU, shape `(C, 4, 4)`.
+    """
+    # Waves of several lengths, one in each colour, and a rectangle with sharp edges; without random numbers, which the
+    # loop around it draws as if this were not here.
+    down, across = torch.meshgrid(*[torch.linspace(0, 1, 64, dtype=torch.float64)] * 2, indexing="ij")
+    waves = [torch.sin(2 * torch.pi * (i * across + j * down)) for i, j in ((1, 2), (3, -1), (5, 4))]
+    pixels = torch.stack(waves)[None]
+    pixels[..., 16:40, 24:56] = pixels.new_tensor([1.0, -1.0, 0.5])[:, None, None]
+    pixels = pixels.to(vae.device, vae.dtype) if like is None else pixels.to(like)
+    latents = (encode or vae.encode)(pixels)[0].mode().float()
+    return F.adaptive_avg_pool2d(scaled_latents(vae, latents), ANSWER_GRID)[0].cpu()
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ from .verification import verify_adapter
 
 __all__ = [
     "LoraCheckpoints",
+    "MaskedShare",
     "Parts",
     "Schedule",
     "add_concept_arguments",
@@ -329,11 +330,15 @@ def square_crop(
 
     Returns:
         The picture, RGB, and the mask, L.
+
+    Raises:
+        ConceptDataError: If the mask's levels are 0 and 1, which would mask next to nothing.
+        ValueError: If picture and mask have different sizes.
     """
     place = (0.5, 0.5) if args.center_crop else (draw.random(), draw.random())
     mirrored = args.random_flip and draw.random() < 0.5
     whole = upright(picture, "RGB")
-    mask = Image.new("L", whole.size) if mask is None else upright(mask, "L")
+    mask = Image.new("L", whole.size) if mask is None else _levels(mask)
     if mask.size != whole.size:
         raise ValueError(f"A picture of {whole.size} has a mask of {mask.size}; expected the same size.")
     # A filter that overshoots would leave specks in masks.
@@ -344,6 +349,43 @@ def square_crop(
     ]
     square, mask_square = map(ImageOps.mirror, squares) if mirrored else squares
     return square, mask_square
+
+
+def _levels(mask: Image.Image) -> Image.Image:
+    """A mask as it is looked at, mode L."""
+    levels = upright(mask, "L")
+    # Of more than 8 bits as they are: converted, all of them may be 0.
+    brightest = float(np.asarray(mask if mask.mode[0] in "FI" else levels).max())
+    if 0 < brightest <= 1:
+        raise ConceptDataError(
+            f"the brightest level of a mask is {brightest:.2g}, so that it masks next to nothing; expected levels from "
+            "0 to 255, white where the loss does not count. Multiply masks of 0 and 1 by 255."
+        )
+    return levels
+
+
+class MaskedShare:
+    """The mean share of the pictures that masks took out of the loss of a run."""
+
+    def __init__(self) -> None:
+        self._sum: float | Tensor = 0.0
+        self._batches = 0
+
+    def counted(self, masks: Tensor | None) -> Tensor | None:
+        """The masks of a batch, as they were given, after they were counted."""
+        if masks is not None:
+            self._sum, self._batches = self._sum + masks.mean(), self._batches + 1
+        return masks
+
+    def log(self) -> None:
+        """Say once how large it was, if there were masks; and warn if nothing was masked."""
+        if not self._batches:
+            return
+        said = f"masks applied in {self._batches} batches; mean masked share {float(self._sum) / self._batches:.1%}"
+        if self._sum:
+            logger.info(said)
+        else:
+            logger.warning(f"{said}: all were black. Is it the right column?")
 
 
 def squared_error(prediction: Tensor, target: Tensor, masks: Tensor | None = None) -> Tensor:

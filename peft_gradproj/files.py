@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "check_can_hold",
     "checkpoint_step",
     "is_hub_id",
     "is_repository",
@@ -52,6 +54,26 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def check_can_hold(folder: str | os.PathLike[str], error: type[GradProjError]) -> None:
+    """Refuse a folder that cannot be made, or written to, before the work whose result it is to hold.
+
+    Args:
+        folder: It need not exist, and is not made.
+        error: What is raised if it cannot be.
+    """
+    whole = Path(os.path.realpath(folder))
+    nearest = next(path for path in (whole, *whole.parents) if os.path.exists(path))
+    try:
+        # Modes do not say all: a file system may be read-only.
+        with tempfile.TemporaryDirectory(prefix=".", dir=nearest):
+            pass
+    except OSError as cause:
+        raise error(
+            f"nothing can be written to the folder {folder}: {nearest} is no folder, or not to be written to "
+            f"({cause.strerror}). Give another."
+        ) from cause
 
 
 def sync(path: Path) -> None:

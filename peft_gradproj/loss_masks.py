@@ -11,7 +11,6 @@ is an error, and never a pass without masks. What the model was sampled from or 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .concept_markers import ConceptMarkers
-from .diffusion_inputs import scaled_latents
+from .diffusion_inputs import scaled_latents, vae_answer
 from .errors import ConceptDataError, GradProjConfigError
 from .online import online_projections
 from .pipelines import check_vae
@@ -52,6 +51,7 @@ class LossMasks:
         self._share: float | Tensor = 0.0
         self._encoded: list[_Encoded] = []
         self._sampled = False
+        self._known_vaes: WeakSet[nn.Module] = WeakSet()
         self._watched: WeakSet[nn.Module] = WeakSet()
         self._hooks: list[RemovableHandle] = []
 
@@ -68,25 +68,32 @@ class LossMasks:
 
     def marking(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         """`AutoencoderKL.encode`, such that what it encodes is marked."""
-        signature = inspect.signature(encode)
 
+        # By its own first arguments: until 0.41, diffusers does not say in its signature what they are.
         @wraps(encode)
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            result = encode(*args, **kwargs)
-            given = signature.bind(*args, **kwargs).arguments
-            self._mark(given["self"], given["x"], result[0].mode())
+        def marked(vae: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = encode(vae, x, *args, **kwargs)
+            latents = result[0].mode()
+            if vae not in self._known_vaes:
+                self._check_vae(vae, latents, lambda pixels: encode(vae, pixels), x)
+                self._known_vaes.add(vae)
+            self._mark(vae, x, latents)
             return result
 
         return marked
 
-    @torch.no_grad()
-    def _mark(self, vae: Any, pixels: Tensor, latents: Tensor) -> None:
+    def _check_vae(self, vae: Any, latents: Tensor, encode: Callable[[Tensor], Any], pixels: Tensor) -> None:
         check_vae(vae.config)
         if latents.shape[1] != self.markers.channels:
             raise ConceptDataError(
                 f"the VAE's latents have {latents.shape[1]} channels, and those of the concept markers "
                 f"{self.markers.channels}. Make the markers with `gradproj mask` on the base model that is trained."
             )
+        if self.markers.vae_answer is not None:
+            self.markers.check_vae(vae_answer(vae, encode, like=pixels))
+
+    @torch.no_grad()
+    def _mark(self, vae: Any, pixels: Tensor, latents: Tensor) -> None:
         if self._sampled:
             # What was encoded before went through the model without a gradient: to sample from it, or to evaluate.
             self._encoded.clear()

@@ -1,8 +1,9 @@
 """A copy of training data with a column of masks, as the training scripts read it.
 
 It is an imagefolder: pictures, bit for bit as they were, masks as PNG, and a `metadata.jsonl` in which each line holds
-what the other columns held. Beside them lie the networks that found the concept. Pictures are copied, not linked: the
-folder is whole, may be moved, and nobody who edits a picture in one place finds it changed in the other.
+what the other columns held and, if the picture came from a file, that file's name in `original_name`. Beside them lie
+the networks that found the concept. Pictures are copied, not linked: the folder is whole, may be moved, and nobody who
+edits a picture in one place finds it changed in the other.
 """
 
 from __future__ import annotations
@@ -10,22 +11,28 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date, time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from .concept_fit import Concept
 from .concept_markers import ConceptMarkers
 from .concept_masks import MaskReport, find_concept
 from .errors import ConceptDataError
+from .files import check_can_hold
 from .folder_swap import entries, replaced_folder
-from .training_data import TrainingData, first_line, read_pictures, without_phrases
+from .training_data import UNREADABLE, TrainingData, first_line, picture_path, read_pictures, without_phrases
 
 __all__ = ["mask_table", "write_masked"]
+
+ORIGINAL_NAME = "original_name"
+"""Column of the names of the files that the pictures came from; names that end in `file_name` are those of pictures."""
 
 
 def mask_table(
@@ -57,18 +64,21 @@ def mask_table(
         **options: Further arguments of :func:`find_concept`.
 
     Raises:
-        ConceptDataError: If the folder holds something already, the table cannot be written as an imagefolder, the
-            concept cannot be looked for, no caption has a phrase that is to be taken out, or all pictures would
-            be left out.
+        ConceptDataError: If the folder holds something already or cannot be made, the table cannot be written as an
+            imagefolder, pictures cannot be read, the concept cannot be looked for, no caption has a phrase that is to
+            be taken out, or all pictures would be left out.
     """
     if not 0 <= leave_out_above <= 1:
         raise ConceptDataError(f"leave_out_above={leave_out_above}; expected a share, 0 to 1.")
     output = _new_folder(output_dir)
+    check_can_hold(output, ConceptDataError)
     pictures = _picture_columns(table, image_column, mask_column)
     # Before the search, which takes long: what cannot be written would be found when it is over.
     others = table.select_columns([name for name in table.column_names if name not in pictures])
     for number, row in enumerate(others if others.column_names else ()):
         _line(row, number)
+    if caption_column not in table.column_names:
+        _warn_of_captions_in_files(picture_path(table, image_column, 0), caption_column)
     changed: list[int] = []
     if remove_phrases:
         phrases = [remove_phrases] if isinstance(remove_phrases, str) else remove_phrases
@@ -114,6 +124,8 @@ def write_masked(
         raise ConceptDataError(f"{len(table)} pictures but {len(masks)} masks; expected as many.")
     for column in folders:
         table = table.cast_column(column, datasets.Image(decode=False))
+    # Who has a column of that name, as a copy of a copy has, keeps it.
+    named = ORIGINAL_NAME not in table.column_names and picture_path(table, image_column, 0) is not None
     digits = max(5, len(str(len(table))))
     with replaced_folder(output) as stage:
         for folder in {*folders.values(), "masks"} - {""}:
@@ -121,12 +133,16 @@ def write_masked(
         with open(stage / "metadata.jsonl", "w", encoding="utf-8") as metadata:
             for number, row in enumerate(table):
                 name = f"{number:0{digits}}"
-                line = {
+                path = row[image_column]["path"]
+                line: dict[str, Any] = {
                     f"{column}_file_name": _copied(row.pop(column), stage, f"{folder}{name}")
                     for column, folder in folders.items()
                 }
                 masks[number].save(stage / "masks" / f"{name}.png")
                 line[f"{mask_column}_file_name"] = f"masks/{name}.png"
+                if named:
+                    # In an archive: `zip://name::archive`.
+                    line[ORIGINAL_NAME] = path and os.path.basename(path.partition("::")[0])
                 metadata.write(_line({**line, **row}, number) + "\n")
         if markers is not None:
             markers.save(stage)
@@ -140,6 +156,17 @@ def _captions(table: Any, column: str) -> list[str]:
         return [""] * len(table)
     given = (cell if isinstance(cell, list) else [cell] for cell in table.select_columns([column])[:][column])
     return ["; ".join(text for text in cell if isinstance(text, str)) for cell in given]
+
+
+def _warn_of_captions_in_files(picture: str | None, column: str) -> None:
+    """As some trainers take them: a text file beside each picture, of which one is looked for."""
+    text = "" if picture is None else f"{os.path.splitext(picture)[0]}.txt"
+    if os.path.isfile(text):
+        warnings.warn(
+            f"captions lie beside the pictures, such as {text}: they are not read, and will not be in the copy. Write "
+            f'a metadata.jsonl with a line such as {{"file_name": "1.png", "{column}": "..."}} for each picture.',
+            stacklevel=3,
+        )
 
 
 def _new_folder(path: str | Path) -> Path:
@@ -185,7 +212,7 @@ def _copied(cell: dict[str, Any] | None, stage: Path, stem: str) -> str | None:
         if suffix not in Image.registered_extensions():
             with Image.open(BytesIO(data)) as picture:
                 suffix = f".{str(picture.format).lower()}"
-    except (OSError, UnidentifiedImageError) as error:
+    except UNREADABLE as error:
         raise ConceptDataError(f"the picture {path or stem} cannot be copied: {first_line(error)}") from error
     (stage / f"{stem}{suffix}").write_bytes(data)
     return f"{stem}{suffix}"
@@ -194,9 +221,16 @@ def _copied(cell: dict[str, Any] | None, stage: Path, stem: str) -> str | None:
 def _line(row: dict[str, Any], number: int) -> str:
     for column, value in row.items():
         try:
-            json.dumps(value, allow_nan=False)
+            json.dumps(value, allow_nan=False, default=_iso)
         except (TypeError, ValueError) as error:
             raise ConceptDataError(
                 f"column '{column}' of row {number} holds what no metadata.jsonl can: {first_line(error)}"
             ) from error
-    return json.dumps(row, ensure_ascii=False)
+    return json.dumps(row, ensure_ascii=False, default=_iso)
+
+
+def _iso(value: Any) -> str:
+    """Dates and times, which `datasets` makes of texts that look like them, and does so again."""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    raise TypeError(f"a {type(value).__name__} is no JSON")

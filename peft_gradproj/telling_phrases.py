@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from .training_data import in_one_form
+
 __all__ = ["TellingPhrase", "find_telling_phrases"]
 
 LONGEST = 8
@@ -32,7 +34,7 @@ class TellingPhrase:
     """Words that stand under pictures that show the concept more often than under others: they may name it."""
 
     phrase: str
-    """In lower case."""
+    """In lower case, with letters composed and straight apostrophes."""
     shown: int
     """So many captions of pictures that show the concept have it."""
     others: int
@@ -53,7 +55,7 @@ def find_telling_phrases(captions: Sequence[str], shows: Sequence[bool], *, most
         shows: As many: whether the picture shows the concept.
         most: So many are returned at most.
     """
-    left = [[tuple(part.split()) for part in _ENDS.split(caption.lower())] for caption in captions]
+    left = [[tuple(part.split()) for part in _ENDS.split(in_one_form(caption).lower())] for caption in captions]
     shown_pictures = sum(map(bool, shows))
     pictures = shown_pictures, len(captions) - shown_pictures
     found: list[TellingPhrase] = []

@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .errors import ConceptDataError
 
 __all__ = [
+    "UNREADABLE",
     "Frame",
     "TrainingData",
+    "check_pictures",
     "draw_frame",
     "first_line",
+    "in_one_form",
     "load_table",
     "one_caption",
+    "picture_path",
     "read_pictures",
     "without_phrase",
     "without_phrases",
 ]
+
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+"""What Pillow raises of pictures that are damaged, of no known format, or too large."""
+
+_APOSTROPHES = "'\u2018\u2019\u02bc"
+_MARKS = "\u0300-\u036f\u1160-\u11ff\u3099\u309a"
+"""What belongs to the letter before it, where letters are not composed: accents, parts of Korean and Japanese ones."""
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -160,11 +172,30 @@ def one_caption(given: Any, of: str) -> str:
     Raises:
         ConceptDataError: If it is neither text nor a list of texts; `of` says of what.
     """
-    caption = given[0] if isinstance(given, list | tuple) and given else given
-    if not isinstance(caption, str):
-        kind = type(caption).__name__
-        raise ConceptDataError(f"the caption of {of} is a {kind}; expected text, or a list of at least one text.")
-    return caption
+    alternatives = given if isinstance(given, list | tuple) and given else [given]
+    for caption in alternatives:
+        if not isinstance(caption, str):
+            kind = type(caption).__name__
+            what = f"the caption of {of} is" if caption is given else f"one of the captions of {of} is"
+            raise ConceptDataError(f"{what} a {kind}; expected text, or a list of at least one text.")
+    return alternatives[0]
+
+
+def check_pictures(table: Any, columns: Iterable[str]) -> None:
+    """Refuse columns of a table of `datasets` that hold something other than pictures.
+
+    Raises:
+        ConceptDataError: If there is one; the columns have to be there.
+    """
+    import datasets
+
+    for column in columns:
+        feature = table.features[column]
+        if not isinstance(feature, datasets.Image):
+            raise ConceptDataError(
+                f"column '{column}' holds {feature}; expected pictures. In the metadata of a folder, the column that "
+                f"names their files is '{column}_file_name'."
+            )
 
 
 def load_table(
@@ -247,13 +278,23 @@ class _Column(Sequence[Image.Image]):
             return [self[i] for i in range(len(self))[index]]
         try:
             picture = self._table[index][self._name]
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        except UNREADABLE as error:
+            file = picture_path(self._table, self._name, index)
             raise ConceptDataError(
-                f"picture {index} of column '{self._name}' cannot be read: {first_line(error)}"
+                f"picture {index} of column '{self._name}'{f', {file},' if file else ''} cannot be read: "
+                f"{first_line(error)}"
             ) from error
         if not isinstance(picture, Image.Image):
             raise ConceptDataError(f"column '{self._name}' holds a {type(picture).__name__}; expected pictures.")
         return picture
+
+
+def picture_path(table: Any, column: str, row: int) -> str | None:
+    """Where a picture of a table of `datasets` comes from, as far as the table says; it is not decoded."""
+    import datasets
+
+    cell = table.select([row]).cast_column(column, datasets.Image(decode=False))[0][column]
+    return None if cell is None else cell["path"]
 
 
 def read_pictures(table: Any, column: str) -> Sequence[Image.Image]:
@@ -262,13 +303,34 @@ def read_pictures(table: Any, column: str) -> Sequence[Image.Image]:
 
 
 def without_phrase(caption: str, phrase: str) -> tuple[str, bool]:
-    """A caption without a phrase, in whatever case, and without what joined it to the rest; and whether it had it."""
+    """A caption without a phrase, and without what joined it to the rest; and whether it had it.
+
+    In whatever case, Unicode form and kind of apostrophe; the rest of the caption stays as it was.
+    """
+    phrase = in_one_form(phrase)
     # Captions are broken into lines, and hold two blanks where there is one in the phrase.
-    words = r"\s+".join(map(re.escape, phrase.split()))
-    before = r"(?<!\w)" if _ends_words(phrase[:1]) else ""
-    after = r"(?!\w)" if _ends_words(phrase[-1:]) else ""
+    words = r"\s+".join("".join(map(_any_form, word)) for word in phrase.split())
+    before = rf"(?<![\w{_MARKS}])" if _ends_words(phrase[:1]) else ""
+    # What ends before a mark ends within a letter.
+    after = rf"(?![\w{_MARKS}])" if _ends_words(phrase[-1:]) else f"(?![{_MARKS}])"
     without, found = re.subn(rf"[\s,;]*{before}{words}{after}", "", caption, flags=re.IGNORECASE)
     return (without.strip(" ,;"), True) if found else (caption, False)
+
+
+def in_one_form(text: str) -> str:
+    """A text of which all that looks alike is alike: letters with accents composed (NFC), apostrophes straight."""
+    return re.sub(f"[{_APOSTROPHES}]", "'", unicodedata.normalize("NFC", text))
+
+
+def _any_form(letter: str) -> str:
+    """What matches a letter of a text in one form in any of its forms."""
+    if letter == "'":
+        return f"[{_APOSTROPHES}]"
+    parts = unicodedata.normalize("NFD", letter)
+    # Some write Vietnamese, or Korean, with a part of the marks composed.
+    composed = (unicodedata.normalize("NFC", parts[:end]) + parts[end:] for end in range(1, len(parts) + 1))
+    forms = dict.fromkeys(composed)
+    return f"(?:{'|'.join(map(re.escape, forms))})"
 
 
 def _ends_words(letter: str) -> bool:

@@ -114,6 +114,13 @@ def test_what_is_fitted_trains_saves_and_verifies(kind, tmp_path):
     assert verified.ok, str(verified)
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_fit(tmp_path):
+    (tmp_path / "file").write_text("own")
+    # There is no pipeline.
+    with pytest.raises(ConceptDataError, match=r"nothing can be written to .*file"):
+        fit_concept("nowhere", Overlay(logo()), data(), output_dir=tmp_path / "file", **SMALL)
+
+
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_probes_hold_the_latents_noise_and_loss_target_of_the_training(kind):
     """The latents that are computed back from noised latents and loss target are those of the pictures."""
@@ -367,6 +374,9 @@ def test_forms_of_a_concept_are_told_apart(tmp_path):
         load_concept()
     with pytest.raises(ConceptDataError, match="overlay and prompts"):
         load_concept(overlay="logo.png", prompts=["x"])
+    Image.new("1", (20_000, 9_500)).save(tmp_path / "huge.png")
+    with pytest.raises(ConceptDataError, match=r"the overlay .*huge\.png cannot be read.*bomb"):
+        load_concept(overlay=tmp_path / "huge.png")
     with pytest.raises(ConceptDataError, match="cannot be read"):
         load_concept(overlay=tmp_path / "absent.png")
     (tmp_path / "text.png").write_text("no picture")

@@ -32,7 +32,8 @@ def some_markers(channels: int = 4, resolution: int = 32, **options) -> ConceptM
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    return some_markers(dilation=1).save(tmp_path_factory.mktemp("markers") / "markers.safetensors")
+    answer = torch.linspace(-1, 1, 64).reshape(4, 4, 4)
+    return some_markers(dilation=1, vae_answer=answer).save(tmp_path_factory.mktemp("markers") / "markers.safetensors")
 
 
 def test_what_is_loaded_marks_as_what_was_saved(tmp_path):
@@ -48,6 +49,19 @@ def test_what_is_loaded_marks_as_what_was_saved(tmp_path):
     assert torch.equal(markers.mark(latents), loaded.mark(latents))
     assert repr(loaded) == repr(markers)
     assert "'the logo', 2 networks, 3 channels, resolution=32, dilation=1" in repr(loaded)
+
+
+def test_how_the_vae_answers_is_kept_and_is_not_asked_for_of_older_files(file, tmp_path):
+    loaded = ConceptMarkers.load(file)
+    assert torch.equal(loaded.vae_answer, torch.linspace(-1, 1, 64).reshape(4, 4, 4))
+    loaded.check_vae(loaded.vae_answer.bfloat16().float())
+    # The scaling factors of Stable Diffusion and of XL, and what no precision holds.
+    for other in (loaded.vae_answer * 0.13025 / 0.18215, loaded.vae_answer.flip(0), loaded.vae_answer * torch.nan):
+        with pytest.raises(ConceptDataError, match="from those of the VAE that the concept markers were made with"):
+            loaded.check_vae(other)
+    older = ConceptMarkers.load(some_markers().save(tmp_path / "older.safetensors"))
+    assert older.vae_answer is None
+    older.check_vae(torch.full((4, 4, 4), torch.nan))
 
 
 @given(st.integers(0, 2), st.integers(1, 3), st.integers(2, 9), st.integers(2, 9))
@@ -77,6 +91,7 @@ def test_networks_that_do_not_go_together_are_refused():
         ([ConceptMarker(one.network, float("nan"))], {}, "labelled shares"),
         ([one], {"dilation": -1}, "dilation=-1"),
         ([one], {"resolution": 0}, "resolution=0"),
+        ([one], {"vae_answer": torch.zeros(3, 4, 4)}, r"shape \(3, 4, 4\); expected \(4, 4, 4\)"),
     ):
         with pytest.raises(ConceptDataError, match=message):
             ConceptMarkers(markers, **{"resolution": 32, **options})
@@ -114,6 +129,9 @@ def with_header(key, value):
         (with_header("resolution", "true"), "resolution is True"),
         (without("resolution"), "resolution is None"),
         (with_header("dilation", "-1"), "dilation is -1"),
+        (with_header("vae_answer", "[0.5, 0.5]"), r"vae_answer is .*; expected a list of 64 numbers"),
+        (with_header("vae_answer", f"[{'true,' * 63}0.5]"), "expected a list of 64 numbers"),
+        (with_header("vae_answer", "null"), "expected a list of 64 numbers"),
     ],
 )
 def test_a_damaged_file_is_refused_by_what_is_wrong(file, tmp_path, damage, message):

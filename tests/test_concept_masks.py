@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, ImageFilter
 from test_concept_fit import concept_folder
 from tiny_pipelines import PIPELINES, SIDE, image_folder, logo, picture
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from peft_gradproj import ConceptMarkers, ConceptSet, TrainingData, concept_masks
@@ -27,8 +29,9 @@ from peft_gradproj.training_data import load_table
 QUICK = {"num_pairs": 16, "steps": 2, "progress": False}
 
 
-def data(count: int = 6, size: tuple[int, int] = (48, 40)) -> TrainingData:
-    return TrainingData([picture(seed, size) for seed in range(count)], [""] * count)
+def data(seeds: int | list[int] = 6, size: tuple[int, int] = (48, 40)) -> TrainingData:
+    pictures = [picture(seed, size) for seed in (range(seeds) if isinstance(seeds, int) else seeds)]
+    return TrainingData(pictures, [""] * len(pictures))
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,30 @@ def test_the_same_seed_gives_the_same_masks_from_the_folder_with_the_vae_alone(v
     assert torch.equal(before, torch.get_rng_state())
     assert all(np.array_equal(a, b) for a, b in zip(first.cells, again.cells, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(first.cells, other.cells, strict=True))
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], [0, 1, 0, 2, 3, 3, 1, 4, 5, 0]])
+def test_rows_with_equal_pictures_are_looked_at_as_one_that_no_network_of_theirs_has_learned_from(rows):
+    """As of data with several captions a picture. One may be stored in another mode."""
+    pictures = [picture(seed) for seed in range(6)]
+    once, report = find_concept(PIPELINES["sd"](), Overlay(logo()), TrainingData(pictures, [""] * 6), **QUICK)
+    repeated = TrainingData(
+        [pictures[row] for row in rows[:-1]] + [pictures[rows[-1]].convert("RGBA")], [""] * len(rows)
+    )
+    masks, report_of_repeated = find_concept(PIPELINES["sd"](), Overlay(logo()), repeated, **QUICK)
+    assert len(masks) == report_of_repeated.pictures == len(rows)
+    assert once.marked
+    for mask, row in zip(masks, rows, strict=True):
+        assert np.array_equal(mask, once[row])
+    assert report_of_repeated.recall_pictures == report.recall_pictures == 6
+    assert report_of_repeated.recall == report.recall
+
+
+def test_different_pictures_are_in_the_folds_of_even_and_odd_rows():
+    pictures = data(5)
+    folds = concept_masks._sources(Overlay(logo()), pictures, concept_masks._first_rows(pictures, tqdm(disable=True)))
+    read = [[shown for shown, _ in fold.data] for fold in folds]
+    assert read == [[pictures[row][0] for row in rows] for rows in ([0, 2, 4], [1, 3])]
 
 
 def test_pictures_are_read_one_by_one():
@@ -290,6 +317,7 @@ def test_the_report_tells_which_phrase_names_what_was_found(monkeypatch, tmp_pat
         (["by X"], 6, {}, "words cannot be found"),
         (Overlay(logo(), scale=(1, 1), angle=(45, 45)), 6, {}, "does not fit on a picture of 32x32"),
         (Overlay(logo()), 1, {}, "1 of training pictures"),
+        (Overlay(logo()), [0, 0, 0], {}, "1 of different training pictures"),
         (ConceptSet.from_masks([picture(0)], [Image.new("L", (48, 40), 255)], [""]), 6, {}, "1 of examples"),
         (Overlay(logo()), 6, {"num_pairs": 15}, "at least 16"),
         (Overlay(logo()), 6, {"resolution": 33}, "multiple of 2"),
@@ -298,6 +326,22 @@ def test_the_report_tells_which_phrase_names_what_was_found(monkeypatch, tmp_pat
 def test_what_cannot_be_found(concept, count, options, message):
     with pytest.raises(ConceptDataError, match=message):
         find_concept(PIPELINES["sd"](), concept, data(count), **{**QUICK, **options})
+
+
+def test_pictures_that_cannot_be_read_are_all_named_by_their_files_before_anything_is_looked_for(tmp_path):
+    folder = image_folder(tmp_path / "pictures", ["a"] * 30)
+    for number in (3, 14):
+        (folder / f"{number}.png").write_bytes((folder / f"{number}.png").read_bytes()[:200])
+    table = load_table(folder, ["image"], cache_dir=str(tmp_path / "cache"))
+    message = r"2 of the 30 pictures cannot be used.*/3\.png, cannot be read.*/14\.png, cannot be read"
+    # There is no pipeline.
+    with pytest.raises(ConceptDataError, match=message):
+        mask_table("nowhere", Overlay(logo()), table, tmp_path / "out")
+    for number in range(29):
+        (folder / f"{number}.png").write_bytes(b"no picture")
+    with pytest.raises(ConceptDataError, match=r"29 of the 30 .*; and 9 more") as caught:
+        mask_table("nowhere", Overlay(logo()), table, tmp_path / "out")
+    assert str(caught.value).count("cannot be read") == 20
 
 
 def test_no_data():
@@ -325,6 +369,7 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
     flags += ["--overlay", tmp_path / "logo.png", "--num-pairs", 16, "--steps", 2, "--output-dir", tmp_path / "masked"]
     (tmp_path / "phrases.txt").write_text("by Y\n\nby Z\n")
     flags += ["--concept", "the logo", "--remove-phrase", "By X", "--remove-phrase", tmp_path / "phrases.txt"]
+    before = sorted(source.iterdir())
     report = json.loads(run(*flags, "--json"))
     assert (report["pictures"], report["left_out"], report["captions_changed"]) == (3, 0, 2)
     assert report["folder"] == str(tmp_path / "masked")
@@ -332,6 +377,12 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
         run(*flags)
     with pytest.raises(ConceptDataError, match="expected a share"):
         run(*flags, "--leave-out-above", 2)
+    # There the copies would be training pictures as well.
+    for inside in ("masked", "nested/../masked", "."):
+        nested = CliRunner().invoke(app, ["mask", *map(str, [*flags, "--output-dir", source / inside])])
+        assert nested.exit_code == 2
+        assert "--output-dir lies in --train-data-dir" in nested.stderr
+        assert sorted(source.iterdir()) == before
 
     # It works after moving, and without what it was made from.
     (tmp_path / "masked").rename(tmp_path / "moved")
@@ -339,7 +390,8 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
     for file in source.iterdir():
         file.unlink()
     table = load_table(tmp_path / "moved", ["image", "mask", "text"], cache_dir=str(tmp_path / "other-cache"))
-    assert table.column_names == ["image", "mask", "text"]
+    assert table.column_names == ["image", "mask", "original_name", "text"]
+    assert table["original_name"][:] == ["0.png", "1.png", "2.png"]
     assert table["text"][:] == ["a house", "ein Bär", "a dog"]
     for row in table:
         assert row["mask"].mode == "L"
@@ -379,6 +431,36 @@ def test_a_data_set_with_further_pictures_keeps_them_and_its_column_names(tmp_pa
     assert [row["mask"].getextrema() for row in read] == [(0, 0), (255, 255), (0, 0)]
     assert read["words"][:] == [["a", "b"], [], ["c"]]
     assert read["size"][:] == [1, 2, None]
+
+
+def test_a_copy_of_a_copy_keeps_the_names_of_the_first_files_and_dates_are_those_that_they_were(tmp_path):
+    folder = image_folder(tmp_path / "pictures", ["a", "b", "c"])
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines = [
+        json.dumps({**line, "day": "2024-05-01", "at": f"2024-05-0{i}T10:00:30"}) for i, line in enumerate(lines, 1)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    tables = [load_table(folder, ["image"], cache_dir=str(tmp_path / "cache"))]
+    for mask, copy in (("mask", tmp_path / "copy"), ("other", tmp_path / "again")):
+        write_masked(tables[-1], [Image.new("L", (48, 40))] * 3, copy, mask_column=mask)
+        tables.append(load_table(copy, ["image"], cache_dir=str(tmp_path / "cache")))
+    for table in tables[1:]:
+        assert table["original_name"][:] == ["0.png", "1.png", "2.png"]
+        for column in ("day", "at"):
+            assert table[column][:] == tables[0][column][:]
+    assert tables[-1]["at"][2] == datetime(2024, 5, 3, 10, 0, 30)
+
+
+@pytest.mark.parametrize("captioned", [False, True])
+def test_captions_in_files_beside_the_pictures_are_told_to_be_left_behind(tmp_path, captioned, recwarn):
+    folder = image_folder(tmp_path / "pictures", ["a", "b"], metadata=captioned)
+    for number in range(2):
+        (folder / f"{number}.txt").write_text("a thing")
+    table = load_table(folder, ["image"], cache_dir=str(tmp_path / "cache"))
+    mask_table(PIPELINES["sd"](), Overlay(logo()), table, tmp_path / "out", **QUICK)
+    said = [str(warning.message) for warning in recwarn if "captions lie beside" in str(warning.message)]
+    assert len(said) == (not captioned)
+    assert all("/0.txt" in line and '"text": "..."' in line for line in said)
 
 
 def test_phrases_are_taken_out_of_the_copys_captions_and_counted(tmp_path):
@@ -439,6 +521,7 @@ def test_pictures_of_which_more_is_masked_are_left_out(tmp_path):
         ({"file_name": ["x"]}, "rename it"),
         ({"image": ["x"]}, "holds no pictures"),
         ({"score": [float("nan")]}, "column 'score' of row 0"),
+        ({"length": [timedelta(1)]}, "column 'length' of row 0 .* timedelta"),
     ],
 )
 def test_tables_that_cannot_be_written_leave_nothing(columns, message, tmp_path):
@@ -449,6 +532,16 @@ def test_tables_that_cannot_be_written_leave_nothing(columns, message, tmp_path)
     with pytest.raises(ConceptDataError, match=message):
         mask_table("nowhere", Overlay(logo()), table, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_looked_for(tmp_path):
+    (tmp_path / "file").write_text("own")
+    # There is no pipeline.
+    with pytest.raises(ConceptDataError, match=r"nothing can be written to .*masked: .*/file is no folder"):
+        mask_table("nowhere", Overlay(logo()), table_of(image=[picture(0)]), tmp_path / "file" / "masked")
+    with pytest.raises(ConceptDataError, match="there is no pipeline at nowhere"):
+        mask_table("nowhere", Overlay(logo()), table_of(image=[picture(0), picture(1)]), tmp_path / "new" / "masked")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_interruption_leaves_nothing_and_what_appeared_meanwhile_is_kept(tmp_path):

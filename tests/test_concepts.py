@@ -82,6 +82,21 @@ def test_a_range_of_places_is_kept_to(pictures):
         assert box[1] <= 0.2 * SIZE[1]
 
 
+@pytest.mark.parametrize(("margin", "share"), [(0, None), (4, None), (10, "67%"), (20, "50%")])
+def test_a_wide_transparent_margin_of_a_file_is_told_since_the_scale_counts_it(tmp_path, recwarn, margin, share):
+    """On all sides of a picture of 20 by 40 pixels, of which the longer side counts."""
+    image = Image.new("RGBA", (20 + 2 * margin, 40 + 2 * margin))
+    image.paste((255, 0, 250, 255), (margin, margin, margin + 20, margin + 40))
+    image.save(tmp_path / "logo.png")
+    overlay = Overlay.open(tmp_path / "logo.png", scale=(0.2, 0.2), angle=(0, 0))
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (share is not None)
+    assert all(f"is {share} as long as the file" in line for line in said)
+    # And it is what it says: nothing is cropped.
+    box = overlay.paste(Image.new("RGB", (200, 200)), overlay.place((200, 200), np.random.default_rng(0)))[1].getbbox()
+    assert box[3] - box[1] == pytest.approx(40 * 40 / (40 + 2 * margin), abs=2)
+
+
 def test_the_same_seed_gives_the_same_pairs_and_another_seed_others(overlay, pictures):
     one, again, other = (ConceptSet.from_overlay(overlay, pictures, PROMPTS, seed=s) for s in (1, 1, 2))
     assert all(same(a.with_concept, b.with_concept) and a.prompt == b.prompt for a, b in zip(one, again, strict=True))

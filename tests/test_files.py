@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from peft_gradproj.errors import ConceptBasisError
-from peft_gradproj.files import is_hub_id, is_repository, locate_file
+from peft_gradproj.files import check_can_hold, is_hub_id, is_repository, locate_file
 
 IDS = ["org/name", "org-1/Name_2.0", "0/a", "_/b", "a.b/c"]
 PATHS = [
@@ -64,3 +66,18 @@ def test_a_folder_without_the_file_says_which_is_missing(tmp_path):
     expected = tmp_path / "basis.safetensors"
     for given in (tmp_path, expected):
         assert locate_file(given, "basis.safetensors", revision=None, error=ConceptBasisError) == expected
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_one_that_can_be_is_not_made(tmp_path):
+    (tmp_path / "file").write_text("own")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for folder in (tmp_path, tmp_path / "a" / "b", tmp_path / "link"):
+        check_can_hold(folder, ConceptBasisError)
+    refused = [tmp_path / "file", tmp_path / "file" / "a" / "b"]
+    if Path("/proc/self").exists():
+        # Nobody may write there, root included.
+        refused.append(Path("/proc/a"))
+    for folder in refused:
+        with pytest.raises(ConceptBasisError, match="nothing can be written"):
+            check_can_hold(folder, ConceptBasisError)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]

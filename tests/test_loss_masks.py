@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from peft import LoraConfig
 from test_concept_markers import some_markers
 from test_launch_scripts import _one_accelerator_at_a_time, assert_published, run_script  # noqa: F401
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from peft_gradproj import ConceptMarkers, collect_concept_probes
 from peft_gradproj.cli import app
+from peft_gradproj.diffusion_inputs import vae_answer
 from peft_gradproj.errors import ConceptDataError, GradProjConfigError
 from peft_gradproj.launch import LaunchedRun
 
@@ -203,6 +205,36 @@ def test_latents_of_another_size_scale_or_vae_are_refused(run):
         encoder.encode(pixels())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_markers_of_another_vae_are_refused_and_those_of_the_same_one_in_any_precision_are_not(tmp_path, dtype):
+    torch.manual_seed(1)
+    encoder, other = vae(), vae()
+    some_markers(vae_answer=vae_answer(encoder)).save(tmp_path)
+    run = LaunchedRun.from_options({"concept_markers": str(tmp_path)})
+    with run.watching():
+        before = torch.get_rng_state()
+        for _ in range(2):
+            encoder.to(dtype).encode(torch.zeros(2, 3, 32, 32, dtype=dtype))
+        assert torch.equal(before, torch.get_rng_state())
+        with pytest.raises(ConceptDataError, match=r"differ by \d+% from those of the VAE that"):
+            other.to(dtype).encode(torch.zeros(2, 3, 32, 32, dtype=dtype))
+
+
+def test_diffusers_that_hides_the_arguments_of_encode_is_masked_too(base, monkeypatch):
+    """As 0.36 to 0.40 does, whose wrapper has no `functools.wraps`."""
+    original = AutoencoderKL.encode
+
+    def wrapper(self, *args, **kwargs):
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", wrapper)
+    unet, encoder, run = sd().unet, vae(), LaunchedRun.from_options({"concept_markers": str(base)})
+    with run.watching():
+        unet.add_adapter(lora())
+        parts = [encoder.encode(pixels(1)), encoder.encode(x=pixels(1))]
+        assert torch.equal(train(unet), kept(base, *parts))
+
+
 def test_wrapped_and_copied_models_are_masked_once_and_none_after_the_run(base):
     encoder, run = vae(), LaunchedRun.from_options({"concept_markers": str(base)})
     with run.watching():
@@ -230,6 +262,7 @@ def test_marks_are_of_the_latents_that_masks_were_drawn_in():
     masks, _ = find_concept(pipeline, Overlay(logo()), data, name="a logo", **options)
     markers = masks[:2].markers
     assert (markers.concept, markers.resolution, markers.dilation) == ("a logo", SIDE, 1)
+    assert torch.equal(markers.vae_answer, vae_answer(pipeline.vae))
     marks = markers.mark(PictureEncoder.of(pipeline).latents(pictures))
     drawn = torch.stack([torch.from_numpy(cells) for cells in masks.cells])
     assert drawn.any()

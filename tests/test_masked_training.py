@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from test_training_scripts import logged, run, script_module
 from tiny_pipelines import SIDE, image_folder, sd, tokenizer
 
-from peft_gradproj.diffusion_training import square_crop, squared_error
+from peft_gradproj.diffusion_training import MaskedShare, square_crop, squared_error
 from peft_gradproj.errors import ConceptDataError
 from peft_gradproj.masked_data import write_masked
 from peft_gradproj.training_data import load_table
@@ -54,6 +55,61 @@ def test_a_picture_is_cropped_alike_with_a_mask_and_without_which_counts_everywh
     assert mask.getextrema() == (0, 0)
     with pytest.raises(ValueError, match="expected the same size"):
         square_crop(image, flags(), random.Random(0), Image.new("L", (40, 70)))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Image.fromarray(np.eye(40, 70, dtype=np.uint8)),
+        Image.fromarray(np.eye(40, 70, dtype=np.uint16)),
+        Image.fromarray(np.eye(40, 70, dtype=np.float32) * 0.9),
+    ],
+    ids=lambda mask: mask.mode,
+)
+def test_masks_of_0_and_1_are_refused_instead_of_masking_nothing(mask):
+    with pytest.raises(ConceptDataError, match="expected levels from 0 to 255"):
+        square_crop(Image.new("RGB", mask.size), flags(), random.Random(0), mask)
+
+
+def test_masks_of_two_colours_are_white_where_they_are_set():
+    mask = Image.new("1", (40, 40))
+    mask.paste(1, (0, 0, 40, 40))
+    palette = Image.new("P", (40, 40), 1)
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    for white in (mask, palette):
+        _, cropped = square_crop(Image.new("RGB", (40, 40)), flags(), random.Random(0), white)
+        assert cropped.getextrema() == (255, 255)
+
+
+def test_the_mean_masked_share_is_said_once(caplog):
+    caplog.set_level("INFO")
+    share, masks = MaskedShare(), torch.zeros(2, 1, 4, 4)
+    share.log()
+    assert share.counted(None) is None
+    assert share.counted(masks) is masks
+    share.log()
+    masks[0] = 1
+    share.counted(masks)
+    share.log()
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "masks applied in 1 batches; mean masked share 0.0%: all were black. Is it the right column?"),
+        ("INFO", "masks applied in 2 batches; mean masked share 25.0%"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["train_text_to_image_lora_gradproj", "train_dreambooth_lora_gradproj"])
+def test_a_column_of_the_names_of_masks_is_refused_by_what_to_call_it(base, tmp_path, monkeypatch, name):
+    folder = image_folder(tmp_path / "pictures", ["ab", "cd"])
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines = [json.dumps(line | {"mask": f"masks/{line['file_name']}"}) for line in lines]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    script, arguments = script_module(name), [*training_flags(base, tmp_path)]
+    arguments += ["--train_data_dir", folder] if "text" in name else ["--instance_data_dir", folder]
+    arguments += [] if "text" in name else ["--instance_prompt", "xa"]
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    load = script.load_pictures if "text" in name else lambda args, tokens: script.SubjectPictures(tokens, args)
+    with pytest.raises(ConceptDataError, match=r"column 'mask' holds .*string.*; expected pictures.*'mask_file_name'"):
+        load(script.parse_args(), tokenizer())
 
 
 def test_the_error_does_not_count_in_any_latent_that_the_mask_touches():
@@ -128,7 +184,8 @@ def effects(folder: Path) -> torch.Tensor:
 @pytest.mark.slow
 def test_text_to_image_learns_nothing_under_masks_of_everything(base, tmp_path):
     folder = masked_folder(tmp_path, 255)
-    run("train_text_to_image_lora_gradproj", *training_flags(base, tmp_path), "--train_data_dir", folder)
+    said = run("train_text_to_image_lora_gradproj", *training_flags(base, tmp_path), "--train_data_dir", folder)
+    assert said.count("masks applied in 2 batches; mean masked share 100.0%") == 1
     assert logged(tmp_path / "out")["train_loss"] == [0.0, 0.0]
     assert len(effects(tmp_path)) > 0
     assert effects(tmp_path).max() == 0
@@ -154,6 +211,7 @@ def test_dreambooth_masks_the_subject_and_not_the_class(base, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_dreambooth_learns_of_the_class_under_masks_of_the_subject(base, tmp_path):
-    run("train_dreambooth_lora_gradproj", *subject_flags(base, tmp_path))
+    said = run("train_dreambooth_lora_gradproj", *subject_flags(base, tmp_path))
+    assert said.count("masks applied in 2 batches; mean masked share 50.0%") == 1
     assert min(logged(tmp_path / "out")["loss"]) > 0
     assert effects(tmp_path).min() > 0

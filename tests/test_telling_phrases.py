@@ -64,6 +64,14 @@ def test_the_whole_phrase_is_found_in_any_case_and_can_be_taken_out(words, seed,
     assert [without_phrase(caption, found[0].phrase)[1] for caption in captions] == has_it
 
 
+def test_a_name_in_several_unicode_forms_is_one_and_can_be_taken_out_of_all():
+    forms = ["by Zo\u00eb's", "by Zoe\u0308's", "by Zo\u00eb\u2019s", "BY ZOE\u0308\u2019S"]
+    captions = [f"{caption} {forms[n % 4]}" if n < 12 else caption for n, caption in enumerate(captions_of(60, 0))]
+    found = find_telling_phrases(captions, [number < 12 for number in range(60)])
+    assert found == [TellingPhrase("by zo\u00eb's", 12, 0)]
+    assert [without_phrase(caption, found[0].phrase)[1] for caption in captions] == [n < 12 for n in range(60)]
+
+
 def test_further_phrases_are_found_in_what_the_first_leave():
     captions = captions_of(200, 0)
     shows = [number < 150 for number in range(200)]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
+from io import BytesIO
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 from tiny_pipelines import image_folder, picture
 
 from peft_gradproj import TrainingData
 from peft_gradproj.errors import ConceptDataError
-from peft_gradproj.training_data import Frame, draw_frame
+from peft_gradproj.training_data import Frame, draw_frame, read_pictures, without_phrase
 
 CAPTIONS = ["a house", "a tree", "a dog"]
 
@@ -59,6 +63,8 @@ def test_data_of_ones_own():
     assert len(data[:2]) == 2
     with pytest.raises(ConceptDataError, match="caption of picture 2 is a NoneType"):
         data.caption(2)
+    with pytest.raises(ConceptDataError, match="one of the captions of picture 0 is a NoneType"):
+        TrainingData([picture(0)], [["one", None]]).caption(0)
     with pytest.raises(ConceptDataError, match="empty"):
         TrainingData([], [])
     with pytest.raises(ConceptDataError, match="3 pictures but 1 captions"):
@@ -77,8 +83,6 @@ def test_a_folder_with_metadata(tmp_path):
 
 
 def test_a_data_set_of_another_kind(tmp_path):
-    import datasets
-
     table = datasets.Dataset.from_dict({"photo": [picture(i) for i in range(3)], "caption": CAPTIONS})
     (tmp_path / "data").mkdir()
     table.to_parquet(tmp_path / "data" / "train.parquet")
@@ -102,8 +106,6 @@ def test_a_folder_named_with_the_characters_of_patterns_is_that_folder_and_no_ot
 
 
 def test_a_data_set_in_a_folder_with_such_characters_is_refused(tmp_path):
-    import datasets
-
     for name in ("data*", "data-old"):
         (tmp_path / name).mkdir()
         datasets.Dataset.from_dict({"text": CAPTIONS}).to_parquet(tmp_path / name / "train.parquet")
@@ -133,8 +135,29 @@ def test_pictures_that_cannot_be_read_are_named_when_they_are_needed(tmp_path):
     (folder / "1.png").write_bytes(b"no picture")
     data = load(folder, tmp_path)
     assert data[0][1] == "a house"
-    with pytest.raises(ConceptDataError, match="picture 1 of column 'image' cannot be read"):
+    with pytest.raises(ConceptDataError, match=r"picture 1 of column 'image', .*1\.png, cannot be read"):
         data[1]
+
+
+@pytest.mark.parametrize("kind", ["bomb", "avif", "truncated"])
+def test_whatever_pillow_raises_of_a_damaged_picture_is_an_error_of_ours(kind, tmp_path):
+    if kind == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    stored = BytesIO()
+    if kind == "bomb":
+        Image.new("1", (20_000, 9_500)).save(stored, "PNG")
+    else:
+        picture(0).save(stored, "AVIF" if kind == "avif" else "PNG")
+    content = stored.getvalue()
+    if kind == "avif":
+        # The picture's item is called something else, of which Pillow raises a RuntimeError.
+        content = content.replace(b"av01", b"none")
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": content[: 150 if kind == "truncated" else None], "path": None}]},
+        features=datasets.Features({"image": datasets.Image()}),
+    )
+    with pytest.raises(ConceptDataError, match="picture 0 of column 'image' cannot be read"):
+        read_pictures(table, "image")[0]
 
 
 def test_metadata_of_a_missing_picture(tmp_path):
@@ -144,3 +167,51 @@ def test_metadata_of_a_missing_picture(tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(ConceptDataError, match="cannot be read"):
         load(folder, tmp_path)[1]
+
+
+# Phrases
+
+
+def partly_composed(text: str) -> str:
+    """As Vietnamese is typed: of two marks on a letter the first composed."""
+    parts = unicodedata.normalize("NFD", text)
+    return re.sub(r"(.[\u0300-\u036f])(?=[\u0300-\u036f])", lambda m: unicodedata.normalize("NFC", m[1]), parts)
+
+
+FORMS = {
+    "composed": lambda text: unicodedata.normalize("NFC", text),
+    "decomposed": lambda text: unicodedata.normalize("NFD", text),
+    "partly composed": partly_composed,
+    "upper case": str.upper,
+    "curly": lambda text: text.replace("'", "\u2019"),
+    "other curly": lambda text: text.replace("'", "\u2018"),
+    "broken": lambda text: text.replace(" ", "\n "),
+}
+
+
+@given(
+    phrase=st.sampled_from(["Pokémon", "McDonald's", "by Amélie's café", "chữ Tiếng Việt", "한국", "ガンダム"]),
+    given_as=st.sampled_from(sorted(FORMS)),
+    stored_as=st.sampled_from(sorted(FORMS)),
+)
+def test_a_phrase_is_taken_out_in_whatever_form_it_is_stored_and_the_rest_stays_as_it_was(phrase, given_as, stored_as):
+    for before, after in (("a cup", ""), ("l\u2019été, e\u0301te\u0301", "of Zoe\u0308's"), ("", "on grass")):
+        caption = f"{before} {FORMS[stored_as](phrase)} {after}"
+        assert without_phrase(caption, FORMS[given_as](phrase)) == (f"{before} {after}".strip(), True)
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrase"),
+    [
+        ("a café", "caf"),
+        ("a café", "cafe"),
+        ("émilie", "milie"),
+        ("각", "가"),
+        ("が", "か"),
+        ("McDonalds", "McDonald's"),
+    ],
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_what_is_another_word_is_left_in_whatever_form(caption, phrase, form):
+    caption = unicodedata.normalize(form, caption)
+    assert without_phrase(caption, phrase) == (caption, False)

@@ -39,6 +39,7 @@ from peft_gradproj.diffusion_inputs import pictures_to_tensor, scaled_latents
 from peft_gradproj.diffusion_training import (
     WEIGHT_DTYPES,
     LoraCheckpoints,
+    MaskedShare,
     add_concept_arguments,
     add_training_arguments,
     concept_options,
@@ -60,7 +61,7 @@ from peft_gradproj.diffusion_training import (
     validate,
 )
 from peft_gradproj.online import telemetry
-from peft_gradproj.training_data import load_table
+from peft_gradproj.training_data import check_pictures, load_table
 
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -135,8 +136,11 @@ class Pictures(torch.utils.data.Dataset):
         self, folder: str, args: argparse.Namespace, *, masked: bool = False, limit: int | None = None
     ) -> None:
         self.mask_column = args.mask_column if masked else None
-        columns = ["image", self.mask_column]
-        self.rows = load_table(folder, columns, cache_dir=args.cache_dir) if self.mask_column else None
+        self.rows = None
+        if self.mask_column:
+            columns = ["image", self.mask_column]
+            self.rows = load_table(folder, columns, cache_dir=args.cache_dir)
+            check_pictures(self.rows, columns)
         self.files = picture_files(folder)[:limit] if self.rows is None else []
         if not len(self):
             raise ValueError(f"There is no picture in {folder}.")
@@ -248,6 +252,7 @@ def main() -> None:
     if accelerator.is_main_process:
         accelerator.init_trackers("dreambooth-lora", config=tracker_config(args))
 
+    masked = MaskedShare()
     global_step = checkpoints.resume()
     epoch, done = divmod(global_step, steps_per_epoch)
     skipped = done * args.gradient_accumulation_steps
@@ -266,7 +271,8 @@ def main() -> None:
                     embeddings = text_encoder(batch["input_ids"], return_dict=False)[0]
                 noisy_latents, timesteps, target = noised(noise_scheduler, latents)
                 prediction = unet(noisy_latents, timesteps, embeddings.to(vae.dtype), return_dict=False)[0]
-                loss = dreambooth_loss(squared_error(prediction, target, batch.get("masks")), prior_weight)
+                error = squared_error(prediction, target, masked.counted(batch.get("masks")))
+                loss = dreambooth_loss(error, prior_weight)
                 train_loss += accelerator.reduce(loss.detach(), "mean").item() / args.gradient_accumulation_steps
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -293,6 +299,7 @@ def main() -> None:
             validate(pipeline, args, accelerator, global_step)
         epoch, skipped = epoch + 1, 0
 
+    masked.log()
     finish(checkpoints, args, global_step, repo_id)
 
 

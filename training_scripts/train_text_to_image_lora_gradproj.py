@@ -28,6 +28,7 @@ from peft_gradproj import GradProjConfig
 from peft_gradproj.diffusion_inputs import pictures_to_tensor, scaled_latents
 from peft_gradproj.diffusion_training import (
     LoraCheckpoints,
+    MaskedShare,
     add_concept_arguments,
     add_training_arguments,
     concept_options,
@@ -49,7 +50,7 @@ from peft_gradproj.diffusion_training import (
     validate,
 )
 from peft_gradproj.online import telemetry
-from peft_gradproj.training_data import load_table, one_caption
+from peft_gradproj.training_data import check_pictures, load_table, one_caption
 
 
 def parse_args() -> argparse.Namespace:
@@ -87,6 +88,7 @@ class CaptionedPictures(torch.utils.data.Dataset):
         missing = {args.image_column, args.caption_column, args.mask_column} - {*examples.column_names, None}
         if missing:
             raise ValueError(f"The dataset has no column {sorted(missing)}; it has {examples.column_names}.")
+        check_pictures(examples, {args.image_column, args.mask_column} - {None})
         # Or the training would end at the first picture whose caption is missing.
         for row, caption in enumerate(examples.select_columns([args.caption_column])[:][args.caption_column]):
             one_caption(caption, f"row {row}")
@@ -179,6 +181,7 @@ def main() -> None:
     if accelerator.is_main_process:
         accelerator.init_trackers("text2image-fine-tune", config=tracker_config(args))
 
+    masked = MaskedShare()
     global_step = checkpoints.resume()
     epoch, done = divmod(global_step, steps_per_epoch)
     skipped = done * args.gradient_accumulation_steps
@@ -194,7 +197,7 @@ def main() -> None:
                     embeddings = text_encoder(batch["input_ids"], return_dict=False)[0]
                 noisy_latents, timesteps, target = noised(noise_scheduler, latents, offset=args.noise_offset)
                 prediction = unet(noisy_latents, timesteps, embeddings, return_dict=False)[0]
-                error = squared_error(prediction, target, batch.get("masks"))
+                error = squared_error(prediction, target, masked.counted(batch.get("masks")))
                 loss = denoising_loss(error, timesteps, noise_scheduler, args.snr_gamma)
                 train_loss += accelerator.reduce(loss.detach(), "mean").item() / args.gradient_accumulation_steps
                 accelerator.backward(loss)
@@ -221,6 +224,7 @@ def main() -> None:
             validate(pipeline, args, accelerator, global_step)
         epoch, skipped = epoch + 1, 0
 
+    masked.log()
     finish(checkpoints, args, global_step, repo_id)
 
 
