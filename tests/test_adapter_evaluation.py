@@ -972,7 +972,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_sampled(work
     (tmp_path / "file").write_text("no folder")
     run = CliRunner().invoke(app, command(workshop, tmp_path / "file" / "out"))
     assert isinstance(run.exception, ConceptDataError)
-    assert "cannot be written" in str(run.exception)
+    assert "nothing can be written to the folder" in str(run.exception)
     assert "samples" not in run.output
 
 

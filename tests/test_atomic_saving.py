@@ -244,7 +244,7 @@ def test_what_killed_saves_left_is_removed_when_it_is_old(states, tmp_path):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (0, 0) if "2" not in name else None)
     # Also of a folder that is saved for the first time.
-    folder = save_adapter(models[0], tmp_path / "out")
+    save_adapter(models[0], tmp_path / "out")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"out", ".out.2.gradproj-swap", ".other.1.gradproj-swap"}
 

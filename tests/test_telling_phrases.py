@@ -96,12 +96,13 @@ def test_what_fewer_than_five_captions_have_is_not_counted(count, told):
     assert [one.phrase for one in found] == told
 
 
-@settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10_000), share=st.floats(0.0, 1.0))
-def test_what_is_as_frequent_elsewhere_names_nothing(seed, share):
-    """Few phrases, so that the bound of 1 % leaves hundredths of a percent: none in 60 draws."""
-    draw = random.Random(seed)
-    assert find_telling_phrases(captions_of(100, seed), [draw.random() < share for _ in range(100)]) == []
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9])
+def test_what_is_as_frequent_elsewhere_names_nothing_but_in_one_of_a_hundred_data_sets(share):
+    told = 0
+    for seed in range(200):
+        draw = random.Random(seed)
+        told += bool(find_telling_phrases(captions_of(60, seed), [draw.random() < share for _ in range(60)]))
+    assert told <= 2
 
 
 @pytest.mark.parametrize("shows", [[True] * 40, [False] * 40, [number >= 20 for number in range(40)]])

@@ -9,13 +9,11 @@ spoils its samples, does not show it either.
 from __future__ import annotations
 
 import inspect
-import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from ..clock import Clock
 from ..concept_fit import Concept, ConceptExample, concept_examples, load_concept
 from ..concepts import ConceptSet, nth_of_shuffles
 from ..errors import BehaviourError, ConceptDataError
+from ..files import check_can_hold
 from ..pipelines import PipelineFamily, load_pipeline
 from ..probes import ConceptProbes
 from ..projection import dtype_name
@@ -260,13 +259,7 @@ def _check_output(folder: Path) -> None:
             f"{folder} holds other things than an evaluation, {other}, which would be lost when it is replaced; move "
             "them away, or give a new or an empty folder."
         )
-    parent = Path(os.path.realpath(folder)).parent
-    try:
-        # As it is written at the end: beside its place first.
-        parent.mkdir(parents=True, exist_ok=True)
-        TemporaryDirectory(dir=parent).cleanup()
-    except OSError as error:
-        raise ConceptDataError(f"{folder} cannot be written ({error}); give another folder.") from error
+    check_can_hold(folder, ConceptDataError)
 
 
 # What is asked
