@@ -234,6 +234,8 @@ def attack_rows_of(attacks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
                 "method": name,
                 "tasks": [f["task"] for f in group],
                 "mean": {figure: _rounded(mean(values)) for figure, values in figures.items()} | steps,
+                "least": {figure: _rounded(min(values)) for figure, values in figures.items()},
+                "most": {figure: _rounded(max(values)) for figure, values in figures.items()},
                 "curves": {f["task"]: {curve: f[curve] for curve in CURVES} for f in group},
             }
         )
@@ -384,7 +386,7 @@ def attack_figure(means: Mapping[str, Any], name: str) -> str:
 def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
     """How prose asks for single figures, of tasks that show the concept in 75 % of the pictures unless it says so."""
     rows = {(*_regime_of(row), row["method"]): row for row in content["rows"]}
-    attacks = {row["method"]: row["mean"] for row in content["attacks"]}
+    attacks = {row["method"]: row for row in content["attacks"]}
 
     def has(method: str, concept: str = TUNED_LOGO, *, named: bool = False, percent: int = 75) -> bool:
         return (concept, named, percent, method) in rows
@@ -416,10 +418,16 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         return ", ".join(NOT_RUN if value is None else f"{value:.2f}" for value in values)
 
     def attack(method: str, name: str) -> str:
-        return attack_figure(attacks[method], name) if method in attacks else NOT_RUN
+        return attack_figure(attacks[method]["mean"], name) if method in attacks else NOT_RUN
+
+    def attack_by_seed(method: str, name: str) -> str:
+        if method not in attacks:
+            return NOT_RUN
+        return f"{attack(method, name)} ({attacks[method]['least'][name]:.2f} to {attacks[method]['most'][name]:.2f})"
 
     ahead = partial(_ahead, content["rows"])
-    return {"has": has, "value": value, "seeds": seeds, "by_seed": by_seed, "ahead": ahead, "attack": attack}
+    found: dict[str, Callable[..., Any]] = {"has": has, "value": value, "seeds": seeds, "by_seed": by_seed}
+    return found | {"ahead": ahead, "attack": attack, "attack_by_seed": attack_by_seed}
 
 
 def _ahead(rows: Iterable[Mapping[str, Any]], first: str, second: str, name: str) -> str:
