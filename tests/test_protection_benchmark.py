@@ -329,6 +329,10 @@ def test_steps_until_a_concept_is_back_are_those_of_the_mean_over_seeds():
     assert told["revival with the concept, steps until a leak of 0.25"] == "20"
     assert told["revival with the concept, steps until a leak of 0.5"] == "> 60"
     assert told["revival with the concept, leak"] == "0.40"
+    assert (row["least"]["revival with the concept, leak"], row["most"]["revival with the concept, leak"]) == (0.2, 0.6)
+    said = lookups({"rows": [], "attacks": [row]})["attack_by_seed"]
+    assert said("ours", "revival with the concept, leak") == "0.40 (0.20 to 0.60)"
+    assert said("plain", "revival with the concept, leak") == NOT_RUN
 
 
 def test_rows_of_attacks_are_means_over_the_same_seeds():
