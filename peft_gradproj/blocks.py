@@ -6,8 +6,9 @@ which a GPU pays each as a launch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ __all__ = ["Blocks"]
 _CPU_LIMIT, _LIMIT = 2**17, 2**22
 """So many elements a vector has at most, but for a single larger tensor. Copies of all parameters in one would add to
 the peak memory; on a CPU, what does not fit into the cache is three times as slow."""
+
+
+@dataclass(frozen=True)
+class _Like:
+    """What is known of a tensor; not the tensor, which would live as long as the layout."""
+
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype
 
 
 @dataclass
@@ -33,10 +43,10 @@ class Blocks:
     """
 
     def __init__(self, like: Mapping[str, Tensor]) -> None:
-        self._like = dict(like)
+        self._like = {name: _Like(tensor.shape, tensor.device, tensor.dtype) for name, tensor in like.items()}
         self._blocks: list[_Block] = []
         open_blocks: dict[tuple[torch.device, torch.dtype], _Block] = {}
-        for name, tensor in self._like.items():
+        for name, tensor in like.items():
             kind = (tensor.device, tensor.dtype)
             block = open_blocks.get(kind)
             limit = _CPU_LIMIT if tensor.device.type == "cpu" else _LIMIT
@@ -52,12 +62,19 @@ class Blocks:
         Args:
             tensors: Of the shapes of the layout or of no dimension; where one is missing, there are zeros.
         """
-        return [torch.cat([self._flat(name, tensors.get(name)) for name in block.names]) for block in self._blocks]
+        return list(self.joined(tensors))
+
+    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """The same vectors, each made when it is asked for: all of them at once would be one more copy."""
+        return _Joined(self, tensors)
+
+    def _vector(self, number: int, tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([self._flat(name, tensors.get(name)) for name in self._blocks[number].names])
 
     def _flat(self, name: str, tensor: Tensor | None) -> Tensor:
         like = self._like[name]
         if tensor is None:
-            return torch.zeros(like.numel(), dtype=like.dtype, device=like.device)
+            return torch.zeros(like.shape.numel(), dtype=like.dtype, device=like.device)
         return tensor.to(like.device).expand(like.shape).reshape(-1)
 
     def split(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -68,7 +85,7 @@ class Blocks:
                 found[name] = part.view(self._like[name].shape)
         return found
 
-    def sums(self, vectors: Sequence[Tensor]) -> Tensor:
+    def sums(self, vectors: Iterable[Tensor]) -> Tensor:
         """The sum of each named tensor that `vectors` hold, in the order of `names`, on the first device."""
         parts = [
             torch.segment_reduce(vector, "sum", lengths=torch.tensor(block.sizes, device=vector.device))
@@ -80,3 +97,20 @@ class Blocks:
     def names(self) -> list[str]:
         """All names, block by block."""
         return [name for block in self._blocks for name in block.names]
+
+    def __len__(self) -> int:
+        """How many vectors there are."""
+        return len(self._blocks)
+
+
+class _Joined(Sequence[Tensor]):
+    def __init__(self, blocks: Blocks, tensors: Mapping[str, Tensor]) -> None:
+        self._blocks, self._tensors = blocks, tensors
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return self._blocks._vector(range(len(self))[index], self._tensors)

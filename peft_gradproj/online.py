@@ -27,7 +27,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -634,32 +634,39 @@ class OnlineProjection:
 
     # Correcting
 
-    def _correct(self, optimizer: torch.optim.Optimizer, pending: _Pending, step: int) -> None:
+    def _correct(self, optimizer: torch.optim.Optimizer, pending: _Pending, number: int) -> None:
         started = time.perf_counter()
         metric = optimizer_metric(optimizer, pending.parameters, self._estimate)
         after = {name: p.detach().to(_wide(p)) for name, p in pending.parameters.items() if name in metric}
-        delta = {name: x - pending.before[name].to(x.dtype) for name, x in after.items()}
-        blocks = Blocks(delta)
-        steps, diagonal = blocks.join(delta), blocks.join(metric)
+        # Where the adapter is large beside the activations, each copy of all parameters raises the peak memory.
+        blocks = Blocks(after)
+        steps, diagonal = blocks.join(after), blocks.joined(metric)
+        for step, before in zip(steps, blocks.joined(pending.before), strict=True):
+            step -= before
+        if self.probe_history == 1:
+            pending.before.clear()
         if not any(bool(d.any()) for d in steps):
             # Nothing moved: a fused optimizer whose loss scaler found an overflow, or a learning rate of 0.
-            self._report(pending, step, (0.0, {}), started)
+            self._report(pending, number, (0.0, {}), started)
             return
-        corrected = self._swept(steps, diagonal, blocks, pending)
+        corrections = self._swept(steps, diagonal, blocks, pending)
         self._remember(pending)
-        corrections = [self.strength * (new - old) for new, old in zip(corrected, steps, strict=True)]
+        for correction, step in zip(corrections, steps, strict=True):
+            correction.sub_(step).mul_(self.strength)
         for name, correction in blocks.split(corrections).items():
             pending.parameters[name].copy_(after[name] + correction)
+        shares = _removed_shares(corrections, steps, diagonal, blocks)
+        del steps, corrections, correction, step
         self._correct_moments(optimizer, pending, metric)
-        self._report(pending, step, _removed_shares(corrections, steps, diagonal, blocks), started)
+        self._report(pending, number, shares, started)
 
-    def _swept(self, step: list[Tensor], diagonal: list[Tensor], blocks: Blocks, pending: _Pending) -> list[Tensor]:
+    def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, pending: _Pending) -> list[Tensor]:
         """The step after a sweep over the half-spaces, the newest last (Kaczmarz)."""
         limit = RESTORE_LIMIT * self.probe_every * metric_norm(step, diagonal)
         constraints: list[tuple[dict[str, Tensor], float | Tensor]]
         constraints = [(h.gradient, h.drift_at(pending.before)) for h in self._earlier(pending.gradient)]
         for gradient, drift in [*constraints, (pending.gradient, pending.drift)]:
-            s = blocks.join(gradient)
+            s = blocks.joined(gradient)
             step = project_half_space(step, s, drift, restore=self.restore, metric=diagonal, restore_limit=limit)
         return step
 
@@ -862,7 +869,7 @@ def _reduced(terms: Tensor, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _removed_shares(
-    correction: list[Tensor], whole: list[Tensor], metric: list[Tensor], blocks: Blocks
+    correction: list[Tensor], whole: list[Tensor], metric: Sequence[Tensor], blocks: Blocks
 ) -> tuple[float, dict[str, float]]:
     """Norm of the correction over that of the whole, in the metric: of all, and of each layer."""
     squares = torch.stack([blocks.sums(metric_squares(x, metric)) for x in (correction, whole)], dim=1)

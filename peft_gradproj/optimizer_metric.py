@@ -351,10 +351,10 @@ def _of_gradients(
     if not moments:
         return {}
     blocks = Blocks(moments)
-    diagonal = blocks.join(metric)
+    diagonal = blocks.joined(metric)
     # Where the metric is infinite the optimizer itself divides by its epsilon alone: no moment may arise there.
-    s = [torch.where(m.isinf(), 0.0, x) for m, x in zip(diagonal, blocks.join(gradient), strict=True)]
-    projected = project_momentum(blocks.join(moments), s, metric=diagonal)
+    s = [torch.where(m.isinf(), 0.0, x) for m, x in zip(diagonal, blocks.joined(gradient), strict=True)]
+    projected = project_momentum(blocks.joined(moments), s, metric=diagonal)
     return blocks.split(projected)
 
 
@@ -364,7 +364,7 @@ def _of_steps(
     if not moments:
         return {}
     blocks = Blocks(moments)
-    steps = [-m for m in blocks.join(moments)]
-    s = blocks.join(gradient)
-    projected = project_half_space(steps, s, 0.0, restore=0.0, metric=blocks.join(metric))
+    steps = [-m for m in blocks.joined(moments)]
+    s = blocks.joined(gradient)
+    projected = project_half_space(steps, s, 0.0, restore=0.0, metric=blocks.joined(metric))
     return {name: -new for name, new in blocks.split(projected).items()}

@@ -21,7 +21,7 @@ Reference: arXiv 2512.11194, "Gradient Projection Enables Selective Learning in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import nan
 
@@ -368,7 +368,7 @@ def drift_terms(output: Tensor, base_output: Tensor, weight: Tensor | None = Non
     return (weight * square).sum(), weight.sum()
 
 
-def inner(u: Sequence[Tensor], v: Sequence[Tensor], metric: Sequence[Tensor] | None = None) -> Tensor:
+def inner(u: Sequence[Tensor], v: Iterable[Tensor], metric: Sequence[Tensor] | None = None) -> Tensor:
     r""":math:`\langle u, M^{-1} v \rangle`, summed over lists of tensors.
 
     Args:
@@ -406,12 +406,15 @@ def metric_norm(x: Sequence[Tensor], metric: Sequence[Tensor] | None = None) -> 
     """
     if metric is None:
         return inner(x, x).sqrt()
-    return inner(x, [y.double() * _where_it_moves(m) for y, m in zip(x, metric, strict=True)]).sqrt()
+    return inner(x, (y.double() * _where_it_moves(m) for y, m in zip(x, metric, strict=True))).sqrt()
 
 
-def metric_squares(x: Sequence[Tensor], metric: Sequence[Tensor]) -> list[Tensor]:
-    r"""The summands of :math:`\|x\|_M^2`, element by element, in float64; arguments as in :func:`metric_norm`."""
-    return [y.double().square() * _where_it_moves(m) for y, m in zip(x, metric, strict=True)]
+def metric_squares(x: Iterable[Tensor], metric: Iterable[Tensor]) -> Iterator[Tensor]:
+    r"""The summands of :math:`\|x\|_M^2`, element by element, in float64; arguments as in :func:`metric_norm`.
+
+    One tensor after the other, since all of them would take as much memory as several copies of `x`.
+    """
+    return (y.double().square() * _where_it_moves(m) for y, m in zip(x, metric, strict=True))
 
 
 def _where_it_moves(diagonal: Tensor) -> Tensor:

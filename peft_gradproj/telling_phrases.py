@@ -107,7 +107,7 @@ def _without(words: Words, phrase: Words) -> Iterator[Words]:
     """What stands before, between and after its places: words that it parted are no phrase."""
     start = 0
     for place in range(len(words)):
-        if place >= start and words[place : place + len(phrase)] == phrase:
+        if words[place : place + len(phrase)] == phrase:
             yield words[start:place]
             start = place + len(phrase)
     yield words[start:]

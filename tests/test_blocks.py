@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -37,6 +39,29 @@ def test_what_was_joined_splits_into_the_same_tensors(found, limit, narrow):
         assert len(vector) <= limit or any(vector.numel() == tensor.numel() for tensor in given_.values())
     sums = dict(zip(blocks.names, blocks.sums([v.double() for v in vectors]).tolist(), strict=True))
     assert sums == pytest.approx({name: float(t.double().sum()) for name, t in given_.items()}, abs=1e-9)
+
+
+def test_vectors_that_are_made_when_asked_for_are_the_same_and_are_not_kept():
+    given_ = tensors([[3, 4], [5], [2, 2]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CPU_LIMIT", 13)
+        blocks = Blocks(given_)
+    joined = blocks.joined(given_)
+    assert len(joined) == len(blocks) == 2
+    assert all(torch.equal(x, y) for x, y in zip(joined, blocks.join(given_), strict=True))
+    assert torch.equal(joined[-1], joined[1])
+    assert [len(x) for x in joined[:1]] == [12]
+    given_["layer0.0"].zero_()
+    assert not joined[0].any()
+
+
+def test_a_layout_does_not_keep_the_tensors():
+    given_ = tensors([[3, 4]])
+    reference = weakref.ref(given_["layer0.0"])
+    blocks = Blocks(given_)
+    del given_
+    assert reference() is None
+    assert blocks.names == ["layer0.0"]
 
 
 def test_few_vectors_are_made_of_many_tensors():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +22,7 @@ class LayersApart(OnlineProjection):
     Keeps no earlier half-spaces.
     """
 
-    def _swept(self, step: list[Tensor], diagonal: list[Tensor], blocks: Blocks, pending: Any) -> list[Tensor]:
+    def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, pending: Any) -> list[Tensor]:
         whole = blocks.join(pending.gradient)
         total = inner(whole, whole, diagonal).clamp_min(1e-300)
         steps, gradient, metric = (blocks.split(vectors) for vectors in (step, whole, diagonal))
@@ -50,7 +50,7 @@ class RestoreAdapts(OnlineProjection):
         super().__init__(*args, **options)
         self._asked, self._usual = self.restore, 0.0
 
-    def _swept(self, step: list[Tensor], diagonal: list[Tensor], blocks: Blocks, pending: Any) -> list[Tensor]:
+    def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, pending: Any) -> list[Tensor]:
         memory = self.MEMORY if self._usual else 0.0
         self._usual = memory * self._usual + (1 - memory) * pending.drift
         self.restore = min(1.0, self._asked * pending.drift / self._usual) if self._usual else self._asked
