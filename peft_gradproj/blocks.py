@@ -19,6 +19,9 @@ _CPU_LIMIT, _LIMIT = 2**17, 2**22
 """So many elements a vector has at most, but for a single larger tensor. Copies of all parameters in one would add to
 the peak memory; on a CPU, what does not fit into the cache is three times as slow."""
 
+_SMALL = 2**20
+"""Copies of so many elements, 4 MB, are worth the time that making their vectors again would take."""
+
 
 @dataclass(frozen=True)
 class _Like:
@@ -62,11 +65,15 @@ class Blocks:
         Args:
             tensors: Of the shapes of the layout or of no dimension; where one is missing, there are zeros.
         """
-        return list(self.joined(tensors))
+        return list(_Joined(self, tensors))
 
     def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """The same vectors, each made when it is asked for: all of them at once would be one more copy."""
-        return _Joined(self, tensors)
+        """The same vectors, each made when it is asked for: all of them at once would be one more copy.
+
+        Unless that is small.
+        """
+        small = sum(like.shape.numel() for like in self._like.values()) <= _SMALL
+        return self.join(tensors) if small else _Joined(self, tensors)
 
     def _vector(self, number: int, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([self._flat(name, tensors.get(name)) for name in self._blocks[number].names])

@@ -41,18 +41,21 @@ def test_what_was_joined_splits_into_the_same_tensors(found, limit, narrow):
     assert sums == pytest.approx({name: float(t.double().sum()) for name, t in given_.items()}, abs=1e-9)
 
 
-def test_vectors_that_are_made_when_asked_for_are_the_same_and_are_not_kept():
+@pytest.mark.parametrize("small", [20, 21])
+def test_vectors_that_are_made_when_asked_for_are_the_same_and_are_not_kept_unless_small(small):
     given_ = tensors([[3, 4], [5], [2, 2]])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CPU_LIMIT", 13)
+        patch.setattr(module, "_SMALL", small)
         blocks = Blocks(given_)
-    joined = blocks.joined(given_)
+        joined = blocks.joined(given_)
     assert len(joined) == len(blocks) == 2
     assert all(torch.equal(x, y) for x, y in zip(joined, blocks.join(given_), strict=True))
     assert torch.equal(joined[-1], joined[1])
     assert [len(x) for x in joined[:1]] == [12]
     given_["layer0.0"].zero_()
-    assert not joined[0].any()
+    given_["layer0.1"].zero_()
+    assert bool(joined[0].any()) == (small == 21)
 
 
 def test_a_layout_does_not_keep_the_tensors():
