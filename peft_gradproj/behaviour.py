@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_folder import ADAPTER_CONFIG_NAME, DIFFUSERS_CONFIG_KEY, WEIGHT_NAMES, AdapterFolder, LoraPair
+from .adapter_folder import ADAPTER_CONFIG_NAME, WEIGHT_NAMES, AdapterFolder, LoraPair, lora_configs
 from .errors import BehaviourError, ConceptDataError
 from .escaping import regular_expressions
 from .probes import ConceptProbes, adapters_disabled, broadcast_weights, call_model, evaluation_mode, placement
@@ -218,9 +218,8 @@ def _load(folder: AdapterFolder, name: str, stage: Path, model: nn.Module) -> No
             f"{name} is diffusers' layout, and the base model is a {type(model).__name__}; expected a diffusers model."
         )
     keys = folder.weights[name]
-    for key, value in json.loads(keys.metadata.get(DIFFUSERS_CONFIG_KEY, "{}")).items():
-        # The option stands behind the part of the pipeline that it is for.
-        _refuse_expressions({key.rpartition(".")[2]: value})
+    for _, _, options in lora_configs(name, keys.metadata, None):
+        _refuse_expressions(options)
     prefix = next((p for p in ("unet", "transformer") if any(key.startswith(f"{p}.") for key in keys)), None)
     loader: Any = model
     loader.load_lora_adapter(str(stage), prefix=prefix, adapter_name=_ADAPTER, weight_name=name)

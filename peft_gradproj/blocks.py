@@ -72,7 +72,7 @@ class Blocks:
 
         Unless that is small.
         """
-        small = sum(like.shape.numel() for like in self._like.values()) <= _SMALL
+        small = sum(sum(block.sizes) for block in self._blocks) <= _SMALL
         return self.join(tensors) if small else _Joined(self, tensors)
 
     def _vector(self, number: int, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["ESCAPING_OPTIONS", "PLAIN_NAME", "regular_expressions"]
+__all__ = ["ESCAPING_OPTIONS", "NEUTRAL_INITS", "PLAIN_NAME", "regular_expressions"]
 
 ESCAPING_OPTIONS = {
     "use_dora": "DoRA's magnitudes change the base weights' length",
@@ -30,6 +30,10 @@ ESCAPING_OPTIONS = {
     "ensure_weight_tying": "layers that the files do not name may share an adapter",
 }
 """Why each escapes, by its name."""
+
+NEUTRAL_INITS = ("gaussian", "orthogonal", "eva", "mica")
+"""Values of `init_lora_weights` that are about A and B alone; other names of PEFT's subtract something from the base
+weights, when an adapter is loaded as well."""
 
 PLAIN_NAME = re.compile(r"\^?[\w.]+\$?")
 """A key of a pattern that is nothing but a name."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -182,7 +182,7 @@ def push_adapter_to_hub(
         if dry_run:
             return PublishResult(repo_id, _sizes(stage), report)
         api, there = _prepare_repository(repo_id, token, private, revision, create_pr, _sizes(stage))
-        stale = _stale(repo_id, stage, there)
+        stale = _stale(_sizes(stage), there)
         if card and is_unfilled(own_card):
             _write_onto_card(stage, report, own_card, _card_on_hub(api, repo_id, there), **details)
         commit = _commit(api, stage, repo_id, there, stale, revision, create_pr, commit_message or DEFAULT_MESSAGE)
@@ -274,7 +274,7 @@ def _prepare_repository(
     private: bool | None,
     revision: str | None,
     create_pr: bool,
-    staged: Iterable[str],
+    staged: Collection[str],
 ) -> tuple[HfApi, ModelInfo]:
     """Make the repository and the branch where they are missing; what is there now."""
     from huggingface_hub import HfApi
@@ -301,26 +301,25 @@ def _prepare_repository(
     return api, there
 
 
-def _refuse_rivals(repo_id: str, there: ModelInfo, staged: Iterable[str]) -> None:
+def _refuse_rivals(repo_id: str, there: ModelInfo, staged: Collection[str]) -> None:
+    """Refuse a repository with weights that a loader may take for these, and that are no former publication's."""
     rivals = rival_weights([*staged, *(name for name in _names(there) if name not in PUBLISHED_FILES)])
     if rivals:
         raise HubError(
             f"{repo_id} also holds {', '.join(rivals[:5])}, which a loader may take for the adapter, so that it would "
             f"not verify there. Remove it, or publish to another repository. {_NOTHING_DONE}"
         )
-
-
-def _stale(repo_id: str, stage: Path, there: ModelInfo) -> list[str]:
-    """The files of the former publication that do not belong to this one."""
-    names = set(_names(there))
-    stale = sorted(name for name in names & {*PUBLISHED_FILES} - {CARD_NAME} if not (stage / name).exists())
-    weights = [name for name in stale if name in WEIGHT_NAMES]
-    if weights and MANIFEST_NAME not in names:
+    weights = [name for name in _stale(staged, there) if name in WEIGHT_NAMES]
+    if weights and MANIFEST_NAME not in _names(there):
         raise HubError(
             f"{repo_id} holds {', '.join(weights)} of an adapter that was not published with peft-gradproj, which a "
             f"loader may take for this one. Remove it, or publish to another repository. {_NOTHING_DONE}"
         )
-    return stale
+
+
+def _stale(staged: Collection[str], there: ModelInfo) -> list[str]:
+    """The files of the former publication that do not belong to this one."""
+    return sorted({*_names(there)} & {*PUBLISHED_FILES} - {CARD_NAME, *staged})
 
 
 def _write_onto_card(stage: Path, report: VerificationReport, own: str, theirs: str, **details: Any) -> None:

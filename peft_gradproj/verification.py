@@ -45,7 +45,7 @@ from .adapter_folder import (
     rival_weights,
 )
 from .errors import AdapterFolderError, BehaviourError, ConceptBasisError, ConceptDataError
-from .escaping import ESCAPING_OPTIONS, PLAIN_NAME, regular_expressions
+from .escaping import ESCAPING_OPTIONS, NEUTRAL_INITS, PLAIN_NAME, regular_expressions
 from .files import is_hub_id
 from .projection import LEAST_REMAINDER, dtype_name, orthonormality_error, principal_cosines
 from .untrusted import printable, shown
@@ -535,9 +535,6 @@ _HARMLESS = frozenset(
         *("lora_ga_config", "qalora_group_size", "runtime_config"),
     }
 )
-_NEUTRAL_INITS = ("gaussian", "orthogonal", "eva", "mica")
-"""With these, and with `True`, a layer that is targeted and not in the files changes nothing; see `_init_fault`."""
-
 _REPEATED_GROUP = re.compile(r"(?<!\\)\)(?:[*+]|\{\d*,\d*\})")
 """In a regular expression, a group repeated without a fixed count: what makes matching take for ever."""
 
@@ -582,8 +579,9 @@ def _config_faults(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> 
             yield f"{shown(option)} is set, which this release does not know and cannot judge"
     if config.get("bias", "none") != "none":
         yield f"bias is {shown(config['bias'])}; expected 'none'"
+    # With these, a layer that is targeted and not in the files changes nothing.
     init = config.get("init_lora_weights", True)
-    if init is not True and not (isinstance(init, str) and init.lower() in _NEUTRAL_INITS):
+    if init is not True and not (isinstance(init, str) and init.lower() in NEUTRAL_INITS):
         yield f"init_lora_weights is {shown(init)}: {_init_fault(init)}"
     for option, text in regular_expressions(config):
         if _REPEATED_GROUP.search(text):

@@ -298,6 +298,10 @@ def test_a_branch_is_made_only_for_what_can_be_published(hub, folder):
     with pytest.raises(HubError, match=r"also holds adapter_model\.bin"):
         push_adapter_to_hub(folder, NAME, revision="try")
     assert set(hub.repos[NAME].refs) == {"main"}
+    hub.add_repo("user/other", {DIFFUSERS_WEIGHTS: b"somebody's own"})
+    with pytest.raises(HubError, match="was not published with peft-gradproj"):
+        push_adapter_to_hub(folder, "user/other", revision="try")
+    assert set(hub.repos["user/other"].refs) == {"main"}
 
 
 def test_a_stale_signature_is_removed(hub, folder):

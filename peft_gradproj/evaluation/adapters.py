@@ -16,6 +16,7 @@ from torch import nn
 from ..adapter_folder import ADAPTER_CONFIG_NAME, WEIGHT_NAMES, lora_configs
 from ..behaviour import adapters_removed
 from ..errors import AdapterFolderError, BehaviourError
+from ..escaping import NEUTRAL_INITS
 from ..files import is_repository, read_json_object
 from ..pipelines import PipelineFamily
 from ..training_data import first_line
@@ -25,8 +26,6 @@ __all__ = ["AdapterFile", "adapter_on", "locate_adapter"]
 
 _ADAPTER = "evaluated"
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
-"""Of A and B alone; all others of PEFT subtract something from the base weights, when an adapter is loaded as well."""
 _WRAPPING = ("modules_to_save", "trainable_token_indices", "kasa_config")
 """Options of PEFT by which base layers are replaced, or their weights."""
 _A_SUFFIXES = ("lora_A.weight", "lora.down.weight", "lora_down.weight", "lora_linear_layer.down.weight")
@@ -151,7 +150,7 @@ def _check_comes_off(adapter: AdapterFile, header: Mapping[str, str]) -> None:
         for _, _, options in lora_configs(adapter.path.name, header, beside)
         for option, value in options.items()
         if (option == "bias" and value != "none")
-        or (option == "init_lora_weights" and value not in _PLAIN_INITS)
+        or (option == "init_lora_weights" and value not in (None, True, False, *NEUTRAL_INITS))
         or (option in _WRAPPING and value not in (None, False, []))
     ]
     if stays:
