@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import InitVar, dataclass, field, fields
@@ -63,6 +64,11 @@ class GradProjConfig(LoraConfig):
             The share kappa, in [0, 1], of the drift that a corrected step takes back.
         probe_history (`int`):
             How many recent half-spaces a correction satisfies.
+        negative_guidance (`float`):
+            How far past the base model's answers, away from what would be learned of the concept, the answers on the
+            probes are drawn, in multiples eta >= 0 of the base model's errors. At 0 they are drawn to the base model's.
+            Needs probes with `loss_targets`, as `gradproj fit` makes of pictures; for others, and with
+            `rule="orthogonal"`, it has no effect.
         probe_seed (`int`):
             Seed of the choice of probes.
         uncovered (`"error"`, `"warn"` or `"ignore"`):
@@ -87,6 +93,9 @@ class GradProjConfig(LoraConfig):
     probe_batch_size: int = field(default=2, metadata={"help": "Concept probes per correction."})
     restore: float = field(default=0.5, metadata={"help": "Share of the drift that a corrected step takes back."})
     probe_history: int = field(default=1, metadata={"help": "Recent half-spaces that a correction satisfies."})
+    negative_guidance: float = field(
+        default=0.0, metadata={"help": "How far past the base model's answers those on the probes are drawn."}
+    )
     probe_seed: int = field(default=0, metadata={"help": "Seed of the choice of concept probes."})
     uncovered: Literal["error", "warn", "ignore"] = field(
         default="error", metadata={"help": "What to do about parts that the projection does not cover."}
@@ -120,6 +129,7 @@ class GradProjConfig(LoraConfig):
             "probe_batch_size": (self.probe_batch_size >= 1, "an integer of at least 1"),
             "restore": (0.0 <= self.restore <= 1.0, "a number in [0, 1]"),
             "probe_history": (self.probe_history >= 1, "an integer of at least 1"),
+            "negative_guidance": (0.0 <= self.negative_guidance < math.inf, "a finite number of at least 0"),
             "uncovered": (self.uncovered in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'"),
         }
         for name, (valid, what) in expected.items():

@@ -99,6 +99,7 @@ class GradProjModel(LoraModel):
                 probe_batch_size=config.probe_batch_size,
                 restore=config.restore,
                 probe_history=config.probe_history,
+                negative_guidance=config.negative_guidance,
                 seed=config.probe_seed,
                 config=config,
             )

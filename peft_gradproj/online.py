@@ -9,6 +9,10 @@ the nearest step, in the optimizer's metric :math:`M`, that does not increase th
 :math:`\kappa` of what is there; the optimizer's first moment is projected with the same :math:`s`. Both happen in the
 optimizer's step hooks, so that no training loop has to be changed.
 
+With `negative_guidance` :math:`\eta`, and probes that have the training targets, :math:`D` is
+:func:`~peft_gradproj.projection.guided_drift_terms`: steps are drawn to where the concept's loss is not below the base
+model's, not just to where the answers are near the base model's.
+
 Two bounds keep rounding out of the rule. The *floor*, which is what the model without adapter drifts from the stored
 outputs (autocast, half precision), is subtracted from :math:`D`, since no step can take it back. And what a correction
 does beyond cancelling :math:`\langle s, \Delta\rangle` is at most as long, in the metric, as the `probe_every` steps
@@ -49,7 +53,15 @@ from .probes import (
     evaluation_mode,
     placement,
 )
-from .projection import drift_terms, inner, metric_norm, metric_squares, project_half_space, project_orthogonal
+from .projection import (
+    drift_terms,
+    guided_drift_terms,
+    inner,
+    metric_norm,
+    metric_squares,
+    project_half_space,
+    project_orthogonal,
+)
 from .step_hooks import ORDER_CORRECTION, observe_steps
 
 __all__ = [
@@ -91,6 +103,10 @@ class OnlineReport:
     drift: float
     """The drift on the probe batch before the step, less the floor; for `rule="orthogonal"` the concept loss."""
 
+    excess: float
+    """What the step was to reduce: the drift, or with `negative_guidance` the guided drift, less the floor; 0 where
+    that is negative, and no correction was due."""
+
     floor: float
     """The drift of the model without adapter on this batch: rounding, which no step can take back."""
 
@@ -119,15 +135,24 @@ class _HalfSpace:
         return (self.offset.to(linear.device) + linear).clamp_min(0.0)
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What a batch of probes says before a step."""
+
+    gradient: dict[str, Tensor]
+    """Of the excess, in the parameters' shapes."""
+    excess: float
+    drift: float
+    floor: float
+
+
 @dataclass
 class _Pending:
     """What was measured before a step, for the correction after it."""
 
     parameters: dict[str, nn.Parameter]
     before: dict[str, Tensor]
-    gradient: dict[str, Tensor]
-    drift: float
-    floor: float
+    measured: _Measured
     seconds: float
 
 
@@ -189,6 +214,9 @@ class OnlineProjection:
         restore: Share :math:`\kappa` in [0, 1] of the drift that a corrected step takes back.
         probe_history: So many of the last half-spaces, of each optimizer, are kept and swept from the oldest to the
             newest.
+        negative_guidance: How far past the base model's outputs, in multiples :math:`\eta \ge 0` of their errors
+            against the probes' `loss_targets`, the outputs on probes are drawn. Without `loss_targets`, and with
+            `rule="orthogonal"`, it has no effect.
         seed: Of the order in which probes are drawn.
         on_report: Called with each :class:`OnlineReport`.
         config: The adapter's config; by default what `model.peft_config` holds. Once another config has its place, the
@@ -216,11 +244,12 @@ class OnlineProjection:
         probe_batch_size: int = 2,
         restore: float = 0.5,
         probe_history: int = 1,
+        negative_guidance: float = 0.0,
         seed: int = 0,
         on_report: Callable[[OnlineReport], None] | None = None,
         config: Any = None,
     ) -> None:
-        _check_options(rule, strength, probe_every, probe_batch_size, restore, probe_history)
+        _check_options(rule, strength, probe_every, probe_batch_size, restore, probe_history, negative_guidance)
         if rule == "orthogonal" and probes.loss_targets is None:
             raise ConceptDataError(
                 "rule='orthogonal' follows the gradient of the concept loss and needs probes with loss_targets (the "
@@ -234,6 +263,7 @@ class OnlineProjection:
         self.probe_batch_size = probe_batch_size
         self.restore = restore
         self.probe_history = probe_history
+        self.negative_guidance = negative_guidance
         self.seed = seed
         self.on_report = on_report
         self.last = None
@@ -332,7 +362,7 @@ class OnlineProjection:
         """The last report as flat numbers, for any tracker; empty before the first correction."""
         if self.last is None:
             return {}
-        names = ("drift", "floor", "removed_share", "seconds")
+        names = ("drift", "excess", "floor", "removed_share", "seconds")
         return {f"{prefix}/{name}": float(getattr(self.last, name)) for name in names}
 
     # The observed step
@@ -509,48 +539,51 @@ class OnlineProjection:
     # Measuring
 
     def _measured(self, model: nn.Module, parameters: dict[str, nn.Parameter], step: int, started: float) -> _Pending:
-        drift, floor, gradient = self._drift_and_gradient(model, parameters, step)
+        measured = self._drift_and_gradient(model, parameters, step)
         before = {name: p.detach().clone() for name, p in parameters.items()}
-        return _Pending(parameters, before, gradient, drift, floor, time.perf_counter() - started)
+        return _Pending(parameters, before, measured, time.perf_counter() - started)
 
-    def _drift_and_gradient(
-        self, model: nn.Module, parameters: dict[str, nn.Parameter], step: int
-    ) -> tuple[float, float, dict[str, Tensor]]:
-        """Drift less floor, floor, and the drift's gradient in the parameters' shapes, over all processes."""
+    def _drift_and_gradient(self, model: nn.Module, parameters: dict[str, nn.Parameter], step: int) -> _Measured:
+        """What the step's batch says, over all processes."""
         indices = _shard(self._draw(step // self.probe_every))
         device = next(iter(parameters.values())).device
-        terms = torch.zeros(3, dtype=torch.float64, device=device)
+        terms = torch.zeros(4, dtype=torch.float64, device=device)
         if len(indices):
             with self._probe_context(model, device):
                 batch = self._batch(model, indices)
-                targets = self._compared_with(model, batch)
-                numerator, denominator = self._terms(self._output(model, batch), targets, batch.weights)
+                targets, output = self._compared_with(model, batch), self._output(model, batch)
+                numerator, denominator = self._terms(output, targets, batch.weights)
+                guided = numerator
+                if self._guided:
+                    numerator = numerator.detach()
+                    guided, _ = self._terms(output, targets, batch.weights, batch.loss_targets)
                 # The gradient of the sum, not of the mean, whose elements would vanish in float16.
-                gradients = _gradients(numerator, parameters)
+                gradients = _gradients(guided, parameters)
                 floor = self._floor_term(model, batch, denominator, len(indices))
-                terms += torch.stack([x.detach().double() for x in (numerator, denominator, floor)])
+                terms += torch.stack([x.detach().double() for x in (guided, numerator, floor, denominator)])
         else:
             gradients = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in parameters.items()}
         gradients = _reduced(terms, gradients)
-        gradients = {name: (g / terms[1].clamp_min(1e-300)).to(g.dtype) for name, g in gradients.items()}
-        drift, drift_floor = self._checked(terms, gradients, step)
-        if drift == 0:
+        gradients = {name: (g / terms[-1].clamp_min(1e-300)).to(g.dtype) for name, g in gradients.items()}
+        excess, drift, floor_value = self._checked(terms, gradients, step)
+        if excess == 0:
             # What is left is the gradient of the floor: rounding, along which no step is to be corrected. Before the
             # first step it would take a random direction from it, and another one on each number of processes.
             gradients = {name: torch.zeros_like(g) for name, g in gradients.items()}
-        return drift, drift_floor, gradients
+        return _Measured(gradients, excess, drift, floor_value)
 
-    def _checked(self, terms: Tensor, gradients: dict[str, Tensor], step: int) -> tuple[float, float]:
+    def _checked(self, terms: Tensor, gradients: dict[str, Tensor], step: int) -> tuple[float, float, float]:
+        """Excess and drift, both less the floor and not negative, and the floor."""
         square = inner([*gradients.values()], [*gradients.values()])
-        numerator, denominator, floor, square_value = torch.stack([*terms, square]).tolist()
-        denominator = max(denominator, 1e-300)
-        if not all(map(_finite, (numerator, denominator, floor, square_value))):
+        *numerators, denominator, square_value = torch.stack([*terms, square]).tolist()
+        guided, drift, floor = (numerator / max(denominator, 1e-300) for numerator in numerators)
+        if not all(map(_finite, (guided, drift, floor, square_value))):
             raise OnlineProjectionError(
                 f"the drift of adapter {self.adapter_name!r} on the concept probes, or its gradient, is not finite at "
-                f"step {step} (drift {numerator / denominator}). The weights or the activations have overflowed: lower "
+                f"step {step} (drift {drift}). The weights or the activations have overflowed: lower "
                 "the learning rate, clip gradients, or train in bfloat16 or float32 instead of float16."
             )
-        return max(0.0, (numerator - floor) / denominator), floor / denominator
+        return max(0.0, guided - floor), max(0.0, drift - floor), floor
 
     def _draw(self, number: int) -> Tensor:
         """Indices of the probes of correction `number`: each probe once before any twice, whatever came before."""
@@ -614,13 +647,25 @@ class OnlineProjection:
         with torch.no_grad(), adapters_disabled(model, only=only):
             return call_model(model, batch.inputs, self.probes.run_model)
 
-    def _terms(self, output: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        if output.shape != targets.shape:
-            raise ConceptDataError(
-                f"the model's output on the concept probes has shape {tuple(output.shape)}, their targets have "
-                f"{tuple(targets.shape)}; were they collected with this model and run_model?"
-            )
-        return drift_terms(output, targets, None if weights is None else broadcast_weights(weights, output))
+    @property
+    def _guided(self) -> bool:
+        """Whether the concept's loss counts, and not the drift alone."""
+        return self.rule == "half-space" and self.negative_guidance > 0 and self.probes.loss_targets is not None
+
+    def _terms(
+        self, output: Tensor, targets: Tensor, weights: Tensor | None, loss_targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Numerator and denominator of the drift, or, with `loss_targets`, of the guided drift."""
+        for name, compared in (("targets", targets), ("loss_targets", loss_targets)):
+            if compared is not None and output.shape != compared.shape:
+                raise ConceptDataError(
+                    f"the model's output on the concept probes has shape {tuple(output.shape)}, their {name} have "
+                    f"{tuple(compared.shape)}; were they collected with this model and run_model?"
+                )
+        weights = None if weights is None else broadcast_weights(weights, output)
+        if loss_targets is None:
+            return drift_terms(output, targets, weights)
+        return guided_drift_terms(output, targets, loss_targets, weights, negative_guidance=self.negative_guidance)
 
     def _floor_term(self, model: nn.Module, batch: ProbeBatch, denominator: Tensor, count: int) -> Tensor:
         """Numerator of the drift that the batch has without the adapter: measured at first, then by the mean."""
@@ -664,10 +709,10 @@ class OnlineProjection:
         """The step after a sweep over the half-spaces, the newest last (Kaczmarz)."""
         limit = RESTORE_LIMIT * self.probe_every * metric_norm(step, diagonal)
         constraints: list[tuple[dict[str, Tensor], float | Tensor]]
-        constraints = [(h.gradient, h.drift_at(pending.before)) for h in self._earlier(pending.gradient)]
-        for gradient, drift in [*constraints, (pending.gradient, pending.drift)]:
+        constraints = [(h.gradient, h.drift_at(pending.before)) for h in self._earlier(pending.measured.gradient)]
+        for gradient, excess in [*constraints, (pending.measured.gradient, pending.measured.excess)]:
             s = blocks.joined(gradient)
-            step = project_half_space(step, s, drift, restore=self.restore, metric=diagonal, restore_limit=limit)
+            step = project_half_space(step, s, excess, restore=self.restore, metric=diagonal, restore_limit=limit)
         return step
 
     def _earlier(self, names: Iterable[str]) -> deque[_HalfSpace]:
@@ -679,14 +724,16 @@ class OnlineProjection:
 
     def _remember(self, pending: _Pending) -> None:
         if self.probe_history > 1:
-            names = list(pending.gradient)
-            along = inner([pending.gradient[n] for n in names], [pending.before[n] for n in names])
-            self._earlier(names).append(_HalfSpace(pending.gradient, pending.drift - along))
+            names = list(pending.measured.gradient)
+            along = inner([pending.measured.gradient[n] for n in names], [pending.before[n] for n in names])
+            self._earlier(names).append(_HalfSpace(pending.measured.gradient, pending.measured.excess - along))
             while len(self._history) > max(_PARAMETER_SETS, len(self._counts)):
                 del self._history[next(iter(self._history))]
 
     def _correct_moments(self, optimizer: torch.optim.Optimizer, pending: _Pending, metric: dict[str, Tensor]) -> None:
-        unread = project_moments(optimizer, pending.parameters, pending.gradient, metric, strength=self.strength)
+        unread = project_moments(
+            optimizer, pending.parameters, pending.measured.gradient, metric, strength=self.strength
+        )
         if unread and not self._noticed_moments and self.probe_every > 1:
             self._noticed_moments = True
             warnings.warn(
@@ -698,7 +745,8 @@ class OnlineProjection:
 
     def _report(self, pending: _Pending, step: int, shares: tuple[float, dict[str, float]], started: float) -> None:
         seconds = pending.seconds + time.perf_counter() - started
-        self._publish(OnlineReport(step, pending.drift, pending.floor, *shares, seconds))
+        measured = pending.measured
+        self._publish(OnlineReport(step, measured.drift, measured.excess, measured.floor, *shares, seconds))
 
     def _publish(self, report: OnlineReport) -> None:
         self.last = report
@@ -716,7 +764,8 @@ class OnlineProjection:
                 f"no parameter of adapter {self.adapter_name!r} has a gradient before the step. rule='orthogonal' "
                 "changes gradients, so it cannot be used with closures, which compute them within the step."
             )
-        loss, _, s = self._drift_and_gradient(model, parameters, step)
+        measured = self._drift_and_gradient(model, parameters, step)
+        s = measured.gradient
         gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
         projected = project_orthogonal([*gradients.values()], [s[n] for n in gradients], strength=self.strength)
         with torch.no_grad():
@@ -726,7 +775,8 @@ class OnlineProjection:
             total, layers = _removed_shares(removed, whole, [torch.ones_like(g) for g in whole], blocks)
             for gradient, new in zip(gradients.values(), projected, strict=True):
                 gradient.copy_(new)
-        self._publish(OnlineReport(step, loss, 0.0, total, layers, time.perf_counter() - started))
+        loss = measured.drift
+        self._publish(OnlineReport(step, loss, loss, 0.0, total, layers, time.perf_counter() - started))
 
 
 class _RememberAutocast:
@@ -754,13 +804,21 @@ def _autocast_state(kind: str) -> tuple[bool, torch.dtype]:
 
 
 def _check_options(
-    rule: str, strength: float, probe_every: int, probe_batch_size: int, restore: float, probe_history: int
+    rule: str,
+    strength: float,
+    probe_every: int,
+    probe_batch_size: int,
+    restore: float,
+    probe_history: int,
+    negative_guidance: float,
 ) -> None:
     if rule not in get_args(Rule):
         raise GradProjConfigError(f"rule is {rule!r}; expected one of {list(get_args(Rule))}.")
     for name, share in (("strength", strength), ("restore", restore)):
         if not 0.0 <= share <= 1.0:
             raise GradProjConfigError(f"{name} is {share}; expected a share in [0, 1].")
+    if not 0.0 <= negative_guidance < math.inf:
+        raise GradProjConfigError(f"negative_guidance is {negative_guidance}; expected a finite number of at least 0.")
     counts = {"probe_every": probe_every, "probe_batch_size": probe_batch_size, "probe_history": probe_history}
     for name, count in counts.items():
         if not isinstance(count, int) or count < 1:

@@ -38,6 +38,7 @@ __all__ = [
     "drift_terms",
     "dtype_name",
     "full_precision",
+    "guided_drift_terms",
     "half_space_coefficient",
     "inner",
     "leakage",
@@ -361,11 +362,52 @@ def drift(output: Tensor, base_output: Tensor, weight: Tensor | None = None) -> 
 def drift_terms(output: Tensor, base_output: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Numerator and denominator of :func:`drift`, which processes sum separately; same arguments."""
     dtype = _compute_dtype(output, base_output)
-    square = (output.to(dtype) - base_output.to(dtype)).square()
+    return _weighted_terms((output.to(dtype) - base_output.to(dtype)).square(), weight)
+
+
+def guided_drift_terms(
+    output: Tensor,
+    base_output: Tensor,
+    loss_target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    negative_guidance: float,
+) -> tuple[Tensor, Tensor]:
+    r"""Numerator and denominator of the drift from outputs that are guided away from the concept.
+
+    With the base model's error :math:`e = y - f_0(x)` against the training target :math:`y`, the change
+    :math:`d = f_\theta(x) - f_0(x)` is compared with :math:`-\eta e`, as Erased Stable Diffusion (Gandikota et al.,
+    arXiv 2303.07345) does with a model's own answer in place of :math:`y`:
+
+    .. math:: D_\eta = \sum w \left(|d + \eta e|^2 - |\eta e|^2\right) / \sum w = (1 + \eta) D + \eta L ,
+
+    where :math:`L = \sum w (|e|^2 - |e - d|^2) / \sum w` is by how much the adapter lowers the concept's loss. It is 0
+    for the base model, and where it is not positive, that loss is at least :math:`(1 + 1 / \eta) D` above the base
+    model's. At :math:`\eta = 0` it is the drift.
+
+    Args:
+        output: The adapted model's outputs, shape `(batch, *)`.
+        base_output: The base model's outputs, same shape.
+        loss_target: What the outputs are trained to be (noise or velocity), same shape.
+        weight: Where the concept is: non-negative, broadcastable to `output`; `None` weighs all alike.
+        negative_guidance: :math:`\eta \ge 0`.
+
+    Returns:
+        Two scalars, the first of which may be negative.
+    """
+    dtype = _compute_dtype(output, base_output)
+    base = base_output.to(dtype)
+    change = output.to(dtype) - base
+    # Not as the difference of two squares, which would cancel where the drift is small beside the error.
+    excess = change * (change + 2 * negative_guidance * (loss_target.to(dtype) - base))
+    return _weighted_terms(excess, weight)
+
+
+def _weighted_terms(values: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     if weight is None:
-        return square.sum(), square.new_tensor(float(square.numel()))
-    weight = weight.to(dtype).expand_as(square)
-    return (weight * square).sum(), weight.sum()
+        return values.sum(), values.new_tensor(float(values.numel()))
+    weight = weight.to(values.dtype).expand_as(values)
+    return (weight * values).sum(), weight.sum()
 
 
 def inner(u: Sequence[Tensor], v: Iterable[Tensor], metric: Sequence[Tensor] | None = None) -> Tensor:

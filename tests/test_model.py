@@ -439,6 +439,8 @@ def test_a_config_with_neither_basis_nor_probes_is_refused():
         {"probe_batch_size": 0},
         {"restore": -1.0},
         {"probe_history": 0},
+        {"negative_guidance": -1.0},
+        {"negative_guidance": float("nan")},
         {"uncovered": "perhaps"},
     ],
     ids=str,

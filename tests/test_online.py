@@ -196,6 +196,91 @@ def test_every_step_fulfils_the_constraint(name: str, restore: float, monkeypatc
     assert max(_violations(OPTIMIZERS[name], 0.0, restore)) > 1e-2
 
 
+def with_loss_targets(probes: ConceptProbes, loss_targets: Tensor) -> ConceptProbes:
+    return ConceptProbes(probes.inputs, probes.targets, probes.weights, loss_targets)
+
+
+def guided_excess(task: Task, guidance: float) -> Tensor:
+    """(1 + eta) times the drift, and eta times what the concept's loss fell, computed here and not by the package."""
+    output, base = task.net(task.concept), task.probes.targets
+    weights = task.probes.weights.expand_as(base)
+
+    def mean(values: Tensor) -> Tensor:
+        return (weights * values).sum() / weights.sum()
+
+    fell = mean((task.unwanted - base).square()) - mean((task.unwanted - output).square())
+    return (1 + guidance) * task.drift() + guidance * fell
+
+
+@pytest.mark.parametrize("guidance", [0.1, 1.0])
+def test_with_negative_guidance_every_step_is_corrected_against_the_guided_drift(
+    guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online, "RESTORE_LIMIT", 1e9)
+    task = make_task()
+    projection = attach_online_projection(
+        task.net,
+        "default",
+        with_loss_targets(task.probes, task.unwanted),
+        probe_every=1,
+        probe_batch_size=PROBES,
+        restore=0.5,
+        negative_guidance=guidance,
+    )
+    parameters = task.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    for _ in range(5):
+        before, drift, excess = copies(parameters), float(task.drift().detach()), guided_excess(task, guidance)
+        s = list(torch.autograd.grad(excess, parameters))
+        take_steps(task, optimizer)
+        step = [p.detach() - b for p, b in zip(parameters, before, strict=True)]
+        assert float(excess.detach()) > 0
+        assert dot(s, step) <= -0.5 * float(excess.detach()) + 1e-5
+        assert projection.last.excess == pytest.approx(float(excess.detach()), rel=1e-4)
+        assert projection.last.drift == pytest.approx(drift, rel=1e-4)
+
+
+def test_negative_guidance_keeps_the_concepts_loss_where_it_was() -> None:
+    def fell(**options: Any) -> float:
+        task = make_task(started=False)
+        probes = with_loss_targets(task.probes, task.unwanted)
+        attach_online_projection(task.net, "default", probes, probe_every=4, probe_batch_size=PROBES, **options)
+        take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-2), 200)
+        with torch.no_grad():
+            return float(guided_excess(task, 1.0) - 2 * task.drift())
+
+    drawn_back, drawn_past = fell(), fell(negative_guidance=0.5)
+
+    assert drawn_back > 0.0
+    assert drawn_past < 0.5 * drawn_back
+
+
+def test_a_concept_loss_that_is_high_enough_corrects_nothing() -> None:
+    task = make_task()
+    with torch.no_grad():
+        # The adapter went away from these, as far as it went at all.
+        away = 3 * task.probes.targets - 2 * task.net(task.concept)
+    probes = with_loss_targets(task.probes, away)
+    projection = attach_online_projection(task.net, "default", probes, negative_guidance=1.0, probe_batch_size=PROBES)
+    take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-3))
+
+    assert projection.last.drift > 0
+    assert projection.last.excess == projection.last.removed_share == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"rule": "orthogonal", "probe_every": 1}])
+def test_negative_guidance_has_no_effect_without_loss_targets_nor_on_the_literal_rule(options: dict[str, Any]) -> None:
+    ends = []
+    for guidance in (0.0, 1.0):
+        task = make_task()
+        probes = with_loss_targets(task.probes, task.unwanted) if options else task.probes
+        attach_online_projection(task.net, "default", probes, negative_guidance=guidance, **options)
+        take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-2), 3)
+        ends.append(copies(task.parameters()))
+
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 class SharpnessAware(torch.optim.Optimizer):
     """SGD by the gradient a little uphill, so that each step calls the closure twice, at other weights (SAM)."""
 
@@ -1021,7 +1106,8 @@ def test_its_defaults_are_those_of_the_config() -> None:
     of_config = {f.name: f.default for f in dataclasses.fields(GradProjConfig)}
     shared = own.keys() & of_config.keys()
 
-    assert shared == {"rule", "strength", "probe_every", "probe_batch_size", "restore", "probe_history"}
+    names = {"rule", "strength", "probe_every", "probe_batch_size", "restore", "probe_history", "negative_guidance"}
+    assert shared == names
     assert {name: own[name] for name in shared} == {name: of_config[name] for name in shared}
     assert own["seed"] == of_config["probe_seed"]
 
@@ -1254,8 +1340,8 @@ def test_the_report_can_be_logged() -> None:
     take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-3))
 
     log = projection.log()
-    assert set(log) == {f"gradproj/{name}" for name in ("drift", "floor", "removed_share", "seconds")}
-    assert log["gradproj/drift"] == pytest.approx(drift, rel=1e-5)
+    assert set(log) == {f"gradproj/{name}" for name in ("drift", "excess", "floor", "removed_share", "seconds")}
+    assert log["gradproj/drift"] == log["gradproj/excess"] == pytest.approx(drift, rel=1e-5)
     assert reports == [projection.last]
     assert set(projection.last.layers) == {"0", "3"}
     assert all(share > 0 for share in projection.last.layers.values())
@@ -1275,6 +1361,9 @@ def test_the_report_can_be_logged() -> None:
         ({"probe_every": 0}, "probe_every is 0"),
         ({"probe_batch_size": 2.5}, "probe_batch_size is 2.5"),
         ({"probe_history": 0}, "probe_history is 0"),
+        ({"negative_guidance": -0.1}, "negative_guidance is -0.1"),
+        ({"negative_guidance": float("nan")}, "negative_guidance is nan"),
+        ({"negative_guidance": float("inf")}, "negative_guidance is inf"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -1301,6 +1390,14 @@ def test_targets_of_another_model_are_refused() -> None:
     attach_online_projection(task.net, "default", probes, probe_batch_size=8)
     with pytest.raises(ConceptDataError, match=r"shape \(8, 4\), their targets have \(8, 3\)"):
         take_steps(task, torch.optim.SGD(task.parameters(), lr=0.1))
+
+
+def test_loss_targets_of_another_shape_are_refused() -> None:
+    task = make_task()
+    probes = ConceptProbes({"input": task.concept}, None, None, torch.ones(PROBES, 3))
+    attach_online_projection(task.net, "default", probes, negative_guidance=0.1)
+    with pytest.raises(ConceptDataError, match="loss_targets have"):
+        take_steps(task, torch.optim.AdamW(task.parameters()))
 
 
 def test_a_run_model_without_gradient_is_refused() -> None:
@@ -1433,8 +1530,11 @@ def _train_with(rank: int, world: int, folder: str) -> None:
         run.append(len(inputs["input"]))
         return model(**inputs)
 
-    task.probes.run_model = run_model
-    projection = attach_online_projection(task.net, "default", task.probes, probe_every=2, probe_batch_size=5)
+    probes = with_loss_targets(task.probes, task.unwanted)
+    probes.run_model = run_model
+    projection = attach_online_projection(
+        task.net, "default", probes, probe_every=2, probe_batch_size=5, negative_guidance=0.1
+    )
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
     inputs, targets = torch.cat([task.x, task.concept]), torch.cat([task.wanted, task.unwanted])
     for _ in range(5):

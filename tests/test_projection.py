@@ -17,6 +17,7 @@ from peft_gradproj.projection import (
     coordinates,
     drift,
     drift_terms,
+    guided_drift_terms,
     half_space_coefficient,
     inner,
     leakage,
@@ -578,6 +579,41 @@ def test_drift_is_the_weighted_mean_square_distance(batch, size, dtype, seed):
     shards = [drift_terms(output[i : i + 1], base[i : i + 1], weight[i : i + 1]) for i in range(batch)]
     total = sum(float(n) for n, _ in shards) / sum(float(d) for _, d in shards)
     assert total == pytest.approx(expected, rel=1e-5)
+
+
+@few
+@given(batch=st.integers(1, 4), size=st.integers(1, 5), guidance=st.floats(0, 3), dtype=dtypes, seed=seeds)
+def test_guided_drift_is_the_drift_and_what_the_loss_fell(batch, size, guidance, dtype, seed):
+    output, base, target = (random(batch, 3, size, seed=seed + i, dtype=dtype).requires_grad_() for i in range(3))
+    weight = random(batch, 1, size, seed=seed + 3).abs()
+    numerator, denominator = guided_drift_terms(output, base, target, weight, negative_guidance=guidance)
+    f, e, y = (x.detach().double() for x in (output, base, target))
+
+    def mean(values):
+        return float((weight * values).sum() / weight.expand_as(values).sum())
+
+    loss_drop = mean((y - e).square()) - mean((y - f).square())
+    expected = (1 + guidance) * mean((f - e).square()) + guidance * loss_drop
+    assert float(numerator / denominator) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert float(guided_drift_terms(base, base, target, weight, negative_guidance=guidance)[0]) == 0
+    parts = [
+        guided_drift_terms(*(x[i : i + 1] for x in (output, base, target, weight)), negative_guidance=guidance)
+        for i in range(batch)
+    ]
+    assert sum(float(n) for n, _ in parts) == pytest.approx(float(numerator), rel=1e-4, abs=1e-4)
+    # Towards outputs past the base model's, away from the target.
+    (gradient,) = torch.autograd.grad(numerator, output)
+    towards = 2 * weight * (f - (e - guidance * (y - e)))
+    assert torch.allclose(
+        gradient.double(), towards.expand_as(f), rtol=1e-2 if dtype != torch.float64 else 1e-6, atol=1e-2
+    )
+
+
+def test_without_guidance_the_guided_drift_is_the_drift():
+    output, base, target, weight = (random(3, 4, seed=i).float() for i in range(4))
+    for weights in (None, weight.abs()):
+        plain = drift_terms(output, base, weights)
+        assert guided_drift_terms(output, base, target, weights, negative_guidance=0.0) == plain
 
 
 def test_drift_is_differentiable_and_zero_where_the_weight_is():

@@ -141,7 +141,8 @@ def test_the_methods_defaults_are_those_of_the_commands():
     assert fitted == {name: of_fit[name].default for name in fitted}
     of_config = {field.name: field.default for field in dataclasses.fields(GradProjConfig)}
     shared = {field.name for field in dataclasses.fields(ours)} & of_config.keys()
-    assert shared == {"rule", "strength", "probe_every", "probe_batch_size", "restore", "probe_history"}
+    names = {"rule", "strength", "probe_every", "probe_batch_size", "restore", "probe_history", "negative_guidance"}
+    assert shared == names
     assert {name: getattr(ours, name) for name in shared} == {name: of_config[name] for name in shared}
 
 

@@ -23,7 +23,7 @@ class LayersApart(OnlineProjection):
     """
 
     def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, pending: Any) -> list[Tensor]:
-        whole = blocks.join(pending.gradient)
+        whole = blocks.join(pending.measured.gradient)
         total = inner(whole, whole, diagonal).clamp_min(1e-300)
         steps, gradient, metric = (blocks.split(vectors) for vectors in (step, whole, diagonal))
         for names in _layers(steps):
@@ -31,7 +31,7 @@ class LayersApart(OnlineProjection):
             corrected = project_half_space(
                 part,
                 s,
-                pending.drift * inner(s, s, m) / total,
+                pending.measured.excess * inner(s, s, m) / total,
                 restore=self.restore,
                 metric=m,
                 restore_limit=RESTORE_LIMIT * self.probe_every * metric_norm(part, m),
@@ -52,8 +52,8 @@ class RestoreAdapts(OnlineProjection):
 
     def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, pending: Any) -> list[Tensor]:
         memory = self.MEMORY if self._usual else 0.0
-        self._usual = memory * self._usual + (1 - memory) * pending.drift
-        self.restore = min(1.0, self._asked * pending.drift / self._usual) if self._usual else self._asked
+        self._usual = memory * self._usual + (1 - memory) * pending.measured.excess
+        self.restore = min(1.0, self._asked * pending.measured.excess / self._usual) if self._usual else self._asked
         return super()._swept(step, diagonal, blocks, pending)
 
 

@@ -72,6 +72,7 @@ class Method:
     probe_batch_size: int = 8
     probe_history: int = 1
     restore: float = 0.5
+    negative_guidance: float = 0.0
     probes: int = 768
     basis_rank: int = 8
     basis_pairs: int = 96
@@ -91,7 +92,7 @@ OURS = Method("ours", masked="found", spaces=("input", "output"), online=True)
 
 def online_options(of: Any) -> dict[str, Any]:
     """How a method, or `GradProjConfig` by default, corrects steps, by the names of the latter."""
-    names = ("strength", "rule", "probe_every", "probe_batch_size", "probe_history", "restore")
+    names = ("strength", "rule", "probe_every", "probe_batch_size", "probe_history", "restore", "negative_guidance")
     return {name: getattr(of, name) for name in names}
 
 

@@ -192,9 +192,7 @@ class Material:
         count = min(method.probes, settings.probes)
         examples = self.examples(count, placed=method.placed)
         pairs = encode_concept_set(self.pipeline, examples, dilation=settings.probe_dilation)
-        batches = concept_probe_batches(
-            pairs, self.schedule, batch_size=64, seed=settings.seed + 1, loss_targets=method.rule == "orthogonal"
-        )
+        batches = concept_probe_batches(pairs, self.schedule, batch_size=64, seed=settings.seed + 1, loss_targets=True)
         return collect_concept_probes(self.pipeline.unet, batches, concept=self.task.concept.name, progress=False)
 
     def where(self, knowledge: Knowledge) -> Tensor:
