@@ -240,6 +240,9 @@ def launch(
     probe_batch_size: Annotated[int | None, typer.Option(help="Concept probes per correction.")] = None,
     restore: Annotated[float | None, typer.Option(help="Share of the drift that a corrected step takes back.")] = None,
     probe_history: Annotated[int | None, typer.Option(help="Recent half-spaces that a correction satisfies.")] = None,
+    negative_guidance: Annotated[
+        float | None, typer.Option(help="How far past the base model's answers those on the probes are drawn.")
+    ] = None,
     probe_seed: Annotated[int | None, typer.Option(help="Seed of the choice of probes.")] = None,
     uncovered: Annotated[str | None, typer.Option(help="'error', 'warn' or 'ignore' what is not covered.")] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is the name of a module.")] = False,
@@ -260,6 +263,7 @@ def launch(
         "probe_batch_size": probe_batch_size,
         "restore": restore,
         "probe_history": probe_history,
+        "negative_guidance": negative_guidance,
         "probe_seed": probe_seed,
         "uncovered": uncovered,
     }
