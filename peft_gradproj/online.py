@@ -104,8 +104,8 @@ class OnlineReport:
     """The drift on the probe batch before the step, less the floor; for `rule="orthogonal"` the concept loss."""
 
     excess: float
-    """What the step was to reduce: the drift, or with `negative_guidance` the guided drift, less the floor; 0 where
-    that is negative, and no correction was due."""
+    """What the step was to reduce: the drift, or with `negative_guidance` the guided drift, less the floor. The latter
+    may be negative, which is by how much the step might raise it."""
 
     floor: float
     """The drift of the model without adapter on this batch: rounding, which no step can take back."""
@@ -130,9 +130,9 @@ class _HalfSpace:
     gradient: dict[str, Tensor]
     offset: Tensor
 
-    def drift_at(self, before: Mapping[str, Tensor]) -> Tensor:
+    def excess_at(self, before: Mapping[str, Tensor]) -> Tensor:
         linear = inner([s.to(before[n].device) for n, s in self.gradient.items()], [before[n] for n in self.gradient])
-        return (self.offset.to(linear.device) + linear).clamp_min(0.0)
+        return self.offset.to(linear.device) + linear
 
 
 @dataclass(frozen=True)
@@ -566,14 +566,14 @@ class OnlineProjection:
         gradients = _reduced(terms, gradients)
         gradients = {name: (g / terms[-1].clamp_min(1e-300)).to(g.dtype) for name, g in gradients.items()}
         excess, drift, floor_value = self._checked(terms, gradients, step)
-        if excess == 0:
+        if excess == 0 and not self._guided:
             # What is left is the gradient of the floor: rounding, along which no step is to be corrected. Before the
             # first step it would take a random direction from it, and another one on each number of processes.
             gradients = {name: torch.zeros_like(g) for name, g in gradients.items()}
         return _Measured(gradients, excess, drift, floor_value)
 
     def _checked(self, terms: Tensor, gradients: dict[str, Tensor], step: int) -> tuple[float, float, float]:
-        """Excess and drift, both less the floor and not negative, and the floor."""
+        """Excess, drift less the floor, which is not negative, and the floor."""
         square = inner([*gradients.values()], [*gradients.values()])
         *numerators, denominator, square_value = torch.stack([*terms, square]).tolist()
         guided, drift, floor = (numerator / max(denominator, 1e-300) for numerator in numerators)
@@ -583,7 +583,8 @@ class OnlineProjection:
                 f"step {step} (drift {drift}). The weights or the activations have overflowed: lower "
                 "the learning rate, clip gradients, or train in bfloat16 or float32 instead of float16."
             )
-        return max(0.0, guided - floor), max(0.0, drift - floor), floor
+        drift = max(0.0, drift - floor)
+        return guided - floor if self._guided else drift, drift, floor
 
     def _draw(self, number: int) -> Tensor:
         """Indices of the probes of correction `number`: each probe once before any twice, whatever came before."""
@@ -702,14 +703,18 @@ class OnlineProjection:
             pending.parameters[name].copy_(after[name] + correction)
         shares = _removed_shares(corrections, steps, diagonal, blocks)
         del steps, corrections, correction, step
-        self._correct_moments(optimizer, pending, metric)
+        if pending.measured.excess >= 0:
+            self._correct_moments(optimizer, pending, metric)
         self._report(pending, number, shares, started)
 
     def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, pending: _Pending) -> list[Tensor]:
         """The step after a sweep over the half-spaces, the newest last (Kaczmarz)."""
         limit = RESTORE_LIMIT * self.probe_every * metric_norm(step, diagonal)
         constraints: list[tuple[dict[str, Tensor], float | Tensor]]
-        constraints = [(h.gradient, h.drift_at(pending.before)) for h in self._earlier(pending.measured.gradient)]
+        constraints = [(h.gradient, h.excess_at(pending.before)) for h in self._earlier(pending.measured.gradient)]
+        if not self._guided:
+            # No drift is negative; a line through it may be.
+            constraints = [(gradient, torch.as_tensor(drift).clamp_min(0.0)) for gradient, drift in constraints]
         for gradient, excess in [*constraints, (pending.measured.gradient, pending.measured.excess)]:
             s = blocks.joined(gradient)
             step = project_half_space(step, s, excess, restore=self.restore, metric=diagonal, restore_limit=limit)

@@ -474,13 +474,16 @@ def half_space_coefficient(
 ) -> Tensor:
     r"""How far a step lies outside the half-space :math:`\{\delta : \langle s, \delta\rangle \le -\kappa D\}`.
 
+    Where :math:`D < 0`, the half-space is :math:`\langle s, \delta\rangle \le -D`: what there is room for.
+
     Returns:
         :math:`c = \max(0, \langle s, \Delta\rangle + \kappa D) / \langle s, M^{-1} s\rangle`, a float64 scalar;
         0 where :math:`s` is 0. See :func:`project_half_space` for the arguments.
     """
     norm = inner(gradient, gradient, metric)
     along = inner(gradient, step)
-    excess = (along + restore * drift_value).clamp_min(0.0)
+    drift_value = torch.as_tensor(drift_value, dtype=along.dtype, device=along.device)
+    excess = (along + restore * drift_value.clamp_min(0.0) + drift_value.clamp_max(0.0)).clamp_min(0.0)
     if restore_limit is not None:
         # ||c M^-1 s||_M = c sqrt(<s, M^-1 s>), so the bound on the norm is one on the excess.
         excess = torch.minimum(excess, along.clamp_min(0.0) + restore_limit * norm.sqrt())
@@ -506,7 +509,7 @@ def project_half_space(
     Args:
         step: What the optimizer added to the parameters, :math:`\Delta`, a tensor per parameter.
         gradient: The gradient :math:`s` of the drift before the step, same shapes.
-        drift_value: The drift :math:`D >= 0` before the step.
+        drift_value: The drift :math:`D` before the step. Only a guided drift may be negative: the step may use that up.
         restore: The share :math:`\kappa >= 0` of the drift that the step takes back.
         metric: The diagonal of the optimizer's metric :math:`M`, positive, same shapes; `None` for the identity.
         restore_limit: Bounds the norm :math:`\|\cdot\|_M` of what the correction does beyond cancelling

@@ -255,17 +255,50 @@ def test_negative_guidance_keeps_the_concepts_loss_where_it_was() -> None:
     assert drawn_past < 0.5 * drawn_back
 
 
-def test_a_concept_loss_that_is_high_enough_corrects_nothing() -> None:
+@pytest.mark.parametrize("history", [1, 2])
+def test_a_concept_loss_that_is_high_enough_leaves_room_for_steps(history: int) -> None:
     task = make_task()
     with torch.no_grad():
-        # The adapter went away from these, as far as it went at all.
-        away = 3 * task.probes.targets - 2 * task.net(task.concept)
+        # The adapter went away from these, and going on would soon be more of a drift than of a loss.
+        away = task.probes.targets - 0.75 * (task.net(task.concept) - task.probes.targets)
     probes = with_loss_targets(task.probes, away)
-    projection = attach_online_projection(task.net, "default", probes, negative_guidance=1.0, probe_batch_size=PROBES)
-    take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-3))
+    projection = attach_online_projection(
+        task.net,
+        "default",
+        probes,
+        negative_guidance=1.0,
+        probe_batch_size=PROBES,
+        probe_every=1,
+        probe_history=history,
+    )
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
+    take_steps(task, optimizer, 2)
 
     assert projection.last.drift > 0
-    assert projection.last.excess == projection.last.removed_share == 0
+    assert projection.last.excess < 0
+    assert projection.last.removed_share == 0
+
+    for group in optimizer.param_groups:
+        group["lr"] = 10.0
+    take_steps(task, optimizer)
+    assert projection.last.removed_share > 0, "more than there was room for"
+
+
+def test_with_negative_guidance_the_first_step_of_a_fresh_adapter_does_not_go_towards_the_concept() -> None:
+    def towards(stored: bool, **options: Any) -> float:
+        """By how much the first step raises the guided drift, to first order."""
+        task = make_task(started=False)
+        probes = task.probes
+        probes = ConceptProbes(probes.inputs, probes.targets if stored else None, probes.weights, task.unwanted)
+        attach_online_projection(task.net, "default", probes, probe_batch_size=PROBES, **options)
+        parameters = task.parameters()
+        before, s = copies(parameters), list(torch.autograd.grad(guided_excess(task, 0.5), parameters))
+        take_steps(task, torch.optim.SGD(parameters, lr=0.1))
+        return dot(s, [p.detach() - b for p, b in zip(parameters, before, strict=True)])
+
+    assert towards(True) > 1e-3
+    for stored in (True, False):
+        assert towards(stored, negative_guidance=0.5) < 1e-6
 
 
 @pytest.mark.parametrize("options", [{}, {"rule": "orthogonal", "probe_every": 1}])

@@ -609,6 +609,16 @@ def test_guided_drift_is_the_drift_and_what_the_loss_fell(batch, size, guidance,
     )
 
 
+@given(room=st.floats(-3, -1e-3), restore=st.floats(0, 1), seed=seeds)
+def test_a_negative_guided_drift_is_room_for_the_step(room, restore, seed):
+    step, s = [random(3, 2, seed=seed)], [random(3, 2, seed=seed + 1)]
+    corrected = project_half_space(step, s, room, restore=restore)
+    along = float(inner(s, step))
+    assert float(inner(s, corrected)) == pytest.approx(min(along, -room), rel=1e-6)
+    if along <= -room:
+        assert torch.equal(corrected[0], step[0])
+
+
 def test_without_guidance_the_guided_drift_is_the_drift():
     output, base, target, weight = (random(3, 4, seed=i).float() for i in range(4))
     for weights in (None, weight.abs()):
