@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .methods import BY_DEFAULT, BY_NAME, DEFAULT_SWEEPS, DEFAULTS, FEWER_STEPS, HALF_FOUND, MAIN, METHODS, SWEEPS
+from .methods import (
+    BY_DEFAULT,
+    BY_NAME,
+    DEFAULT_SWEEPS,
+    DEFAULTS,
+    FEWER_STEPS,
+    GUIDANCE_SWEEPS,
+    GUIDED,
+    HALF_FOUND,
+    MAIN,
+    METHODS,
+    SWEEPS,
+)
 from .runs import BASE
 from .tasks import TaskKey
 
@@ -30,9 +42,9 @@ def _entries() -> Iterator[Entry]:
             for logo in (TUNED_LOGO, OTHER_LOGO):
                 yield from _row(TaskKey(logo, named, 75, seed), MAIN)
         for logo in (TUNED_LOGO, OTHER_LOGO):
-            yield from _row(TaskKey(logo, False, 75, seed), (*DEFAULTS, *HALF_FOUND))
+            yield from _row(TaskKey(logo, False, 75, seed), (*DEFAULTS, *HALF_FOUND, *(m.name for m in GUIDED)))
             yield from _row(TaskKey(logo, True, 75, seed), (BY_DEFAULT.name,))
-    yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), (*METHODS, *DEFAULT_SWEEPS))
+    yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), (*METHODS, *DEFAULT_SWEEPS, *GUIDANCE_SWEEPS))
     yield from _row(TaskKey(TUNED_LOGO, True, 75, 0), BY_NAME)
     # The most that probes alone can do at that price, where it was not looked for.
     for key in (TaskKey(TUNED_LOGO, False, 75, 1), TaskKey(OTHER_LOGO, False, 75, 0)):

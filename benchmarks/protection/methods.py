@@ -19,6 +19,8 @@ __all__ = [
     "DEFAULT_SWEEPS",
     "FEWER_STEPS",
     "GUARDED_ONLINE",
+    "GUIDANCE_SWEEPS",
+    "GUIDED",
     "MAIN",
     "METHODS",
     "OTHERWISE",
@@ -98,6 +100,20 @@ def online_options(of: Any) -> dict[str, Any]:
 
 GUARDED_ONLINE = Method("masked, missing 20 %, guarded + online", masked="missing-20", guarded=True, online=True)
 
+GUIDANCE: dict[str, Any] = {
+    "probe_every": 8,
+    "probe_batch_size": 2,
+    "probe_history": 4,
+    "negative_guidance": 0.3,
+}
+"""Steps are drawn past the base model, with two probes at every eighth step as by default, and half-spaces that are
+kept instead of more probes."""
+
+GUIDED = (
+    replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, guided", **GUIDANCE),
+    replace(OURS, name="ours, guided", **GUIDANCE),
+)
+
 OTHERWISE = tuple(
     replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, {correction}", correction=correction)
     for correction in ("layers apart", "restore adapts")
@@ -141,6 +157,7 @@ METHODS = {
         GUARDED_ONLINE,
         replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, history 4, restore 1", probe_history=4, restore=1.0),
         *OTHERWISE,
+        *GUIDED,
         replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, probes anywhere", placed=False),
         Method("masked, missing 20 % + online, every step", masked="missing-20", online=True, probe_every=1),
         Method("rank 4, weight decay 1", rank=4, weight_decay=1.0),
@@ -203,6 +220,12 @@ SWEEPS = {
     for method in _varied(OURS, name, values)
 }
 
+GUIDANCE_SWEEPS = {
+    method.name: method
+    for name, values in {"negative_guidance": (0.0, 0.1, 0.3), "probe_history": (1, 4)}.items()
+    for method in _varied(GUIDED[0], name, values)
+}
+
 DEFAULT_SWEEPS = {
     method.name: method
     for name, values in {"probe_every": (4, 8), "restore": (0.5, 1.0), "probe_history": (1, 2, 4)}.items()
@@ -212,7 +235,7 @@ DEFAULT_SWEEPS = {
 DEFAULTS = (BY_DEFAULT.name, "ours, by default, probe every 4")
 """The commands' defaults, and what they were before, for twice as many probes; run on both logos, not named."""
 
-VARIED = {**SWEEPS, **DEFAULT_SWEEPS}
+VARIED = {**SWEEPS, **GUIDANCE_SWEEPS, **DEFAULT_SWEEPS}
 """One setting of another method changed."""
 
 ALL_METHODS = {**METHODS, **FEWER_STEPS, **VARIED}

@@ -18,7 +18,7 @@ from peft_gradproj.evaluation.figures import Share
 
 from . import attack_runs
 from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
-from .methods import ALL_METHODS, BY_DEFAULT, GUARDED_ONLINE, MAIN, OTHERWISE, VARIED, Method
+from .methods import ALL_METHODS, BY_DEFAULT, GUARDED_ONLINE, GUIDANCE_SWEEPS, GUIDED, MAIN, OTHERWISE, VARIED, Method
 from .runs import BASE, THREADS_PER_RUN, conditions, write_json
 from .tasks import COLLECTED, TaskKey
 
@@ -79,6 +79,8 @@ TRADING = (
     f"{GUARDED_ONLINE.name}, probes anywhere",
     *(method.name for method in OTHERWISE),
     f"{GUARDED_ONLINE.name}, history 4, restore 1",
+    *(method.name for method in GUIDED),
+    *GUIDANCE_SWEEPS,
     "masked, found",
     BY_DEFAULT.name,
     "ours, by default, probe every 4",
