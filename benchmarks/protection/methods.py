@@ -141,6 +141,7 @@ METHODS = {
         Method("masked, found by any", masked="found-by-any"),
         Method("online", online=True),
         Method("online, history 8", online=True, probe_history=8),
+        Method("online, history 8, guided", online=True, probe_history=8, negative_guidance=0.3),
         replace(BY_DEFAULT, name="online, by default", masked=None, spaces=()),
         Method("online, every step, restore 1", online=True, probe_every=1, restore=1.0),
         Method("masked, found + online", masked="found", online=True),
