@@ -48,7 +48,7 @@ class Recipe:
     """How a basis was fitted, as far as it can be done again."""
 
     layers: tuple[str, ...]
-    """The layers that were targeted."""
+    """The layers that were targeted, and those that others of them have their basis from."""
 
     options: dict[str, Any]
     """Arguments of `fit_concept_basis`."""
@@ -87,8 +87,10 @@ class Recipe:
         for name, value in options.items():
             if not _OPTIONS[name](value):
                 raise ConceptBasisError(f"its recipe is malformed: {name} is {shown(value)}.")
-        names = [fit.get(key) for key in ("layers", "left_out")]
-        layers = tuple(sorted({name for part in names if isinstance(part, dict) for name in part}))
+        parts = [part if isinstance(part := fit.get(key), dict) else {} for key in ("layers", "left_out", "derived")]
+        # Of a basis that was restricted, "layers" may lack the partners of layers that were kept.
+        partners = {str(partner).rpartition(".")[0] for partner in parts[-1].values()}
+        layers = tuple(sorted(partners.union(*parts)))
         if not 0 < len(layers) <= _MAX_LAYERS:
             raise ConceptBasisError(f"its recipe names {len(layers):,} layers; expected 1 to {_MAX_LAYERS:,}.")
         concept_set = fit.get("concept_set")

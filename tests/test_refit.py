@@ -216,8 +216,9 @@ UNFITTABLE: dict[str, tuple[dict[str, Any] | None, str]] = {
     "a rank that is none": ({"rank": True}, "rank is True"),
     "a huge number of positions": ({"max_positions": 10**12}, "max_positions is"),
     "a seed that is none": ({"seed": "0"}, "seed is '0'"),
-    "no layers": ({"layers": {}, "left_out": []}, "names 0 layers"),
+    "no layers": ({"layers": {}, "left_out": [], "derived": 3}, "names 0 layers"),
     "ten thousand layers": ({"layers": {str(i): {} for i in range(10_001)}}, "names 10,00"),
+    "ten thousand partners": ({"derived": {"key": "query.output", **{str(i): i for i in range(10_001)}}}, "names 10,0"),
 }
 
 
@@ -369,6 +370,20 @@ def test_the_sine_is_that_of_the_angle():
 # What `gradproj fit` makes
 
 
+@pytest.fixture(scope="module")
+def fit_of_a_pipeline(tmp_path_factory) -> tuple[ConceptBasis, ContrastBatches]:
+    data = TrainingData([picture(seed) for seed in range(4)], ["a house", "a tree", "a dog", "two cats"])
+    options = {"num_pairs": 8, "num_probes": 2, "rank": 2, "batch_size": 4, "progress": False, "save_contrast": True}
+    folder = tmp_path_factory.mktemp("fit")
+    basis, _, made = fit_concept(PIPELINES["sd"](), Overlay(logo()), data, output_dir=folder, **options)
+    return basis, ContrastBatches.load(made.files["contrast"])
+
+
+def sd_unet() -> Any:
+    """The UNet that the pipeline of that fit had."""
+    return PIPELINES["sd"]().unet
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_the_basis_of_a_pipeline_is_found_again_with_the_layers_that_have_it_of_a_partner(tmp_path, kind):
     pipeline = PIPELINES[kind]()
@@ -385,6 +400,18 @@ def test_the_basis_of_a_pipeline_is_found_again_with_the_layers_that_have_it_of_
     save_adapter(unet, tmp_path / "out")
     unet.unload_lora()
     report = verify_adapter(tmp_path / "out", base_model=unet, refit=made.files["contrast"])
+    assert report.ok, report.render()
+
+
+def test_layers_that_have_their_basis_of_a_partner_may_be_published_without_it(fit_of_a_pipeline, tmp_path):
+    basis, contrast = fit_of_a_pipeline
+    kept = [name for name in basis if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert set(kept) == set((basis.fit or {})["derived"])
+    unet = sd_unet()
+    config = GradProjConfig(r=4, target_modules=["attn2.to_k", "attn2.to_v"], concept_basis=basis.restrict(kept))
+    unet.add_adapter(config)
+    save_adapter(unet, tmp_path / "out")
+    report = verify_adapter(tmp_path / "out", base_model=sd_unet(), refit=contrast)
     assert report.ok, report.render()
 
 
