@@ -275,7 +275,8 @@ def verify_adapter(
     which says how much was learned at all. Without a reference set the drift is told and not judged.
 
     A refit takes a base model and the batches that the published basis was fitted from: it is fitted anew, by the
-    recipe in its file, and has to be the same.
+    recipe in its file, and has to be the same. Where it has rank or gradient spaces, or layers that the base model does
+    not have, these could not be checked.
 
     An adapter that was trained with concept probes only, or whose basis was withheld, leaves orthogonality out of
     reach: integrity is reported and the status is `could not be checked`, unless the verifier brings a basis.
@@ -895,7 +896,8 @@ def _check_refit(
     tolerance: float,
 ) -> list[Check]:
     """Whether the published basis is what its recipe gives, fitted anew."""
-    from .refit import Recipe, refit_basis, refit_differences
+    from .base_models import layer_widths
+    from .refit import Recipe, compare_bases, refit_basis
 
     def unchecked(reason: str) -> list[Check]:
         return [Check("refit", "orthogonality", None, f"the published basis was not fitted anew: {reason}")]
@@ -919,14 +921,18 @@ def _check_refit(
     except (ConceptBasisError, ConceptDataError) as error:
         return [Check("refit", "orthogonality", False, f"the recipe gives no basis: {error}")]
     adapted = {module for parsed in layers.values() for module in parsed.pairs}
-    found, worst = refit_differences(folder.basis.layers, refitted, adapted, tolerance=tolerance)
-    failures = [
+    compared = compare_bases(folder.basis.layers, refitted, adapted, layer_widths(base_model), tolerance=tolerance)
+    checks = [
         Check("refit", "orthogonality", False, each.detail + recipe.caveats, each.layer, each.sine, tolerance)
-        for each in found
+        for each in compared.differences
     ]
-    summary = (
-        f"fitted anew, the basis is the published one up to a sine of {worst:.2g}; up to {tolerance:g} is rounding"
-    )
-    if recipe.digest is None:
-        summary += "; the recipe names no digest of its batches"
-    return _gathered("refit", "orthogonality", failures, summary, value=worst, tolerance=tolerance)
+    if not checks and compared.worst is not None:
+        summary = f"what was fitted anew is as published, up to a sine of {compared.worst:.2g}; up to {tolerance:g} "
+        summary += "is rounding"
+        if recipe.digest is None:
+            summary += "; the recipe names no digest of its batches"
+        checks.append(Check("refit", "orthogonality", True, summary, value=compared.worst, tolerance=tolerance))
+    for reason, bases in compared.unchecked.items():
+        detail = f"not fitted anew, since {reason}: {', '.join(bases)}"
+        checks.append(Check("refit", "orthogonality", None, detail))
+    return checks
