@@ -430,6 +430,10 @@ def test_the_basis_of_a_pipeline_is_found_again_with_the_layers_that_have_it_of_
     assert report.ok, report.render()
 
 
+def test_the_recipe_of_a_pipeline_can_be_followed_without_code_of_the_publishers(fit_of_a_pipeline):
+    assert Recipe.of(fit_of_a_pipeline[0].fit).caveats == ""
+
+
 def test_layers_that_have_their_basis_of_a_partner_may_be_published_without_it(fit_of_a_pipeline, tmp_path):
     basis, contrast = fit_of_a_pipeline
     kept = [name for name in basis if name.endswith(("attn2.to_k", "attn2.to_v"))]
