@@ -260,6 +260,7 @@ def verify_adapter(
     basis: ConceptBasis | str | os.PathLike[str] | None = None,
     basis_tolerance: float | None = None,
     base_model: nn.Module | str | os.PathLike[str] | None = None,
+    variant: str | None = None,
     probes: ConceptProbes | str | os.PathLike[str] | None = None,
     reference: ConceptProbes | str | os.PathLike[str] | None = None,
     drift_tolerance: float = 0.5,
@@ -288,6 +289,7 @@ def verify_adapter(
             of one concept differ, so that a basis which is not the published one needs a larger value.
         base_model: The base model without adapters, or the folder or Hub id of a diffusers pipeline or transformers
             model, of which no code is run.
+        variant: Of its weights, such as `fp16`, if it is loaded here.
         probes: Concept probes for that model, or their file.
         reference: Probes that are free of the concept, and show what was to be learned.
         drift_tolerance: Largest drift on the probes, as a share of that on the reference set; see
@@ -327,7 +329,7 @@ def verify_adapter(
     figures: BehaviourResult | None = None
     # Where integrity failed, loaders of others would have to read what we refuse to.
     sound = all(check.passed for check in integrity)
-    model = _base_model(folder, base_model) if sound and base_model is not None else None
+    model = _base_model(folder, base_model, variant) if sound and base_model is not None else None
     if batches is not None:
         orthogonality += _check_refit(folder, layers, orthogonality, model, batches, refit_tolerance)
     if probes is not None:
@@ -370,13 +372,14 @@ def _contrast_batches(given: ContrastBatches | str | os.PathLike[str]) -> Contra
     return ContrastBatches.load(given) if isinstance(given, str | os.PathLike) else given
 
 
-def _base_model(folder: AdapterFolder, given: nn.Module | str | os.PathLike[str]) -> nn.Module:
+def _base_model(folder: AdapterFolder, given: nn.Module | str | os.PathLike[str], variant: str | None) -> nn.Module:
     if isinstance(given, nn.Module):
         return given
     from .behaviour import load_base_model
 
     named = folder.manifest["base_model"]
-    return load_base_model(str(given), revision=named["revision"] if named["id"] == str(given) else None)
+    revision = named["revision"] if named["id"] == str(given) else None
+    return load_base_model(str(given), revision=revision, variant=variant)
 
 
 def _notes(folder: AdapterFolder, own: ConceptBasis | None, refitted: bool, key_given: bool) -> Iterator[str]:
