@@ -10,7 +10,9 @@ What they write meets the concept in spaces that do show it:
   to the concept's directions there does not add to them.
 
 So such a layer gets an `output` basis: that of its partner in the same attention. With several heads both hold for the
-sum over the heads, not for each of them; the probes watch the rest.
+sum over the heads, not for each of them; the probes watch the rest. With `qk_norm`, as in Stable Diffusion 3.5, the
+first does not hold: queries and keys are normalised after their projections and scaled by learned weights, channel by
+channel, and what was orthogonal is so no longer. There the basis of a key layer is no more than a guess.
 """
 
 from __future__ import annotations

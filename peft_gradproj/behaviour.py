@@ -302,7 +302,7 @@ def _remove_adapters(model: nn.Module) -> None:
 # The base model
 
 
-def load_base_model(path_or_id: str, *, revision: str | None = None) -> nn.Module:
+def load_base_model(path_or_id: str, *, revision: str | None = None, variant: str | None = None) -> nn.Module:
     """The part of a base model that LoRA adapts: a diffusers pipeline's UNet or transformer, or a transformers model.
 
     Weights are read from safetensors only, and no code of the repository is run.
@@ -310,22 +310,25 @@ def load_base_model(path_or_id: str, *, revision: str | None = None) -> nn.Modul
     Args:
         path_or_id: Folder or Hub id.
         revision: Branch, tag or commit on the Hub.
+        variant: Of the weights, such as `fp16`.
 
     Raises:
         BehaviourError: If there is no such model.
     """
     try:
-        return _load_base_model(path_or_id, {"revision": revision} if revision else {})
+        return _load_base_model(path_or_id, {"revision": revision} if revision else {}, variant)
     except BehaviourError:
         raise
     except Exception as error:
         raise BehaviourError(
             f"the base model {path_or_id} cannot be loaded ({type(error).__name__}: {_short(error)}). Expected a "
-            "folder or Hub id of a diffusers pipeline or a transformers model, with safetensors."
+            "folder or Hub id of a diffusers pipeline or a transformers model, with safetensors; where they are there "
+            "only as a variant, such as fp16, name it."
         ) from error
 
 
-def _load_base_model(path_or_id: str, options: dict[str, Any]) -> nn.Module:
+def _load_base_model(path_or_id: str, options: dict[str, Any], variant: str | None) -> nn.Module:
+    weights = {**options, "variant": variant, "use_safetensors": True}
     index = _json_of(path_or_id, "model_index.json", options)
     if index is not None:
         import diffusers
@@ -333,9 +336,7 @@ def _load_base_model(path_or_id: str, options: dict[str, Any]) -> nn.Module:
         for part in ("unet", "transformer"):
             library, kind = (index.get(part) or [None, None])[:2]
             if library == "diffusers":
-                return getattr(diffusers, kind).from_pretrained(
-                    path_or_id, subfolder=part, use_safetensors=True, **options
-                )
+                return getattr(diffusers, kind).from_pretrained(path_or_id, subfolder=part, **weights)
         raise BehaviourError(f"the pipeline {path_or_id} has neither a UNet nor a transformer of diffusers.")
     config = _json_of(path_or_id, "config.json", options)
     if config is None:
@@ -348,7 +349,7 @@ def _load_base_model(path_or_id: str, options: dict[str, Any]) -> nn.Module:
         import transformers
 
         kind = getattr(transformers, (config.get("architectures") or ["AutoModel"])[0])
-    return kind.from_pretrained(path_or_id, use_safetensors=True, **options)
+    return kind.from_pretrained(path_or_id, **weights)
 
 
 def _json_of(path_or_id: str, name: str, options: dict[str, Any]) -> dict[str, Any] | None:

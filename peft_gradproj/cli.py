@@ -59,7 +59,7 @@ ImageColumnOption = Annotated[str, typer.Option(help="Column of the pictures.")]
 CaptionColumnOption = Annotated[str, typer.Option(help="Column of the captions.")]
 CacheOption = Annotated[str | None, typer.Option(help="Where data sets are prepared.")]
 PipelineRevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the pipeline on the Hub.")]
-VariantOption = Annotated[str | None, typer.Option(help="Variant of the pipeline's weights, such as fp16.")]
+VariantOption = Annotated[str | None, typer.Option(help="Variant of the base model's weights, such as fp16.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Where to run; a GPU of CUDA if there is one.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything that is random.")]
@@ -100,6 +100,7 @@ def verify(
     base_model: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the diffusers pipeline or transformers model.")
     ] = None,
+    variant: VariantOption = None,
     probes: ProbesOption = None,
     reference: ReferenceOption = None,
     drift_tolerance: Annotated[
@@ -130,6 +131,7 @@ def verify(
             basis=basis,
             basis_tolerance=basis_tolerance,
             base_model=base_model,
+            variant=variant,
             probes=probes,
             reference=reference,
             drift_tolerance=drift_tolerance,
@@ -199,6 +201,7 @@ def publish(
     base_model: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the base model, to measure behaviour for the model card.")
     ] = None,
+    variant: VariantOption = None,
     probes: Annotated[str | None, typer.Option(help="File of concept probes, for that.")] = None,
     reference: ReferenceOption = None,
     as_json: JsonOption = False,
@@ -219,6 +222,7 @@ def publish(
         allow_unverified=allow_unverified,
         private_key=private_key,
         base_model=base_model,
+        variant=variant,
         probes=probes,
         reference=reference,
     )

@@ -230,7 +230,6 @@ def fit_concept(
             family.denoiser,
             *halves,
             target_modules=targets,
-            run_model=family.run,
             spaces=spaces,
             rank=rank,
             contrast="pairs" if reference is None else "generalized",

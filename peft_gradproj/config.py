@@ -12,6 +12,7 @@ from typing import Any, Literal
 from peft import LoraConfig, TaskType
 from peft.utils import PeftType
 
+from .base_models import BaseModel
 from .basis import ConceptBasis
 from .errors import AdapterFolderError, ConceptBasisError, GradProjConfigError
 from .escaping import ESCAPING_OPTIONS
@@ -110,6 +111,8 @@ class GradProjConfig(LoraConfig):
         self.concept_basis = _load(ConceptBasis, concept_basis)  # type: ignore[attr-defined]
         self.concept_probes = _load(ConceptProbes, concept_probes)  # type: ignore[attr-defined]
         self.uncovered_parts: list[str] = []
+        # No field either. Of the model that the adapter was injected into: diffusers clears `base_model_name_or_path`.
+        self.base_model = BaseModel(None, None)
         self._check_values()
         self._check_given()
         self.report_escaping()

@@ -120,6 +120,7 @@ def push_adapter_to_hub(
     allow_unverified: bool = False,
     private_key: str | os.PathLike[str] | None = None,
     base_model: nn.Module | str | os.PathLike[str] | None = None,
+    variant: str | None = None,
     probes: ConceptProbes | str | os.PathLike[str] | None = None,
     reference: ConceptProbes | str | os.PathLike[str] | None = None,
 ) -> PublishResult:
@@ -146,7 +147,8 @@ def push_adapter_to_hub(
         images: Pairs of a prompt and the file of a picture that was sampled with it, to be published with the card.
         allow_unverified: Publish although a check failed; the card says so.
         private_key: PEM file of the key to sign with what is published; one without password.
-        base_model: The base model, to measure behaviour for the card; as in :func:`verify_adapter`, like the next two.
+        base_model: The base model, to measure behaviour for the card; like the next three as in :func:`verify_adapter`.
+        variant: Of its weights.
         probes: Concept probes.
         reference: Probes that are free of the concept.
 
@@ -171,7 +173,7 @@ def push_adapter_to_hub(
             *(Path(folder), stage, names),
             withhold=basis == "digest",
             allow_unverified=allow_unverified,
-            behaviour={"base_model": base_model, "probes": probes, "reference": reference},
+            behaviour={"base_model": base_model, "variant": variant, "probes": probes, "reference": reference},
         )
         if private_key is not None:
             sign_adapter(stage, private_key)

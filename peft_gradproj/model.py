@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_inc
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-from .base_models import names_conflict, widths_of
+from .base_models import identify, names_conflict, widths_of
 from .basis import ConceptBasis, LayerBasis
 from .config import GradProjConfig
 from .errors import ConceptBasisError, ConceptDataError, GradProjConfigError, GradProjError
@@ -84,6 +84,7 @@ class GradProjModel(LoraModel):
         """Inject the adapter, then let its concept probes watch the optimizer; see [`~peft.LoraModel`]."""
         config: Any = self.peft_config[adapter_name]
         _target_as_lora(config, model)
+        config.base_model = identify(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # In inference mode too: a saved config says so, and add_adapter makes its adapter trainable all the same.
         if config.concept_probes is None:

@@ -5,13 +5,16 @@ bounds, and of `target_modules`, which may be a regular expression, nothing is u
 gave. For a layer and space with the published basis :math:`U` and the new one :math:`V`, the figure is the sine of
 their largest principal angle, :math:`\|(I - V V^T) U\|_2`.
 
+A basis may have more than its recipe: a rank or gradient basis that was put in during training, or layers of a text
+encoder beside a UNet's. What no recipe of that base model could give is not checked, and so told.
+
 What agrees is what the recipe, these batches and this base model give. Whether the batches show the concept is to be
 seen in the batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -27,7 +30,7 @@ from .model_arguments import place_arguments
 from .probes import placement
 from .untrusted import printable, shown
 
-__all__ = ["REFIT_TOLERANCE", "Difference", "Recipe", "largest_sine", "refit_basis", "refit_differences"]
+__all__ = ["REFIT_TOLERANCE", "Comparison", "Difference", "Recipe", "compare_bases", "largest_sine", "refit_basis"]
 
 REFIT_TOLERANCE = 0.05
 """Largest sine of a principal angle that rounding explains. Other hardware, thread counts and precisions round
@@ -38,6 +41,7 @@ _MAX_RANK = 4096
 _MAX_POSITIONS = 2**20
 _MAX_LAYERS = 10_000
 _FITTED_SPACES = frozenset({"input", "output"})
+_OF_TRAINING = "the rank and gradient spaces depend on the adapter's start and on a loss, which are not published"
 
 
 # The recipe
@@ -48,7 +52,7 @@ class Recipe:
     """How a basis was fitted, as far as it can be done again."""
 
     layers: tuple[str, ...]
-    """The layers that were targeted."""
+    """The layers that were targeted, and those that others of them have their basis from."""
 
     options: dict[str, Any]
     """Arguments of `fit_concept_basis`."""
@@ -80,15 +84,15 @@ class Recipe:
         if not isinstance(spaces, list) or not spaces or not all(isinstance(space, str) for space in spaces):
             raise ConceptBasisError(f"its recipe is malformed: spaces is {shown(spaces)}.")
         if not _FITTED_SPACES.issuperset(spaces):
-            raise ConceptBasisError(
-                "the rank and gradient spaces depend on the adapter's start and on a loss, which are not published."
-            )
+            raise ConceptBasisError(f"{_OF_TRAINING}.")
         options = {name: fit.get(name) for name in _OPTIONS}
         for name, value in options.items():
             if not _OPTIONS[name](value):
                 raise ConceptBasisError(f"its recipe is malformed: {name} is {shown(value)}.")
-        names = [fit.get(key) for key in ("layers", "left_out")]
-        layers = tuple(sorted({name for part in names if isinstance(part, dict) for name in part}))
+        parts = [part if isinstance(part := fit.get(key), dict) else {} for key in ("layers", "left_out", "derived")]
+        # Of a basis that was restricted, "layers" may lack the partners of layers that were kept.
+        partners = {str(partner).rpartition(".")[0] for partner in parts[-1].values()}
+        layers = tuple(sorted(partners.union(*parts)))
         if not 0 < len(layers) <= _MAX_LAYERS:
             raise ConceptBasisError(f"its recipe names {len(layers):,} layers; expected 1 to {_MAX_LAYERS:,}.")
         concept_set = fit.get("concept_set")
@@ -186,33 +190,51 @@ class Difference:
     sine: float | None = None
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How a published basis compares with the new one."""
+
+    differences: list[Difference]
+
+    unchecked: dict[str, list[str]]
+    """What of the published basis could not be compared, as `{module}.{space}`, by the reason."""
+
+    worst: float | None
+    """Largest sine of a principal angle; `None` if nothing could be compared."""
+
+
 def largest_sine(u: Tensor, v: Tensor) -> float:
     """Sine of the largest principal angle between the spans of orthonormal columns, each of shape `(d, k)`."""
     u, v = u.double(), v.double()
     return float(torch.linalg.matrix_norm(u - v @ (v.mT @ u), 2))
 
 
-def refit_differences(
+def compare_bases(
     published: Mapping[str, Mapping[str, Tensor]],
     refitted: ConceptBasis,
-    adapted: set[str],
+    adapted: Collection[str],
+    of_model: Collection[str],
     *,
     tolerance: float = REFIT_TOLERANCE,
-) -> tuple[list[Difference], float]:
+) -> Comparison:
     """Where two bases differ: in directions, in their number, or in that one has none.
 
     Args:
         published: `{module: {space: basis}}`, orthonormal, each of shape `(d, k)`.
         refitted: The basis that was fitted anew.
         adapted: Layers that the adapter has. What was fitted for others may be left out of what is published.
+        of_model: Layers that the base model has. Those of others, and the rank and gradient spaces, are not compared.
         tolerance: Largest sine of a principal angle that is no difference.
-
-    Returns:
-        The differences, and the largest sine of all that could be compared.
     """
-    found, worst = [], 0.0
+    found: list[Difference] = []
+    unchecked: dict[str, list[str]] = {}
+    worst: float | None = None
     for module, space, u, v in _aligned(published, refitted, adapted):
-        if v is None:
+        if space not in _FITTED_SPACES:
+            unchecked.setdefault(_OF_TRAINING, []).append(f"{module}.{space}")
+        elif module not in of_model:
+            unchecked.setdefault("the base model has no such layers", []).append(f"{module}.{space}")
+        elif v is None:
             found.append(Difference(module, f"has a published {space} basis, and the recipe gives none"))
         elif u is None:
             found.append(Difference(module, f"is published without the {space} basis that the recipe gives"))
@@ -221,16 +243,16 @@ def refit_differences(
             found.append(Difference(module, f"the published {space} basis has shape {shapes}"))
         else:
             sine = largest_sine(u, v)
-            worst = max(worst, sine)
+            worst = sine if worst is None else max(worst, sine)
             # Written so that NaN is a difference.
             if not sine <= tolerance:
                 detail = f"the published {space} basis is another than the recipe gives: the sine of their largest "
                 found.append(Difference(module, f"{detail}angle is {sine:.2g}; expected at most {tolerance:g}", sine))
-    return found, worst
+    return Comparison(found, unchecked, worst)
 
 
 def _aligned(
-    published: Mapping[str, Mapping[str, Tensor]], refitted: ConceptBasis, adapted: set[str]
+    published: Mapping[str, Mapping[str, Tensor]], refitted: ConceptBasis, adapted: Collection[str]
 ) -> Iterator[tuple[str, str, Tensor | None, Tensor | None]]:
     """Module, space, and its two bases, of which one may be missing."""
     for module in sorted({*published, *(name for name in refitted if name in adapted)}):

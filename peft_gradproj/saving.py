@@ -23,6 +23,7 @@ from .adapter_folder import (
     read_settings,
     write_sidecars,
 )
+from .base_models import BaseModel
 from .basis import ConceptBasis
 from .errors import AdapterFolderError, GradProjError
 from .folder_swap import entries, replaced_folder
@@ -147,12 +148,17 @@ def write_config_sidecars(config: GradProjConfig, folder: str | os.PathLike[str]
     """Write the sidecars of `config` beside the LoRA weights in `folder`."""
     basis: ConceptBasis | None = config.concept_basis  # type: ignore[attr-defined]
     probes: ConceptProbes | None = config.concept_probes  # type: ignore[attr-defined]
+    given = [BaseModel(x.base_model, x.revision) for x in (basis, probes) if x is not None]
+    known = [BaseModel(config.base_model_name_or_path, None), *given, config.base_model]
+    name = next((each.name for each in known if each.name), None)
+    # A commit of another repository would be none of this one.
+    revision = next((each.revision for each in known if each.revision and each.name == name), None)
     write_sidecars(
         folder,
         basis,
         settings=config.settings(),
-        base_model=config.base_model_name_or_path or (basis.base_model if basis is not None else None),
-        revision=config.revision or (basis.revision if basis is not None else None),
+        base_model=name,
+        revision=config.revision or revision,
         concept=probes.concept if probes is not None else "",
         uncovered=config.uncovered_parts,
     )

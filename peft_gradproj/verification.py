@@ -260,6 +260,7 @@ def verify_adapter(
     basis: ConceptBasis | str | os.PathLike[str] | None = None,
     basis_tolerance: float | None = None,
     base_model: nn.Module | str | os.PathLike[str] | None = None,
+    variant: str | None = None,
     probes: ConceptProbes | str | os.PathLike[str] | None = None,
     reference: ConceptProbes | str | os.PathLike[str] | None = None,
     drift_tolerance: float = 0.5,
@@ -275,7 +276,8 @@ def verify_adapter(
     which says how much was learned at all. Without a reference set the drift is told and not judged.
 
     A refit takes a base model and the batches that the published basis was fitted from: it is fitted anew, by the
-    recipe in its file, and has to be the same.
+    recipe in its file, and has to be the same. Where it has rank or gradient spaces, or layers that the base model does
+    not have, these could not be checked.
 
     An adapter that was trained with concept probes only, or whose basis was withheld, leaves orthogonality out of
     reach: integrity is reported and the status is `could not be checked`, unless the verifier brings a basis.
@@ -287,6 +289,7 @@ def verify_adapter(
             of one concept differ, so that a basis which is not the published one needs a larger value.
         base_model: The base model without adapters, or the folder or Hub id of a diffusers pipeline or transformers
             model, of which no code is run.
+        variant: Of its weights, such as `fp16`, if it is loaded here.
         probes: Concept probes for that model, or their file.
         reference: Probes that are free of the concept, and show what was to be learned.
         drift_tolerance: Largest drift on the probes, as a share of that on the reference set; see
@@ -326,7 +329,7 @@ def verify_adapter(
     figures: BehaviourResult | None = None
     # Where integrity failed, loaders of others would have to read what we refuse to.
     sound = all(check.passed for check in integrity)
-    model = _base_model(folder, base_model) if sound and base_model is not None else None
+    model = _base_model(folder, base_model, variant) if sound and base_model is not None else None
     if batches is not None:
         orthogonality += _check_refit(folder, layers, orthogonality, model, batches, refit_tolerance)
     if probes is not None:
@@ -369,13 +372,14 @@ def _contrast_batches(given: ContrastBatches | str | os.PathLike[str]) -> Contra
     return ContrastBatches.load(given) if isinstance(given, str | os.PathLike) else given
 
 
-def _base_model(folder: AdapterFolder, given: nn.Module | str | os.PathLike[str]) -> nn.Module:
+def _base_model(folder: AdapterFolder, given: nn.Module | str | os.PathLike[str], variant: str | None) -> nn.Module:
     if isinstance(given, nn.Module):
         return given
     from .behaviour import load_base_model
 
     named = folder.manifest["base_model"]
-    return load_base_model(str(given), revision=named["revision"] if named["id"] == str(given) else None)
+    revision = named["revision"] if named["id"] == str(given) else None
+    return load_base_model(str(given), revision=revision, variant=variant)
 
 
 def _notes(folder: AdapterFolder, own: ConceptBasis | None, refitted: bool, key_given: bool) -> Iterator[str]:
@@ -895,7 +899,8 @@ def _check_refit(
     tolerance: float,
 ) -> list[Check]:
     """Whether the published basis is what its recipe gives, fitted anew."""
-    from .refit import Recipe, refit_basis, refit_differences
+    from .base_models import layer_widths
+    from .refit import Recipe, compare_bases, refit_basis
 
     def unchecked(reason: str) -> list[Check]:
         return [Check("refit", "orthogonality", None, f"the published basis was not fitted anew: {reason}")]
@@ -919,14 +924,18 @@ def _check_refit(
     except (ConceptBasisError, ConceptDataError) as error:
         return [Check("refit", "orthogonality", False, f"the recipe gives no basis: {error}")]
     adapted = {module for parsed in layers.values() for module in parsed.pairs}
-    found, worst = refit_differences(folder.basis.layers, refitted, adapted, tolerance=tolerance)
-    failures = [
+    compared = compare_bases(folder.basis.layers, refitted, adapted, layer_widths(base_model), tolerance=tolerance)
+    checks = [
         Check("refit", "orthogonality", False, each.detail + recipe.caveats, each.layer, each.sine, tolerance)
-        for each in found
+        for each in compared.differences
     ]
-    summary = (
-        f"fitted anew, the basis is the published one up to a sine of {worst:.2g}; up to {tolerance:g} is rounding"
-    )
-    if recipe.digest is None:
-        summary += "; the recipe names no digest of its batches"
-    return _gathered("refit", "orthogonality", failures, summary, value=worst, tolerance=tolerance)
+    if not checks and compared.worst is not None:
+        summary = f"what was fitted anew is as published, up to a sine of {compared.worst:.2g}; up to {tolerance:g} "
+        summary += "is rounding"
+        if recipe.digest is None:
+            summary += "; the recipe names no digest of its batches"
+        checks.append(Check("refit", "orthogonality", True, summary, value=compared.worst, tolerance=tolerance))
+    for reason, bases in compared.unchecked.items():
+        detail = f"not fitted anew, since {reason}: {', '.join(bases)}"
+        checks.append(Check("refit", "orthogonality", None, detail))
+    return checks

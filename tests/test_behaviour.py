@@ -21,6 +21,7 @@ from peft_gradproj import (
     GradProjConfig,
     LayerBasis,
     collect_concept_probes,
+    push_adapter_to_hub,
     save_adapter,
     verify_adapter,
 )
@@ -308,13 +309,14 @@ def test_a_base_model_with_adapters_is_refused(base, sets, tmp_path):
         verify_adapter(tmp_path / "out", base_model=base, probes=sets[0])
 
 
-def test_diffusers_layout_from_the_folder_of_a_pipeline_on_the_command_line(tmp_path):
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_diffusers_layout_from_the_folder_of_a_pipeline_on_the_command_line(tmp_path, variant):
     from typer.testing import CliRunner
 
     from peft_gradproj.cli import app
 
     unet = tiny_unet()
-    unet.save_pretrained(tmp_path / "base" / "unet")
+    unet.save_pretrained(tmp_path / "base" / "unet", variant=variant)
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
     (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
     probes, reference = (collect_concept_probes(unet, [(unet_inputs(2, seed), None)]) for seed in (0, 1))
@@ -329,15 +331,17 @@ def test_diffusers_layout_from_the_folder_of_a_pipeline_on_the_command_line(tmp_
     save_adapter(unet, tmp_path / "out")
     options = ["--behaviour", "--base-model", tmp_path / "base", "--probes", tmp_path / "probes.safetensors"]
     options += ["--reference", tmp_path / "reference.safetensors", "--drift-tolerance", "100", "--json"]
+    options += ["--variant", variant] if variant else []
     run = CliRunner().invoke(app, [str(word) for word in ("verify", tmp_path / "out", *options)])
     assert run.exit_code == 0, run.output
     assert json.loads(run.output)["behaviour"]["reference_drift"] > 0
     assert CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--behaviour"]).exit_code == 2
 
 
-def test_a_language_model_from_its_folder(tmp_path):
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_language_model_from_its_folder(tmp_path, variant):
     llama = tiny_llama()
-    llama.save_pretrained(tmp_path / "base")
+    llama.save_pretrained(tmp_path / "base", variant=variant)
     tokens = {"input_ids": torch.randint(0, 32, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
     probes = ConceptProbes(tokens)
     targets = ["q_proj", "v_proj"]
@@ -346,9 +350,14 @@ def test_a_language_model_from_its_folder(tmp_path):
         GradProjConfig(r=4, target_modules=targets, concept_basis=basis_for(llama, targets), task_type="CAUSAL_LM"),
     )
     save_adapter(model, tmp_path / "out")
-    report = verify_adapter(tmp_path / "out", base_model=tmp_path / "base", probes=probes, reference=probes)
+    given = {"base_model": tmp_path / "base", "probes": probes, "reference": probes}
+    report = verify_adapter(tmp_path / "out", variant=variant, **given)
     assert report.ok, report.render()
-    assert type(load_base_model(str(tmp_path / "base"))).__name__ == "LlamaForCausalLM"
+    assert push_adapter_to_hub(tmp_path / "out", "user/name", dry_run=True, variant=variant, **given).report.ok
+    assert type(load_base_model(str(tmp_path / "base"), variant=variant)).__name__ == "LlamaForCausalLM"
+    if variant:
+        with pytest.raises(BehaviourError, match="only as a variant"):
+            verify_adapter(tmp_path / "out", **given)
 
 
 def test_weights_that_a_loader_changes_are_named(base, tmp_path):

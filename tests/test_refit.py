@@ -15,10 +15,10 @@ from conftest import SmallNet
 from helpers import LAYERS, random_basis, train, trainable
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict
 from published_folders import entry, safetensors_bytes
 from safetensors.torch import load_file
-from tiny_models import UNET_TARGETS, tiny_unet, unet_inputs
+from tiny_models import UNET_TARGETS, basis_for, tiny_unet, unet_inputs
 from tiny_pipelines import PIPELINES, logo, picture
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from peft_gradproj import (
     TrainingData,
     fit_concept,
     fit_concept_basis,
+    refresh_concept_basis,
     save_adapter,
     verify_adapter,
 )
@@ -146,6 +147,32 @@ def test_what_was_dropped_or_added_is_named(base, tmp_path):
     assert "has a published output basis, and the recipe gives none" in refit_details(report)
 
 
+def test_a_basis_of_training_beside_what_is_found_again_is_not_checked_and_hides_nothing(base, tmp_path):
+    basis = fitted(base, pairs())
+    model = get_peft_model(base, GradProjConfig(r=4, target_modules=list(LAYERS), concept_basis=basis))
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    train(model, optimizer, 2)
+    gradients = fitted(
+        model, pairs(), spaces=("gradient",), loss_fn=lambda output, _: output.square().mean(), unfit="skip"
+    )
+    refresh_concept_basis(model, gradients)
+    train(model, optimizer, 2)
+    save_adapter(model, tmp_path / "out")
+    model.unload()
+    assert verify_adapter(tmp_path / "out").ok
+    report = verify_adapter(tmp_path / "out", base_model=base, refit=pairs())
+    assert report.status == "could not be checked", report.render()
+    assert of_refit(report) == [(True, None), (None, None)]
+    assert all(f"{name}.gradient" in refit_details(report) for name in gradients)
+
+    junk = LayerBasis(input=random_basis(8, 2, seed=3), output=basis["query"].output, rank=random_basis(4, 1))
+    report = verify_adapter(
+        publish(base, with_layers(basis, query=junk), tmp_path / "junk"), base_model=base, refit=pairs()
+    )
+    assert report.status == "not verified"
+    assert of_refit(report) == [(False, "query"), (None, None)]
+
+
 def test_layers_that_are_not_adapted_may_be_left_out(base, tmp_path):
     part = fitted(base, pairs()).restrict(["query", "key"])
     model = get_peft_model(base, GradProjConfig(r=4, target_modules=["query", "key"], concept_basis=part))
@@ -216,8 +243,9 @@ UNFITTABLE: dict[str, tuple[dict[str, Any] | None, str]] = {
     "a rank that is none": ({"rank": True}, "rank is True"),
     "a huge number of positions": ({"max_positions": 10**12}, "max_positions is"),
     "a seed that is none": ({"seed": "0"}, "seed is '0'"),
-    "no layers": ({"layers": {}, "left_out": []}, "names 0 layers"),
+    "no layers": ({"layers": {}, "left_out": [], "derived": 3}, "names 0 layers"),
     "ten thousand layers": ({"layers": {str(i): {} for i in range(10_001)}}, "names 10,00"),
+    "ten thousand partners": ({"derived": {"key": "query.output", **{str(i): i for i in range(10_001)}}}, "names 10,0"),
 }
 
 
@@ -369,6 +397,20 @@ def test_the_sine_is_that_of_the_angle():
 # What `gradproj fit` makes
 
 
+@pytest.fixture(scope="module")
+def fit_of_a_pipeline(tmp_path_factory) -> tuple[ConceptBasis, ContrastBatches]:
+    data = TrainingData([picture(seed) for seed in range(4)], ["a house", "a tree", "a dog", "two cats"])
+    options = {"num_pairs": 8, "num_probes": 2, "rank": 2, "batch_size": 4, "progress": False, "save_contrast": True}
+    folder = tmp_path_factory.mktemp("fit")
+    basis, _, made = fit_concept(PIPELINES["sd"](), Overlay(logo()), data, output_dir=folder, **options)
+    return basis, ContrastBatches.load(made.files["contrast"])
+
+
+def sd_unet() -> Any:
+    """The UNet that the pipeline of that fit had."""
+    return PIPELINES["sd"]().unet
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_the_basis_of_a_pipeline_is_found_again_with_the_layers_that_have_it_of_a_partner(tmp_path, kind):
     pipeline = PIPELINES[kind]()
@@ -386,6 +428,49 @@ def test_the_basis_of_a_pipeline_is_found_again_with_the_layers_that_have_it_of_
     unet.unload_lora()
     report = verify_adapter(tmp_path / "out", base_model=unet, refit=made.files["contrast"])
     assert report.ok, report.render()
+
+
+def test_the_recipe_of_a_pipeline_can_be_followed_without_code_of_the_publishers(fit_of_a_pipeline):
+    assert Recipe.of(fit_of_a_pipeline[0].fit).caveats == ""
+
+
+def test_layers_that_have_their_basis_of_a_partner_may_be_published_without_it(fit_of_a_pipeline, tmp_path):
+    basis, contrast = fit_of_a_pipeline
+    kept = [name for name in basis if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert set(kept) == set((basis.fit or {})["derived"])
+    unet = sd_unet()
+    config = GradProjConfig(r=4, target_modules=["attn2.to_k", "attn2.to_v"], concept_basis=basis.restrict(kept))
+    unet.add_adapter(config)
+    save_adapter(unet, tmp_path / "out")
+    report = verify_adapter(tmp_path / "out", base_model=sd_unet(), refit=contrast)
+    assert report.ok, report.render()
+
+
+def test_layers_of_a_text_encoder_beside_the_unet_are_not_checked(fit_of_a_pipeline, tmp_path):
+    fit, contrast = fit_of_a_pipeline
+    pipeline = PIPELINES["sd"]()
+    unet, encoder = pipeline.unet, pipeline.text_encoder
+    words = basis_for(encoder, ["q_proj"])
+    named = {f"text_encoder.{name}": layer for name, layer in words.items()}
+    encoder.add_adapter(GradProjConfig(r=4, target_modules=["q_proj"], concept_basis=words))
+    weights = {"text_encoder_lora_layers": get_peft_model_state_dict(encoder)}
+
+    def publish_with(basis: ConceptBasis, folder: Path) -> VerificationReport:
+        type(pipeline).save_lora_weights(folder, **weights)
+        write_sidecars(folder, basis, settings={"strength": 1.0}, base_model=None)
+        assert verify_adapter(folder).ok
+        return verify_adapter(folder, base_model=sd_unet(), refit=contrast)
+
+    report = publish_with(fit.with_layers(named), tmp_path / "words alone")
+    assert report.status == "could not be checked", report.render()
+    assert of_refit(report) == [(None, None)]
+    assert "the base model has no such layers: text_encoder." in refit_details(report)
+
+    unet.add_adapter(GradProjConfig(r=4, target_modules=UNET_TARGETS, concept_basis=fit))
+    weights["unet_lora_layers"] = get_peft_model_state_dict(unet)
+    report = publish_with(fit.with_layers({**fit, **named}), tmp_path / "both")
+    assert report.status == "could not be checked", report.render()
+    assert of_refit(report) == [(True, None), (None, None)]
 
 
 # The command line

@@ -16,7 +16,7 @@ from helpers import LAYERS, saved_leakage, small_net_basis, train, trainable
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from published_folders import CONFIG, MANIFEST, edit_json
 from safetensors.torch import load_file, save_file
-from tiny_models import LLAMA_TARGETS, basis_for, tiny_llama
+from tiny_models import LLAMA_TARGETS, UNET_TARGETS, basis_for, tiny_llama, tiny_unet, unet_inputs
 
 from peft_gradproj import (
     ConceptBasis,
@@ -259,3 +259,29 @@ def test_an_adapter_on_the_head_verifies_only_without_the_base_models_own_head(t
     failed = [check.layer for check in verify_adapter(tmp_path / "with").checks if not check.passed]
     assert failed == ["base_model.model.lm_head.base_layer.weight"]
     assert verify_adapter(tmp_path / "without").ok
+
+
+@pytest.mark.parametrize(
+    ("of_basis", "of_probes", "expected"),
+    [
+        (("org/basis", "v1"), ("org/probes", "v2"), ("org/basis", "v1")),
+        ((None, None), ("org/probes", "v2"), ("org/probes", "v2")),
+        (("org/basis", None), ("org/probes", "v2"), ("org/basis", None)),
+        (("org/model", None), (None, None), ("org/model", "0" * 40)),
+        ((None, None), (None, None), ("org/model", "0" * 40)),
+    ],
+)
+def test_the_manifest_names_the_base_model_though_diffusers_clears_it_in_the_config(
+    tmp_path, of_basis, of_probes, expected
+):
+    unet = tiny_unet()
+    unet.register_to_config(_name_or_path=f"/hub/models--org--model/snapshots/{'0' * 40}/unet")
+    basis = ConceptBasis(basis_for(unet, UNET_TARGETS), "planted", *of_basis)
+    probes = ConceptProbes(unet_inputs(2), base_model=of_probes[0], revision=of_probes[1])
+    unet.add_adapter(
+        GradProjConfig(r=4, target_modules=UNET_TARGETS, concept_basis=basis, concept_probes=probes, uncovered="ignore")
+    )
+    unet.save_lora_adapter(tmp_path)
+    save_sidecars(unet, tmp_path)
+    named = json.loads((tmp_path / MANIFEST).read_text())["base_model"]
+    assert (named["id"], named["revision"]) == expected
