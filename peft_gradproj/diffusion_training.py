@@ -245,10 +245,13 @@ def load_parts(args: argparse.Namespace, accelerator: Accelerator) -> Parts:
         AutoencoderKL.from_pretrained(**loading, subfolder="vae"),
         UNet2DConditionModel.from_pretrained(**loading, subfolder="unet"),
     )
-    dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
     for model in (parts.text_encoder, parts.vae, parts.unet):
-        model.requires_grad_(False).to(accelerator.device, dtype=dtype)
+        model.requires_grad_(False).to(accelerator.device, dtype=_base_dtype(accelerator))
     return parts
+
+
+def _base_dtype(accelerator: Accelerator) -> torch.dtype:
+    return WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
 
 
 def make_dataloader(args: argparse.Namespace, dataset: Any) -> DataLoader:
@@ -573,6 +576,8 @@ def finish(checkpoints: LoraCheckpoints, args: argparse.Namespace, step: int, re
         pictures: list[tuple[str, Path]] = []
         if args.validation_prompt and args.num_validation_images:
             pipeline = DiffusionPipeline.from_pretrained(**loading_options(args))
+            # Of a base model in half precision, text encoders come in it, and the UNet does not.
+            pipeline.to(dtype=_base_dtype(accelerator))
             pipeline.load_lora_weights(args.output_dir)
             Path(args.output_dir, _IMAGES).mkdir(exist_ok=True)
             for number, picture in enumerate(validate(pipeline, args, accelerator, step, phase="test")):

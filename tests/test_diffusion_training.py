@@ -10,12 +10,15 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from peft import get_peft_model_state_dict
 from tiny_models import UNET_TARGETS, basis_for, tiny_unet
+from tiny_pipelines import sd
 
 from peft_gradproj import GradProjConfig
 from peft_gradproj.diffusion_training import (
     LoraCheckpoints,
     add_concept_arguments,
     add_training_arguments,
+    finish,
+    load_parts,
     make_accelerator,
     tracker_config,
 )
@@ -125,3 +128,20 @@ def test_other_folders_are_no_checkpoints(tmp_path):
         checkpoints.args.resume_from_checkpoint = absent
         with pytest.raises(GradProjConfigError, match=r"no checkpoint .*one of these: checkpoint-4, checkpoint-10"):
             checkpoints.resume()
+
+
+# The end
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_base_model_that_was_saved_in_half_precision_is_sampled_from_at_the_end(tmp_path, precision):
+    sd().to(torch.float16).save_pretrained(tmp_path / "base")
+    base = ("--pretrained_model_name_or_path", tmp_path / "base", "--mixed_precision", precision)
+    validation = ("--validation_prompt", "ab", "--num_validation_images", 1)
+    args = flags("--output_dir", tmp_path / "out", *base, *validation)
+    accelerator = make_accelerator(args)
+    unet = load_parts(args, accelerator).unet
+    basis = basis_for(unet, UNET_TARGETS)
+    unet.add_adapter(GradProjConfig(r=4, lora_alpha=4, target_modules=UNET_TARGETS, concept_basis=basis))
+    finish(LoraCheckpoints(accelerator, args, accelerator.prepare(unet)), args, 1, None)
+    assert names(tmp_path / "out" / "images") == ["image_0.png"]
