@@ -34,7 +34,7 @@ from .files import checkpoint_step, saved_checkpoints
 from .folder_swap import replaced_folder
 from .hub import push_adapter_to_hub
 from .online import online_projections
-from .saving import save_sidecars
+from .saving import check_output, save_sidecars
 from .verification import verify_adapter
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Schedule",
     "add_concept_arguments",
     "add_training_arguments",
+    "check_run",
     "concept_options",
     "count",
     "draws",
@@ -168,6 +169,16 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 # Set-up
+
+
+def check_run(args: argparse.Namespace) -> None:
+    """Refuse, before anything is loaded, what would end the run in its training or after it.
+
+    Raises:
+        AdapterFolderError: If the output folder holds a concept basis, and none is given.
+    """
+    if args.concept_basis is None:
+        check_output(args.output_dir)
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:

@@ -509,6 +509,25 @@ def test_causal_lm_refuses_tokens_that_the_model_does_not_embed():
 
 
 @pytest.mark.parametrize("place", [".", "checkpoint-4"])
+@pytest.mark.parametrize("name", ["text_to_image", "dreambooth"])
+def test_diffusion_without_a_basis_refuses_a_folder_that_holds_one_before_it_loads_anything(
+    name, place, tmp_path, monkeypatch
+):
+    script, out = script_module(f"train_{name}_lora_gradproj"), tmp_path / "out"
+    (out / place).mkdir(parents=True)
+    (out / place / "concept_basis.safetensors").touch()
+    flags = ["--pretrained_model_name_or_path", tmp_path / "absent", "--output_dir", out, "--report_to", "none"]
+    if name == "dreambooth":
+        flags += ["--instance_data_dir", tmp_path, "--instance_prompt", "x"]
+    else:
+        flags += ["--train_data_dir", tmp_path]
+    for more, message in ([], "concept_basis.safetensors of an earlier run"), (["--concept_basis", "x"], "absent"):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), *more])
+        with pytest.raises((ValueError, OSError), match=message):
+            script.main()
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint-4"])
 def test_causal_lm_without_a_basis_refuses_a_folder_that_holds_one_before_it_loads_anything(
     place, tmp_path, monkeypatch
 ):
