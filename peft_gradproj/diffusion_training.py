@@ -69,7 +69,7 @@ logger = logging.getLogger(__name__)
 VALIDATION_STEPS = 30
 WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _IMAGES = "images"
-_PROJECTION_OPTIONS = ("strength", "probe_every", "probe_batch_size", "restore", "negative_guidance")
+_PROJECTION_OPTIONS = ("strength", "probe_every", "probe_batch_size", "restore", "probe_history", "negative_guidance")
 
 
 # Flags
@@ -97,6 +97,7 @@ def add_concept_arguments(parser: argparse.ArgumentParser) -> None:
     add("--probe_every", type=count, help="A step is corrected every so many optimizer steps.")
     add("--probe_batch_size", type=count, help="Concept probes per correction, over all processes.")
     add("--restore", type=float, help="Share of the drift that a corrected step takes back.")
+    add("--probe_history", type=count, help="So many recent half-spaces are satisfied by a correction.")
     add("--negative_guidance", type=float, help="How far past the base model's answers those on probes are drawn.")
     add("--mask_column", help="Column of masks, white where the loss does not count; `gradproj mask` makes them.")
     add("--uncovered", choices=["error", "warn", "ignore"], default="error", help="About what is not projected.")

@@ -17,6 +17,7 @@ from peft_gradproj.diffusion_training import (
     LoraCheckpoints,
     add_concept_arguments,
     add_training_arguments,
+    concept_options,
     finish,
     load_parts,
     make_accelerator,
@@ -52,6 +53,13 @@ def test_numbers_of_things_are_refused_by_their_flag_unless_above_zero(flag, num
     said = capsys.readouterr().err
     assert f"argument {flag}: " in said
     assert number in said
+
+
+def test_the_settings_that_the_docs_take_without_masks_can_be_given():
+    settings = {"probe_every": 4, "probe_batch_size": 8, "probe_history": 8}
+    given = [part for name, number in settings.items() for part in (f"--{name}", number)]
+    config = GradProjConfig(**concept_options(flags(*given, "--uncovered", "ignore")))
+    assert config.settings().items() >= settings.items()
 
 
 # Trackers
