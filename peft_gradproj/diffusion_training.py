@@ -532,7 +532,8 @@ class LoraCheckpoints:
         """Load what `--resume_from_checkpoint` says, if anything; the number of steps that were done.
 
         Raises:
-            GradProjConfigError: If there is no checkpoint of that name.
+            GradProjConfigError: If there is no checkpoint of that name, or it has concept probes and this run has none,
+                or the other way round.
         """
         name = self.args.resume_from_checkpoint
         if not name:
@@ -547,6 +548,13 @@ class LoraCheckpoints:
         if not found:
             logger.warning(f"no checkpoint in {self.args.output_dir}: starting anew")
             return 0
+        # The state of the online projection; accelerate would not say what it misses.
+        had_probes = any(found[0].glob("custom_checkpoint_*.pkl"))
+        if had_probes != bool(online_projections(self.unet)):
+            fault, cure = ("with", "give them again") if had_probes else ("without", "leave them out")
+            raise GradProjConfigError(
+                f"{found[0]} was written {fault} --concept_probes; {cure}, or start anew in another --output_dir."
+            )
         logger.info(f"resuming from {found[0]}")
         self.accelerator.load_state(str(found[0]))
         return checkpoint_step(found[0])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from peft import get_peft_model_state_dict
-from tiny_models import UNET_TARGETS, basis_for, tiny_unet
+from tiny_models import UNET_TARGETS, basis_for, tiny_unet, unet_inputs
 from tiny_pipelines import sd
 
-from peft_gradproj import GradProjConfig
+from peft_gradproj import GradProjConfig, collect_concept_probes
 from peft_gradproj.diffusion_training import (
     LoraCheckpoints,
     add_concept_arguments,
@@ -84,11 +84,12 @@ def test_a_token_is_refused_beside_trackers_that_record_the_command_line(tmp_pat
 # Checkpoints
 
 
-def checkpoints_in(folder: Path, *given: object) -> LoraCheckpoints:
+def checkpoints_in(folder: Path, *given: object, probed: bool = False) -> LoraCheckpoints:
     args = flags("--output_dir", folder, *given)
     unet = tiny_unet()
     basis = basis_for(unet, UNET_TARGETS)
-    unet.add_adapter(GradProjConfig(r=4, target_modules=UNET_TARGETS, concept_basis=basis))
+    probes = collect_concept_probes(unet, [(unet_inputs(), None)]) if probed else None
+    unet.add_adapter(GradProjConfig(r=4, target_modules=UNET_TARGETS, concept_basis=basis, concept_probes=probes))
     accelerator = make_accelerator(args)
     return LoraCheckpoints(accelerator, args, accelerator.prepare(unet))
 
@@ -136,6 +137,19 @@ def test_other_folders_are_no_checkpoints(tmp_path):
         checkpoints.args.resume_from_checkpoint = absent
         with pytest.raises(GradProjConfigError, match=r"no checkpoint .*one of these: checkpoint-4, checkpoint-10"):
             checkpoints.resume()
+
+
+@pytest.mark.parametrize(
+    ("probed", "message"),
+    [
+        (True, "was written without --concept_probes; leave them out, or start anew in another --output_dir"),
+        (False, "was written with --concept_probes; give them again"),
+    ],
+)
+def test_probes_are_not_taken_up_or_left_out_when_a_run_is_resumed(tmp_path, probed, message):
+    checkpoints_in(tmp_path, probed=not probed).save(2)
+    with pytest.raises(GradProjConfigError, match=f"checkpoint-2 {message}"):
+        checkpoints_in(tmp_path, "--resume_from_checkpoint", "latest", probed=probed).resume()
 
 
 # The end
