@@ -169,17 +169,32 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _without_variant(args: argparse.Namespace) -> dict[str, Any]:
+    """The same, for what has no weights."""
+    return {name: value for name, value in loading_options(args).items() if name != "variant"}
+
+
 # Set-up
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Refuse, before anything is loaded, what would end the run in its training or after it.
+    """Refuse, before anything is loaded or made, what would end the run in its training or after it.
 
     Raises:
         AdapterFolderError: If the output folder holds a concept basis, and none is given.
+        GradProjConfigError: If the base model is another pipeline than a `StableDiffusionPipeline`.
+        OSError: If there is no pipeline.
     """
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
     if args.concept_basis is None:
         check_output(args.output_dir)
+    kind = DiffusionPipeline.load_config(**_without_variant(args)).get("_class_name")
+    if kind != StableDiffusionPipeline.__name__:
+        raise GradProjConfigError(
+            f"{args.pretrained_model_name_or_path} is a {kind}; expected a StableDiffusionPipeline, of Stable "
+            "Diffusion 1.x or 2.x. Train others with diffusers' own script for them, run by `gradproj launch`."
+        )
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -248,8 +263,7 @@ def load_parts(args: argparse.Namespace, accelerator: Accelerator) -> Parts:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    loading = loading_options(args)
-    without_weights = {name: value for name, value in loading.items() if name != "variant"}
+    loading, without_weights = loading_options(args), _without_variant(args)
     parts = Parts(
         DDPMScheduler.from_pretrained(**without_weights, subfolder="scheduler"),
         CLIPTokenizer.from_pretrained(**without_weights, subfolder="tokenizer"),

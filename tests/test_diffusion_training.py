@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from peft_gradproj.diffusion_training import (
     LoraCheckpoints,
     add_concept_arguments,
     add_training_arguments,
+    check_run,
     concept_options,
     finish,
     load_parts,
@@ -25,6 +27,8 @@ from peft_gradproj.diffusion_training import (
 )
 from peft_gradproj.errors import GradProjConfigError
 from peft_gradproj.files import saved_checkpoints
+
+pytest_plugins = ("hub_server",)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +64,15 @@ def test_the_settings_that_the_docs_take_without_masks_can_be_given():
     given = [part for name, number in settings.items() for part in (f"--{name}", number)]
     config = GradProjConfig(**concept_options(flags(*given, "--uncovered", "ignore")))
     assert config.settings().items() >= settings.items()
+
+
+def test_a_base_model_on_the_hub_is_refused_by_its_kind(hub, tmp_path):
+    for kind in ("StableDiffusionPipeline", "FluxPipeline"):
+        hub.add_repo(f"user/{kind}", {"model_index.json": json.dumps({"_class_name": kind}).encode()})
+    given = ("--output_dir", tmp_path, "--variant", "fp16", "--cache_dir", tmp_path / "cache", "--revision", "main")
+    check_run(flags(*given, "--pretrained_model_name_or_path", "user/StableDiffusionPipeline"))
+    with pytest.raises(GradProjConfigError, match=r"user/FluxPipeline is a FluxPipeline; .*gradproj launch"):
+        check_run(flags(*given, "--pretrained_model_name_or_path", "user/FluxPipeline"))
 
 
 # Trackers
