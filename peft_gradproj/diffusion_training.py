@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader
 from .concepts import upright
 from .config import GradProjConfig
 from .diffusion_inputs import latent_weights, training_target
-from .errors import ConceptDataError, GradProjConfigError
+from .errors import AdapterFolderError, ConceptDataError, GradProjConfigError
 from .files import checkpoint_step, saved_checkpoints
 from .folder_swap import replaced_folder
 from .hub import push_adapter_to_hub
 from .online import online_projections
-from .saving import check_output, save_sidecars
+from .saving import check_output, write_sidecars_of_weights
 from .verification import verify_adapter
 
 __all__ = [
@@ -490,7 +490,7 @@ class LoraCheckpoints:
             accelerator.register_for_checkpointing(projection)
 
     def save_weights(self, folder: str) -> None:
-        """Write LoRA weights, basis and manifest."""
+        """Write LoRA weights, basis and manifest; that the last two cannot be is a warning."""
         from diffusers import StableDiffusionPipeline
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
@@ -502,7 +502,7 @@ class LoraCheckpoints:
             if model is not None
         }
         StableDiffusionPipeline.save_lora_weights(folder, **layers)
-        save_sidecars(self.unet, folder)
+        write_sidecars_of_weights(self.unet.peft_config["default"], folder)
 
     def _save_hook(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         weights.clear()  # those of the whole models, which accelerate would save
@@ -606,7 +606,11 @@ def finish(checkpoints: LoraCheckpoints, args: argparse.Namespace, step: int, re
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         checkpoints.save_weights(args.output_dir)
-        logger.info(f"{verify_adapter(args.output_dir)}")
+        try:
+            logger.info(f"{verify_adapter(args.output_dir)}")
+        except AdapterFolderError as error:
+            # Without a manifest, of which there was a warning, the adapter can still be sampled from.
+            logger.warning(f"the adapter cannot be verified: {error}")
         pictures: list[tuple[str, Path]] = []
         if args.validation_prompt and args.num_validation_images:
             pipeline = DiffusionPipeline.from_pretrained(**loading_options(args))

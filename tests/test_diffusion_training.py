@@ -10,10 +10,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from tiny_models import UNET_TARGETS, basis_for, tiny_unet, unet_inputs
 from tiny_pipelines import sd
 
-from peft_gradproj import GradProjConfig, collect_concept_probes
+from peft_gradproj import GradProjConfig, adapter_folder, collect_concept_probes
 from peft_gradproj.diffusion_training import (
     LoraCheckpoints,
     add_concept_arguments,
@@ -163,6 +164,18 @@ def test_probes_are_not_taken_up_or_left_out_when_a_run_is_resumed(tmp_path, pro
     checkpoints_in(tmp_path, probed=not probed).save(2)
     with pytest.raises(GradProjConfigError, match=f"checkpoint-2 {message}"):
         checkpoints_in(tmp_path, "--resume_from_checkpoint", "latest", probed=probed).resume()
+
+
+def test_an_adapter_that_is_too_large_to_be_verified_is_saved_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_folder, "MAX_FILE_BYTES", 1000)
+    checkpoints = checkpoints_in(tmp_path)
+    with pytest.warns(UserWarning, match="at most 1,000 can be verified"):
+        checkpoints.save(2)
+    with pytest.warns(UserWarning, match="at most 1,000 can be verified"):
+        finish(checkpoints, checkpoints.args, 2, None)
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        assert load_file(folder / "pytorch_lora_weights.safetensors")
+        assert not (folder / "gradproj.json").exists()
 
 
 # The end
