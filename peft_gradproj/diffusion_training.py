@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader
 from .concepts import upright
 from .config import GradProjConfig
 from .diffusion_inputs import latent_weights, training_target
-from .errors import ConceptDataError, GradProjConfigError
+from .errors import AdapterFolderError, ConceptDataError, GradProjConfigError
 from .files import checkpoint_step, saved_checkpoints
 from .folder_swap import replaced_folder
 from .hub import push_adapter_to_hub
 from .online import online_projections
-from .saving import save_sidecars
+from .saving import check_output, write_sidecars_of_weights
 from .verification import verify_adapter
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Schedule",
     "add_concept_arguments",
     "add_training_arguments",
+    "check_run",
     "concept_options",
     "count",
     "draws",
@@ -68,7 +69,7 @@ logger = logging.getLogger(__name__)
 VALIDATION_STEPS = 30
 WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _IMAGES = "images"
-_PROJECTION_OPTIONS = ("strength", "probe_every", "probe_batch_size", "restore", "negative_guidance")
+_PROJECTION_OPTIONS = ("strength", "probe_every", "probe_batch_size", "restore", "probe_history", "negative_guidance")
 
 
 # Flags
@@ -96,6 +97,7 @@ def add_concept_arguments(parser: argparse.ArgumentParser) -> None:
     add("--probe_every", type=count, help="A step is corrected every so many optimizer steps.")
     add("--probe_batch_size", type=count, help="Concept probes per correction, over all processes.")
     add("--restore", type=float, help="Share of the drift that a corrected step takes back.")
+    add("--probe_history", type=count, help="So many recent half-spaces are satisfied by a correction.")
     add("--negative_guidance", type=float, help="How far past the base model's answers those on probes are drawn.")
     add("--mask_column", help="Column of masks, white where the loss does not count; `gradproj mask` makes them.")
     add("--uncovered", choices=["error", "warn", "ignore"], default="error", help="About what is not projected.")
@@ -167,7 +169,32 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _without_variant(args: argparse.Namespace) -> dict[str, Any]:
+    """The same, for what has no weights."""
+    return {name: value for name, value in loading_options(args).items() if name != "variant"}
+
+
 # Set-up
+
+
+def check_run(args: argparse.Namespace) -> None:
+    """Refuse, before anything is loaded or made, what would end the run in its training or after it.
+
+    Raises:
+        AdapterFolderError: If the output folder holds a concept basis, and none is given.
+        GradProjConfigError: If the base model is another pipeline than a `StableDiffusionPipeline`.
+        OSError: If there is no pipeline.
+    """
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+    if args.concept_basis is None:
+        check_output(args.output_dir)
+    kind = DiffusionPipeline.load_config(**_without_variant(args)).get("_class_name")
+    if kind != StableDiffusionPipeline.__name__:
+        raise GradProjConfigError(
+            f"{args.pretrained_model_name_or_path} is a {kind}; expected a StableDiffusionPipeline, of Stable "
+            "Diffusion 1.x or 2.x. Train others with diffusers' own script for them, run by `gradproj launch`."
+        )
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -236,8 +263,7 @@ def load_parts(args: argparse.Namespace, accelerator: Accelerator) -> Parts:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    loading = loading_options(args)
-    without_weights = {name: value for name, value in loading.items() if name != "variant"}
+    loading, without_weights = loading_options(args), _without_variant(args)
     parts = Parts(
         DDPMScheduler.from_pretrained(**without_weights, subfolder="scheduler"),
         CLIPTokenizer.from_pretrained(**without_weights, subfolder="tokenizer"),
@@ -245,10 +271,13 @@ def load_parts(args: argparse.Namespace, accelerator: Accelerator) -> Parts:
         AutoencoderKL.from_pretrained(**loading, subfolder="vae"),
         UNet2DConditionModel.from_pretrained(**loading, subfolder="unet"),
     )
-    dtype = WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
     for model in (parts.text_encoder, parts.vae, parts.unet):
-        model.requires_grad_(False).to(accelerator.device, dtype=dtype)
+        model.requires_grad_(False).to(accelerator.device, dtype=_base_dtype(accelerator))
     return parts
+
+
+def _base_dtype(accelerator: Accelerator) -> torch.dtype:
+    return WEIGHT_DTYPES.get(accelerator.mixed_precision, torch.float32)
 
 
 def make_dataloader(args: argparse.Namespace, dataset: Any) -> DataLoader:
@@ -461,7 +490,7 @@ class LoraCheckpoints:
             accelerator.register_for_checkpointing(projection)
 
     def save_weights(self, folder: str) -> None:
-        """Write LoRA weights, basis and manifest."""
+        """Write LoRA weights, basis and manifest; that the last two cannot be is a warning."""
         from diffusers import StableDiffusionPipeline
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
@@ -473,7 +502,7 @@ class LoraCheckpoints:
             if model is not None
         }
         StableDiffusionPipeline.save_lora_weights(folder, **layers)
-        save_sidecars(self.unet, folder)
+        write_sidecars_of_weights(self.unet.peft_config["default"], folder)
 
     def _save_hook(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         weights.clear()  # those of the whole models, which accelerate would save
@@ -517,7 +546,8 @@ class LoraCheckpoints:
         """Load what `--resume_from_checkpoint` says, if anything; the number of steps that were done.
 
         Raises:
-            GradProjConfigError: If there is no checkpoint of that name.
+            GradProjConfigError: If there is no checkpoint of that name, or it has concept probes and this run has none,
+                or the other way round.
         """
         name = self.args.resume_from_checkpoint
         if not name:
@@ -532,6 +562,13 @@ class LoraCheckpoints:
         if not found:
             logger.warning(f"no checkpoint in {self.args.output_dir}: starting anew")
             return 0
+        # The state of the online projection; accelerate would not say what it misses.
+        had_probes = any(found[0].glob("custom_checkpoint_*.pkl"))
+        if had_probes != bool(online_projections(self.unet)):
+            fault, cure = ("with", "give them again") if had_probes else ("without", "leave them out")
+            raise GradProjConfigError(
+                f"{found[0]} was written {fault} --concept_probes; {cure}, or start anew in another --output_dir."
+            )
         logger.info(f"resuming from {found[0]}")
         self.accelerator.load_state(str(found[0]))
         return checkpoint_step(found[0])
@@ -569,10 +606,16 @@ def finish(checkpoints: LoraCheckpoints, args: argparse.Namespace, step: int, re
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         checkpoints.save_weights(args.output_dir)
-        logger.info(f"{verify_adapter(args.output_dir)}")
+        try:
+            logger.info(f"{verify_adapter(args.output_dir)}")
+        except AdapterFolderError as error:
+            # Without a manifest, of which there was a warning, the adapter can still be sampled from.
+            logger.warning(f"the adapter cannot be verified: {error}")
         pictures: list[tuple[str, Path]] = []
         if args.validation_prompt and args.num_validation_images:
             pipeline = DiffusionPipeline.from_pretrained(**loading_options(args))
+            # Of a base model in half precision, text encoders come in it, and the UNet does not.
+            pipeline.to(dtype=_base_dtype(accelerator))
             pipeline.load_lora_weights(args.output_dir)
             Path(args.output_dir, _IMAGES).mkdir(exist_ok=True)
             for number, picture in enumerate(validate(pipeline, args, accelerator, step, phase="test")):

@@ -8,9 +8,9 @@ Where the kernel or the file system cannot exchange (Windows, some network file 
 first. A kill between the two renames leaves no folder under the name, and the former one beside it: nothing to load,
 but nothing torn.
 
-A folder that is a mount point, such as a container's volume, or one in a folder that may not be written to, has to stay
-where it is. There the new state is prepared within it, and takes its place entry by entry; a kill meanwhile leaves a
-part of either, and what is missing beside it in folders of ours.
+A folder that is a mount point, such as a container's volume, or this process's working directory, or one in a folder
+that may not be written to, has to stay where it is. There the new state is prepared within it, and takes its place
+entry by entry; a kill meanwhile leaves a part of either, and what is missing beside it in folders of ours.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stays = folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK))
+    stays = folder.is_dir() and (
+        os.path.ismount(folder) or os.path.samefile(folder, os.curdir) or not os.access(folder.parent, os.W_OK)
+    )
     where = folder if stays else folder.parent
     _remove_stale(folder, where)
     stage = _new_name(folder, where)

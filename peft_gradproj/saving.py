@@ -24,8 +24,9 @@ from .adapter_folder import (
     write_sidecars,
 )
 from .base_models import BaseModel
-from .basis import ConceptBasis
+from .basis import BASIS_FILE_NAME, ConceptBasis
 from .errors import AdapterFolderError, GradProjError
+from .files import saved_checkpoints
 from .folder_swap import entries, replaced_folder
 from .untrusted import shown
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .probes import ConceptProbes
 
 __all__ = [
+    "check_output",
     "complete_card",
     "complete_sidecars",
     "load_settings",
@@ -46,6 +48,22 @@ __all__ = [
 
 _SAVED_BESIDE = ("generation_config.json",)
 """What transformers saves beside the adapter of a model that generates, each time anew."""
+
+
+def check_output(output_dir: str | os.PathLike[str]) -> None:
+    """Refuse, for a training script's run without a basis, a folder with that of an earlier one.
+
+    Nothing that is saved beside it would verify, which would show only at the end.
+
+    Raises:
+        AdapterFolderError: If there is one in the folder, or in a checkpoint there.
+    """
+    for folder in (Path(output_dir), *saved_checkpoints(output_dir)):
+        if (folder / BASIS_FILE_NAME).exists():
+            raise AdapterFolderError(
+                f"{folder} holds a {BASIS_FILE_NAME} of an earlier run, and this one has no --concept_basis; give "
+                "that, or another --output_dir."
+            )
 
 
 def save_sidecars(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:

@@ -276,6 +276,20 @@ def test_a_mount_point_keeps_its_place(tmp_path):
     assert [path.read_text() for path in (tmp_path / "volume").iterdir()] == ["new"]
 
 
+@pytest.mark.parametrize("links", [False, True])
+def test_the_working_directory_keeps_its_place(states, tmp_path, monkeypatch, links):
+    models, digests = states
+    folder = save_adapter(models[0], tmp_path / "out")
+    former = digest(folder)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    save_adapter(models[1], tmp_path / "link" if links else ".")
+    assert os.getcwd() == str(folder)
+    assert {former, digest(Path())} == digests
+    assert verify_adapter(".").ok
+    assert not any(path.name.endswith("-swap") for path in [*folder.iterdir(), *tmp_path.iterdir()])
+
+
 def test_where_the_folder_has_to_stay_its_contents_are_replaced(states, tmp_path, monkeypatch):
     models, digests = states
     folder = save_adapter(models[0], tmp_path / "out")

@@ -30,7 +30,7 @@ from secret_corpus import (
 )
 from test_launch_scripts import _one_accelerator_at_a_time  # noqa: F401
 from tiny_models import FLOORS, UNET_TARGETS, basis_for, folder_leakage, tiny_llama
-from tiny_pipelines import SIDE, TOKENS, WORDS, image_folder, sd, tokenizer
+from tiny_pipelines import SIDE, TOKENS, WORDS, image_folder, sd, sdxl, tokenizer
 from torch import Tensor
 
 from peft_gradproj import ConceptBasis, collect_concept_probes, verify_adapter
@@ -506,6 +506,37 @@ def test_causal_lm_refuses_tokens_that_the_model_does_not_embed():
     blocks["validation"] = Dataset.from_dict({"input_ids": [[0, 1], [32, 2]]})
     with pytest.raises(ValueError, match="validation texts have token 32, and the model embeds 32"):
         script.check_embedded(DatasetDict(blocks), model)
+
+
+@pytest.mark.parametrize("name", ["text_to_image", "dreambooth"])
+def test_diffusion_refuses_a_pipeline_of_another_kind_before_it_makes_anything(name, workshop, tmp_path, monkeypatch):
+    script, out = script_module(f"train_{name}_lora_gradproj"), tmp_path / "out"
+    sdxl().save_pretrained(tmp_path / "xl")
+    flags = dreambooth_flags(workshop) if name == "dreambooth" else text_to_image_flags(workshop)
+    flags = [*flags, "--pretrained_model_name_or_path", tmp_path / "xl", "--output_dir", out]
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+    with pytest.raises(GradProjConfigError, match=r"xl is a StableDiffusionXLPipeline; .*gradproj launch"):
+        script.main()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint-4"])
+@pytest.mark.parametrize("name", ["text_to_image", "dreambooth"])
+def test_diffusion_without_a_basis_refuses_a_folder_that_holds_one_before_it_loads_anything(
+    name, place, tmp_path, monkeypatch
+):
+    script, out = script_module(f"train_{name}_lora_gradproj"), tmp_path / "out"
+    (out / place).mkdir(parents=True)
+    (out / place / "concept_basis.safetensors").touch()
+    flags = ["--pretrained_model_name_or_path", tmp_path / "absent", "--output_dir", out, "--report_to", "none"]
+    if name == "dreambooth":
+        flags += ["--instance_data_dir", tmp_path, "--instance_prompt", "x"]
+    else:
+        flags += ["--train_data_dir", tmp_path]
+    for more, message in ([], "concept_basis.safetensors of an earlier run"), (["--concept_basis", "x"], "absent"):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), *more])
+        with pytest.raises((ValueError, OSError), match=message):
+            script.main()
 
 
 @pytest.mark.parametrize("place", [".", "checkpoint-4"])

@@ -57,9 +57,9 @@ from peft_gradproj import (
     push_adapter_to_hub,
     verify_adapter,
 )
-from peft_gradproj.basis import BASIS_FILE_NAME
 from peft_gradproj.files import saved_checkpoints, write_atomically
 from peft_gradproj.online import telemetry
+from peft_gradproj.saving import check_output
 from peft_gradproj.text_inputs import mark_secrets, read_secrets, secret_probe_batches, token_log_likelihoods
 
 logger = logging.getLogger(__name__)
@@ -294,16 +294,6 @@ def secret_probes(
 
 def limited(examples: Dataset, limit: int | None) -> Dataset:
     return examples if limit is None else examples.select(range(min(limit, len(examples))))
-
-
-def check_output(output_dir: str) -> None:
-    """Refuse, where this run has no basis, a folder with that of an earlier one: what is saved there never verifies."""
-    for folder in (Path(output_dir), *saved_checkpoints(output_dir)):
-        if (folder / BASIS_FILE_NAME).exists():
-            raise ValueError(
-                f"{folder} holds a {BASIS_FILE_NAME} of an earlier run, and this one has no --concept_basis; give "
-                "that, or another --output_dir."
-            )
 
 
 def set_up_logging(training: TrainingArguments) -> None:

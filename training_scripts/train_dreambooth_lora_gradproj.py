@@ -42,6 +42,7 @@ from peft_gradproj.diffusion_training import (
     MaskedShare,
     add_concept_arguments,
     add_training_arguments,
+    check_run,
     concept_options,
     count,
     draws,
@@ -220,6 +221,7 @@ def dreambooth_loss(error: torch.Tensor, prior_weight: float | None) -> torch.Te
 
 def main() -> None:
     args = parse_args()
+    check_run(args)
     accelerator = make_accelerator(args)
     repo_id = repository(args, accelerator)
     if args.with_prior_preservation:

@@ -31,6 +31,7 @@ from peft_gradproj.diffusion_training import (
     MaskedShare,
     add_concept_arguments,
     add_training_arguments,
+    check_run,
     concept_options,
     count,
     draws,
@@ -142,6 +143,7 @@ def denoising_loss(
 
 def main() -> None:
     args = parse_args()
+    check_run(args)
     accelerator = make_accelerator(args)
     repo_id = repository(args, accelerator)
 
