@@ -46,6 +46,7 @@ __all__ = [
     "adapters_as_before",
     "adapters_disabled",
     "call_model",
+    "check_loss_targets",
     "check_probes_fit",
     "collect_concept_probes",
     "evaluation_mode",
@@ -656,6 +657,19 @@ def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
 
 
 # Fitting a model
+
+
+def check_loss_targets(probes: ConceptProbes) -> None:
+    """Refuse probes that `rule="orthogonal"` cannot be computed on.
+
+    Raises:
+        ConceptDataError: If they have no `loss_targets`.
+    """
+    if probes.loss_targets is None:
+        raise ConceptDataError(
+            "rule='orthogonal' follows the gradient of the concept loss and needs probes with loss_targets (the noise "
+            "or velocity); collect them as (inputs, weights, loss_targets)."
+        )
 
 
 def check_probes_fit(probes: ConceptProbes, model: nn.Module, targeted: Sequence[str]) -> None:
