@@ -38,7 +38,7 @@ from ._version import __version__
 from .basis import SPACES, ConceptBasis, LayerBasis
 from .contrast import BatchesDigest
 from .errors import ConceptBasisError, ConceptDataError
-from .model_arguments import attention_masks, place_arguments
+from .model_arguments import attention_masks, place_arguments, unshared
 from .observation import (
     Choice,
     Features,
@@ -296,7 +296,7 @@ class _Observer:
 
         def forward() -> Any:
             torch.manual_seed(self._options.seed + index)
-            return self._run_model(self.model, batch)
+            return self._run_model(self.model, unshared(batch))  # it is run twice, and is the loss's as well
 
         def loss() -> Tensor:
             assert self._loss_fn is not None

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from .base_models import identify, layer_widths
 from .errors import ConceptDataError
 from .files import locate_file, read_header_json, read_tensor_file, write_tensor_file
-from .model_arguments import flatten_arguments, is_encoder_decoder, nest_arguments, place_arguments
+from .model_arguments import flatten_arguments, is_encoder_decoder, nest_arguments, place_arguments, unshared
 
 __all__ = [
     "FORMAT_VERSION",
@@ -417,7 +417,8 @@ def model_output(result: Any) -> Tensor:
 
 
 def call_model(model: nn.Module, inputs: dict[str, Any], run_model: RunModel | None = None) -> Tensor:
-    """The model's output on `inputs`, shape `(b, *)`."""
+    """The model's output on `inputs`, shape `(b, *)`; they may be taken out of what is given to the model."""
+    inputs = unshared(inputs)
     return model_output(model(**inputs) if run_model is None else run_model(model, inputs))
 
 
