@@ -8,14 +8,15 @@ that is the same on two machines, so that paths are not compared.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from .errors import GradProjError
 from .files import is_repository
 
-__all__ = ["BaseModel", "identify", "layer_widths", "names_conflict", "widths_of"]
+__all__ = ["BaseModel", "identify", "in_common", "layer_widths", "names_conflict", "widths_of"]
 
 _CACHED = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
 
@@ -49,6 +50,20 @@ def names_conflict(name: str | None, model: nn.Module) -> str | None:
     if name is None or other is None or name == other or not (is_repository(name) and is_repository(other)):
         return None
     return other
+
+
+def in_common(what: str, names: Iterable[str | None], error: type[GradProjError]) -> str | None:
+    """The one name, of a base model or its revision, that parts to be joined have, as far as they have one.
+
+    Args:
+        what: What the parts are, for the message: "bases of different base models".
+        names: Of each part.
+        error: Raised if two have different ones.
+    """
+    known = list(dict.fromkeys(name for name in names if name is not None))
+    if len(known) > 1:
+        raise error(f"{what} cannot be joined: {', '.join(known)}. Make them on one.")
+    return known[0] if known else None
 
 
 def widths_of(module: nn.Module) -> tuple[int, int] | None:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .base_models import identify, layer_widths
+from .base_models import identify, in_common, layer_widths
 from .errors import ConceptDataError
 from .files import locate_file, read_header_json, read_tensor_file, write_tensor_file
 from .model_arguments import flatten_arguments, is_encoder_decoder, nest_arguments, place_arguments, unshared
@@ -228,34 +228,38 @@ class ConceptProbes:
         """The probes at `indices`, shape `(m,)`."""
         index = torch.as_tensor(indices, dtype=torch.long)
         shared = self.weights is not None and self.weights.shape[0] == 1
-        return self._like(
+        return ConceptProbes(
             {name: x[index] for name, x in self.inputs.items()},
             None if self.targets is None else self.targets[index],
             self.weights if shared or self.weights is None else self.weights[index],
             None if self.loss_targets is None else self.loss_targets[index],
+            self.concept,
+            self.base_model,
+            self.revision,
+            self.run_model,
+            self.widths,
         )
 
     def concat(self, *others: ConceptProbes) -> ConceptProbes:
-        """These probes followed by others of the same model.
+        """These probes followed by others of the same model; their concepts' names are joined by `+`.
 
         Raises:
-            ConceptDataError: If the arguments, shapes, or what is stored do not agree.
+            ConceptDataError: If the arguments, shapes, what is stored, or the base models do not agree.
         """
         parts = (self, *others)
         for other in others:
             _check_alike(self, other)
-        return self._like(
+        return ConceptProbes(
             {name: torch.cat([p.inputs[name] for p in parts]) for name in self.inputs},
             _joined([p.targets for p in parts]),
             _joined(_weights_of_each_probe(parts)),
             _joined([p.loss_targets for p in parts]),
+            " + ".join(dict.fromkeys(p.concept for p in parts if p.concept)),
+            in_common("concept probes of different base models", [p.base_model for p in parts], ConceptDataError),
+            in_common("concept probes of different revisions", [p.revision for p in parts], ConceptDataError),
+            self.run_model,
+            _common_widths(parts),
         )
-
-    def _like(
-        self, inputs: Mapping[str, Tensor], targets: Tensor | None, weights: Tensor | None, losses: Tensor | None
-    ) -> ConceptProbes:
-        about = (self.concept, self.base_model, self.revision, self.run_model, self.widths)
-        return ConceptProbes(inputs, targets, weights, losses, *about)
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {_INPUT_PREFIX + name: x for name, x in self.inputs.items()}
@@ -374,6 +378,18 @@ def _check_alike(first: ConceptProbes, other: ConceptProbes) -> None:
         )
     if first.run_model is not other.run_model:
         raise ConceptDataError("probes with different run_model cannot be joined; give both the same function.")
+
+
+def _common_widths(parts: Sequence[ConceptProbes]) -> dict[str, tuple[int, int]] | None:
+    known = [p.widths for p in parts if p.widths is not None]
+    for widths in known[1:]:
+        if widths != known[0]:
+            layer = next(name for name in known[0] | widths if known[0].get(name) != widths.get(name))
+            raise ConceptDataError(
+                f"concept probes of different models cannot be joined: layer '{layer}' has widths "
+                f"{known[0].get(layer)} and {widths.get(layer)}. Collect them on one."
+            )
+    return known[0] if known else None
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
