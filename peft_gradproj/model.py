@@ -15,7 +15,7 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from .base_models import names_conflict, widths_of
+from .base_models import names_conflict, unwrapped, widths_of
 from .basis import ConceptBasis, LayerBasis
 from .config import GradProjConfig
 from .errors import ConceptBasisError, ConceptDataError, GradProjConfigError, GradProjError
@@ -35,6 +35,12 @@ class GradProjModel(LoraModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Called before anything is injected: an error here leaves the model as it was.
         super()._prepare_model(peft_config, model)
+        if unwrapped(model) is not model:
+            raise GradProjConfigError(
+                f"the model is wrapped ({type(model).__name__}), and what is saved of an adapter that is injected into "
+                "it has the wrapper's names, under which nobody can load it. Inject the adapter into the model itself, "
+                "and compile or wrap it then."
+            )
         peft_config.check()
         targeted = self._targeted_names(peft_config, model)
         for name in targeted:

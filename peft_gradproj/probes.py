@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .base_models import identify, in_common, layer_widths
+from .base_models import identify, in_common, layer_widths, unwrapped
 from .errors import ConceptDataError
 from .files import locate_file, read_header_json, read_tensor_file, write_tensor_file
 from .model_arguments import flatten_arguments, is_encoder_decoder, nest_arguments, place_arguments, unshared
@@ -594,7 +594,8 @@ def collect_concept_probes(
     Adapters that are injected already are off meanwhile, and the model is in evaluation mode; both are restored.
 
     Args:
-        model: The model that will be trained.
+        model: The model that will be trained. Of one of `torch.compile` or `DistributedDataParallel`, the model within
+            is run.
         batches: Yields `(inputs, weights)` or `(inputs, weights, loss_targets)`, with `inputs` a mapping of keyword
             arguments of shape `(b, *)`, and the others as in :class:`ConceptProbes`, or `None`; or yields `inputs`
             alone. Where there are no weights, the padding of an `attention_mask` of shape `(b, n)` does not count (of a
@@ -609,6 +610,7 @@ def collect_concept_probes(
     Raises:
         ConceptDataError: If there are no batches, a batch is malformed, or an adapter is merged into the model.
     """
+    model = unwrapped(model)
     if base_model is None:
         base_model, known = identify(model)
         revision = revision if revision is not None else known
