@@ -8,14 +8,24 @@ that is the same on two machines, so that paths are not compared.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from .errors import GradProjError
 from .files import is_repository
 
-__all__ = ["BaseModel", "identify", "layer_widths", "names_conflict", "widths_of"]
+__all__ = [
+    "BaseModel",
+    "bare_model",
+    "identify",
+    "in_common",
+    "layer_widths",
+    "names_conflict",
+    "unwrapped",
+    "widths_of",
+]
 
 _CACHED = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
 
@@ -51,6 +61,42 @@ def names_conflict(name: str | None, model: nn.Module) -> str | None:
     return other
 
 
+def in_common(what: str, names: Iterable[str | None], error: type[GradProjError]) -> str | None:
+    """The one name, of a base model or its revision, that parts to be joined have, as far as they have one.
+
+    Args:
+        what: What the parts are, for the message: "bases of different base models".
+        names: Of each part.
+        error: Raised if two have different ones.
+    """
+    known = list(dict.fromkeys(name for name in names if name is not None))
+    if len(known) > 1:
+        raise error(f"{what} cannot be joined: {', '.join(known)}. Make them on one.")
+    return known[0] if known else None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within what `torch.compile`, `DataParallel` and `DistributedDataParallel` put around it."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model whose layers have the names of the base: also without the wrappers of `PeftModel` and its tuner."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    model = unwrapped(model)
+    if isinstance(model, PeftModel):
+        return bare_model(model.get_base_model())
+    return bare_model(model.model) if isinstance(model, BaseTuner) else model
+
+
 def widths_of(module: nn.Module) -> tuple[int, int] | None:
     """`(d_in, d_out)` of a layer that LoRA adapts, `c_in * kh * kw` for a convolution; `None` of another module."""
     from transformers.pytorch_utils import Conv1D
@@ -74,10 +120,10 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in bare_model(model).named_modules():
         if name.startswith(adapted):
             continue
         if isinstance(module, BaseTunerLayer):
             adapted = (*adapted, f"{name}.")
             module = module.get_base_layer()
-        yield name.removeprefix("base_model.model."), module
+        yield name, module

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .base_models import in_common
 from .errors import ConceptBasisError
 from .files import locate_file, read_header_json, read_tensor_file, write_tensor_file
 from .projection import orthonormal_basis, orthonormality_error, principal_cosines
@@ -287,8 +288,8 @@ class ConceptBasis(Mapping[str, LayerBasis]):
         return ConceptBasis(
             layers,
             " + ".join(dict.fromkeys(part.concept for part in parts if part.concept)),
-            _common("base models", [part.base_model for part in parts]),
-            _common("revisions", [part.revision for part in parts]),
+            in_common("bases of different base models", [part.base_model for part in parts], ConceptBasisError),
+            in_common("bases of different revisions", [part.revision for part in parts], ConceptBasisError),
             {"method": "union", "parts": [{"concept": part.concept, "fit": part.fit} for part in parts]},
         )
 
@@ -411,13 +412,6 @@ def _joined(name: str, layers: list[LayerBasis]) -> LayerBasis:
             # Directions that two bases share differ by float32 rounding: those differences are no directions.
             spaces[space] = orthonormal_basis(torch.cat(bases, dim=1).double(), rtol=1e-5)
     return LayerBasis(**spaces)
-
-
-def _common(what: str, values: list[str | None]) -> str | None:
-    known = list(dict.fromkeys(value for value in values if value is not None))
-    if len(known) > 1:
-        raise ConceptBasisError(f"bases of different {what} cannot be joined: {', '.join(known)}. Fit them on one.")
-    return known[0] if known else None
 
 
 # Files

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 import os
 import warnings
 from dataclasses import InitVar, dataclass, field, fields
@@ -17,7 +19,7 @@ from .basis import ConceptBasis
 from .errors import AdapterFolderError, ConceptBasisError, GradProjConfigError
 from .escaping import ESCAPING_OPTIONS
 from .files import read_json_object
-from .probes import ConceptProbes
+from .probes import ConceptProbes, check_loss_targets
 from .registration import register
 from .untrusted import shown
 
@@ -30,6 +32,9 @@ _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 _PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 """Those that leave the base weights as they are, and A and B as they were injected."""
+
+_COUNTS = ("probe_every", "probe_batch_size", "probe_history", "probe_seed")
+_NUMBERS = ("strength", "restore", "negative_guidance")
 
 _SHOWN_PARTS = 8
 """So many uncovered parts are named in a message; a model may have hundreds of layers."""
@@ -80,7 +85,7 @@ class GradProjConfig(LoraConfig):
         GradProjConfigError: If a value is out of range, if neither basis nor probes are given, or if something is
             asked for that escapes the projection.
         ConceptBasisError: If the basis cannot be read.
-        ConceptDataError: If the probes cannot be read.
+        ConceptDataError: If the probes cannot be read, or have no `loss_targets` and `rule="orthogonal"`.
     """
 
     # InitVar and not fields: PEFT compares, copies and serialises a config's fields, none of which tensors survive.
@@ -113,9 +118,7 @@ class GradProjConfig(LoraConfig):
         self.uncovered_parts: list[str] = []
         # No field either. Of the model that the adapter was injected into: diffusers clears `base_model_name_or_path`.
         self.base_model = BaseModel(None, None)
-        self._check_values()
-        self._check_given()
-        self.report_escaping()
+        self.check()
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that unpickles this, such as a spawned worker, may not know the type yet.
@@ -124,7 +127,31 @@ class GradProjConfig(LoraConfig):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, peft_type=register())
 
+    def check(self) -> None:
+        """Refuse values out of range, and refuse, warn of, or note what escapes the projection, as `uncovered` says.
+
+        Once when the config is made and once before an adapter is injected: PEFT, TRL and users set options in between,
+        and what is refused only afterwards would leave an adapter that trains without projection.
+
+        Raises:
+            GradProjConfigError: If a value is out of range, or if something escapes and `uncovered="error"`; it names
+                them. Whatever `uncovered` says, if a concept basis is given and `init_lora_weights` is an
+                initialisation that it would spoil.
+            ConceptDataError: If the probes have no `loss_targets` and `rule="orthogonal"`.
+        """
+        self._check_values()
+        self._check_given()
+        self._refuse_spoilt_start()
+        self.report_uncovered(self._escaping_options())
+
     def _check_values(self) -> None:
+        # NumPy's numbers become plain ones, which the manifest can hold.
+        for names, plain, what in ((_COUNTS, operator.index, "an integer"), (_NUMBERS, _real, "a number")):
+            for name in names:
+                try:
+                    setattr(self, name, plain(getattr(self, name)))
+                except TypeError:
+                    raise GradProjConfigError(f"{name}={getattr(self, name)!r}; expected {what}.") from None
         expected = {
             "strength": (0.0 <= self.strength <= 1.0, "a number in [0, 1]"),
             "rule": (self.rule in ("half-space", "orthogonal"), "'half-space' or 'orthogonal'"),
@@ -141,6 +168,8 @@ class GradProjConfig(LoraConfig):
 
     def _check_given(self) -> None:
         given: Any = self
+        if given.concept_probes is not None and self.rule == "orthogonal":
+            check_loss_targets(given.concept_probes)
         if given.concept_basis is not None or given.concept_probes is not None:
             return
         self.report_uncovered(
@@ -166,18 +195,6 @@ class GradProjConfig(LoraConfig):
                 f"{self.init_lora_weights!r} (B would not start at zero along it; expected True or 'gaussian')"
             )
         return parts
-
-    def report_escaping(self) -> None:
-        """Refuse, warn of, or note options that escape the projection, as `uncovered` says.
-
-        Once when the config is made and once before an adapter is injected: PEFT and TRL set options in between.
-
-        Raises:
-            GradProjConfigError: If there are any and `uncovered="error"`; it names them. Whatever `uncovered` says, if
-                a concept basis is given and `init_lora_weights` is an initialisation that it would spoil.
-        """
-        self._refuse_spoilt_start()
-        self.report_uncovered(self._escaping_options())
 
     def _refuse_spoilt_start(self) -> None:
         basis: ConceptBasis | None = self.concept_basis  # type: ignore[attr-defined]
@@ -294,6 +311,12 @@ def own_settings() -> dict[str, Any]:
 
 def _own_fields() -> frozenset[str]:
     return frozenset(f.name for f in fields(GradProjConfig)) - frozenset(f.name for f in fields(LoraConfig))
+
+
+def _real(given: Any) -> float:
+    if not isinstance(given, numbers.Real):
+        raise TypeError
+    return float(given)
 
 
 def _load(kind: Any, given: Any) -> Any:

@@ -35,10 +35,11 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
+from .base_models import unwrapped
 from .basis import SPACES, ConceptBasis, LayerBasis
 from .contrast import BatchesDigest
 from .errors import ConceptBasisError, ConceptDataError
-from .model_arguments import attention_masks, place_arguments
+from .model_arguments import attention_masks, place_arguments, unshared
 from .observation import (
     Choice,
     Features,
@@ -152,7 +153,8 @@ def fit_concept_basis(
     `None` if they hold something else than tensors.
 
     Args:
-        model: A bare model, or one with adapters injected. Names of layers are those of the bare model.
+        model: A bare model, or one with adapters injected. Names of layers are those of the bare model. Of one of
+            `torch.compile` or `DistributedDataParallel`, the model within is run.
         concept_batches: Batches that show the concept, as `run_model` takes them. Positions that an `attention_mask`
             of shape `(b, n)` in them leaves out do not count.
         reference_batches: Batches that do not; with `contrast="pairs"` the same batches without the concept, in the
@@ -210,6 +212,7 @@ def fit_concept_basis(
             "reference_batches are missing; without them a basis holds what all examples share, and blocks all "
             "learning. Only spaces=('gradient',) can be fitted without."
         )
+    model = unwrapped(model)
     layers = find_layers(model, target_modules)
     if options.wants("rank", "gradient"):
         adapter_name = find_adapter(layers, adapter_name)
@@ -296,7 +299,7 @@ class _Observer:
 
         def forward() -> Any:
             torch.manual_seed(self._options.seed + index)
-            return self._run_model(self.model, batch)
+            return self._run_model(self.model, unshared(batch))  # it is run twice, and is the loss's as well
 
         def loss() -> Tensor:
             assert self._loss_fn is not None

@@ -43,6 +43,7 @@ __all__ = [
     "ProjectedLinear",
     "ProjectedWeight",
     "check_supported",
+    "check_widths",
     "constrain_adapter",
     "is_sharded",
     "projected_weights",
@@ -354,7 +355,7 @@ def constrain_adapter(
     """
     check_supported(layer, name)
     a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    _check_widths(name, basis, a.weight, b.weight)
+    check_widths(name, basis, d_in=a.weight[0].numel(), d_out=b.weight.shape[0], rank=a.weight.shape[0])
     a, b = (m if isinstance(m, ProjectedWeight) else ProjectedWeight.adopt(m, strength) for m in (a, b))
     if basis.input is not None:
         a.constrain("right", basis.input, keep=False)
@@ -396,14 +397,20 @@ def projected_weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str
             yield name, module
 
 
-def _check_widths(name: str, basis: LayerBasis, a: Tensor, b: Tensor) -> None:
-    rank = a.shape[0]
-    expected = {
-        "input": a[0].numel(),
-        "rank": rank,
-        "output": b.shape[0],
-        "gradient": a.numel() + b.numel(),
-    }
+def check_widths(name: str, basis: LayerBasis, d_in: int, d_out: int, rank: int) -> None:
+    """Refuse a basis of other widths than its layer has.
+
+    Args:
+        name: The layer's name in the base model, for messages.
+        basis: Its basis.
+        d_in: Width of its input, for a convolution `c_in * kh * kw`.
+        d_out: Width of its output.
+        rank: The adapter's rank in this layer.
+
+    Raises:
+        ConceptBasisError: If a width does not fit.
+    """
+    expected = {"input": d_in, "rank": rank, "output": d_out, "gradient": rank * (d_in + d_out)}
     for space, width in expected.items():
         given = getattr(basis, space)
         if given is not None and given.shape[0] != width:

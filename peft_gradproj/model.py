@@ -12,13 +12,14 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from .base_models import identify, names_conflict, widths_of
+from .base_models import identify, names_conflict, unwrapped, widths_of
 from .basis import ConceptBasis, LayerBasis
 from .config import GradProjConfig
 from .errors import ConceptBasisError, ConceptDataError, GradProjConfigError, GradProjError
-from .layers import check_supported, constrain_adapter, is_sharded, projected_weights
+from .layers import check_supported, check_widths, constrain_adapter, is_sharded, projected_weights
 from .online import attach_online_projection, detach_online_projection
 from .probes import check_probes_fit
 
@@ -34,7 +35,13 @@ class GradProjModel(LoraModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Called before anything is injected: an error here leaves the model as it was.
         super()._prepare_model(peft_config, model)
-        peft_config.report_escaping()
+        if unwrapped(model) is not model:
+            raise GradProjConfigError(
+                f"the model is wrapped ({type(model).__name__}), and what is saved of an adapter that is injected into "
+                "it has the wrapper's names, under which nobody can load it. Inject the adapter into the model itself, "
+                "and compile or wrap it then."
+            )
+        peft_config.check()
         targeted = self._targeted_names(peft_config, model)
         for name in targeted:
             check_supported(model.get_submodule(name), name)
@@ -47,7 +54,7 @@ class GradProjModel(LoraModel):
                 )
             for name in targeted:
                 if name in basis:
-                    _check_widths(name, basis[name], model.get_submodule(name))
+                    _check_widths(name, basis[name], model.get_submodule(name), peft_config)
             _check_name("concept basis", basis.base_model, model, peft_config, ConceptBasisError)
             peft_config.report_uncovered([f"layer '{name}'" for name in targeted if name not in basis])
         probes = peft_config.concept_probes
@@ -193,16 +200,13 @@ def _target_as_lora(config: GradProjConfig, model: Any) -> None:
         )
 
 
-def _check_widths(name: str, basis: LayerBasis, module: nn.Module) -> None:
-    """The widths that do not depend on the rank, before anything is injected."""
+def _check_widths(name: str, basis: LayerBasis, module: nn.Module, config: GradProjConfig) -> None:
+    """The widths of a layer's basis, before anything is injected."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    for space, width in zip(("input", "output"), widths_of(base) or (), strict=False):
-        given = getattr(basis, space)
-        if given is not None and given.shape[0] != width:
-            raise ConceptBasisError(
-                f"layer '{name}': the {space} basis has width {given.shape[0]}, but the layer needs {width}. Was the "
-                "basis fitted on another model? Fit it on this one."
-            )
+    widths = widths_of(base)
+    assert widths is not None  # `check_supported` has refused others
+    ranks = config.rank_pattern or {}
+    check_widths(name, basis, *widths, rank=ranks.get(get_pattern_key(list(ranks), name), config.r))
 
 
 def _check_name(

@@ -6,6 +6,8 @@ Flat, an argument within a mapping has a name with dots: `added_cond_kwargs.text
 
 from __future__ import annotations
 
+import copy
+from collections import UserDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +16,14 @@ from torch import Tensor, nn
 
 from .errors import ConceptDataError
 
-__all__ = ["attention_masks", "flatten_arguments", "is_encoder_decoder", "nest_arguments", "place_arguments"]
+__all__ = [
+    "attention_masks",
+    "flatten_arguments",
+    "is_encoder_decoder",
+    "nest_arguments",
+    "place_arguments",
+    "unshared",
+]
 
 
 def flatten_arguments(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -65,6 +74,14 @@ def place_arguments(
         return x.to(device, dtype) if dtype is not None and x.is_floating_point() and x.ndim > 1 else x.to(device)
 
     return nest_arguments({name: placed(x) for name, x in arguments.items()})
+
+
+def unshared(arguments: Any) -> Any:
+    """The same values in dictionaries of their own, nested ones too: a caller's `pop` leaves the others as they are."""
+    if type(arguments) is dict:
+        return {name: unshared(value) for name, value in arguments.items()}
+    # What tokenizers and processors of transformers return.
+    return copy.copy(arguments) if isinstance(arguments, UserDict) else arguments
 
 
 def attention_masks(model: nn.Module, arguments: Mapping[str, Any]) -> list[Tensor]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base_models import widths_of
+from .base_models import bare_model, widths_of
 from .errors import ConceptBasisError, ConceptDataError
 from .probes import adapters_as_before, adapters_disabled, evaluation_mode
 
@@ -113,7 +113,7 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str]) -> list[T
     """The layers that a LoRA with these `target_modules` adapts, by PEFT's own rules.
 
     Args:
-        model: A bare model, one with adapters injected, or a `PeftModel`.
+        model: A bare model, one with adapters injected, or a `PeftModel`; also compiled or parallel ones.
         target_modules: As in `LoraConfig`: names or ends of names, a regular expression, or `"all-linear"`.
 
     Raises:
@@ -126,7 +126,7 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str]) -> list[T
         check_target_module_exists,
     )
 
-    root = _bare(model)
+    root = bare_model(model)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = _maybe_include_all_linear_layers(LoraConfig(target_modules=targets), root)
     layers: list[TargetLayer] = []
@@ -147,16 +147,6 @@ def find_layers(model: nn.Module, target_modules: str | Sequence[str]) -> list[T
             "model.named_modules(), without prefixes of PEFT."
         )
     return layers
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model whose names are those of the base: without the wrappers of `PeftModel` and its tuner."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTuner
-
-    if isinstance(model, PeftModel):
-        return model.get_base_model()
-    return model.model if isinstance(model, BaseTuner) else model
 
 
 def _checked_layer(name: str, base: nn.Module, wrapper: Any) -> TargetLayer:

@@ -50,6 +50,7 @@ from .probes import (
     adapters_disabled,
     broadcast_weights,
     call_model,
+    check_loss_targets,
     evaluation_mode,
     placement,
 )
@@ -250,11 +251,8 @@ class OnlineProjection:
         config: Any = None,
     ) -> None:
         _check_options(rule, strength, probe_every, probe_batch_size, restore, probe_history, negative_guidance)
-        if rule == "orthogonal" and probes.loss_targets is None:
-            raise ConceptDataError(
-                "rule='orthogonal' follows the gradient of the concept loss and needs probes with loss_targets (the "
-                "noise or velocity); collect them as (inputs, weights, loss_targets)."
-            )
+        if rule == "orthogonal":
+            check_loss_targets(probes)
         self.adapter_name = adapter_name
         self.probes = probes
         self.rule = rule

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .base_models import identify, layer_widths
+from .base_models import identify, in_common, layer_widths, unwrapped
 from .errors import ConceptDataError
 from .files import locate_file, read_header_json, read_tensor_file, write_tensor_file
-from .model_arguments import flatten_arguments, is_encoder_decoder, nest_arguments, place_arguments
+from .model_arguments import flatten_arguments, is_encoder_decoder, nest_arguments, place_arguments, unshared
 
 __all__ = [
     "FORMAT_VERSION",
@@ -46,6 +46,7 @@ __all__ = [
     "adapters_as_before",
     "adapters_disabled",
     "call_model",
+    "check_loss_targets",
     "check_probes_fit",
     "collect_concept_probes",
     "evaluation_mode",
@@ -227,34 +228,38 @@ class ConceptProbes:
         """The probes at `indices`, shape `(m,)`."""
         index = torch.as_tensor(indices, dtype=torch.long)
         shared = self.weights is not None and self.weights.shape[0] == 1
-        return self._like(
+        return ConceptProbes(
             {name: x[index] for name, x in self.inputs.items()},
             None if self.targets is None else self.targets[index],
             self.weights if shared or self.weights is None else self.weights[index],
             None if self.loss_targets is None else self.loss_targets[index],
+            self.concept,
+            self.base_model,
+            self.revision,
+            self.run_model,
+            self.widths,
         )
 
     def concat(self, *others: ConceptProbes) -> ConceptProbes:
-        """These probes followed by others of the same model.
+        """These probes followed by others of the same model; their concepts' names are joined by `+`.
 
         Raises:
-            ConceptDataError: If the arguments, shapes, or what is stored do not agree.
+            ConceptDataError: If the arguments, shapes, what is stored, or the base models do not agree.
         """
         parts = (self, *others)
         for other in others:
             _check_alike(self, other)
-        return self._like(
+        return ConceptProbes(
             {name: torch.cat([p.inputs[name] for p in parts]) for name in self.inputs},
             _joined([p.targets for p in parts]),
             _joined(_weights_of_each_probe(parts)),
             _joined([p.loss_targets for p in parts]),
+            " + ".join(dict.fromkeys(p.concept for p in parts if p.concept)),
+            in_common("concept probes of different base models", [p.base_model for p in parts], ConceptDataError),
+            in_common("concept probes of different revisions", [p.revision for p in parts], ConceptDataError),
+            self.run_model,
+            _common_widths(parts),
         )
-
-    def _like(
-        self, inputs: Mapping[str, Tensor], targets: Tensor | None, weights: Tensor | None, losses: Tensor | None
-    ) -> ConceptProbes:
-        about = (self.concept, self.base_model, self.revision, self.run_model, self.widths)
-        return ConceptProbes(inputs, targets, weights, losses, *about)
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {_INPUT_PREFIX + name: x for name, x in self.inputs.items()}
@@ -375,6 +380,18 @@ def _check_alike(first: ConceptProbes, other: ConceptProbes) -> None:
         raise ConceptDataError("probes with different run_model cannot be joined; give both the same function.")
 
 
+def _common_widths(parts: Sequence[ConceptProbes]) -> dict[str, tuple[int, int]] | None:
+    known = [p.widths for p in parts if p.widths is not None]
+    for widths in known[1:]:
+        if widths != known[0]:
+            layer = next(name for name in known[0] | widths if known[0].get(name) != widths.get(name))
+            raise ConceptDataError(
+                f"concept probes of different models cannot be joined: layer '{layer}' has widths "
+                f"{known[0].get(layer)} and {widths.get(layer)}. Collect them on one."
+            )
+    return known[0] if known else None
+
+
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     present = [x for x in parts if x is not None]
     return torch.cat(present) if present else None
@@ -416,7 +433,8 @@ def model_output(result: Any) -> Tensor:
 
 
 def call_model(model: nn.Module, inputs: dict[str, Any], run_model: RunModel | None = None) -> Tensor:
-    """The model's output on `inputs`, shape `(b, *)`."""
+    """The model's output on `inputs`, shape `(b, *)`; they may be taken out of what is given to the model."""
+    inputs = unshared(inputs)
     return model_output(model(**inputs) if run_model is None else run_model(model, inputs))
 
 
@@ -576,7 +594,8 @@ def collect_concept_probes(
     Adapters that are injected already are off meanwhile, and the model is in evaluation mode; both are restored.
 
     Args:
-        model: The model that will be trained.
+        model: The model that will be trained. Of one of `torch.compile` or `DistributedDataParallel`, the model within
+            is run.
         batches: Yields `(inputs, weights)` or `(inputs, weights, loss_targets)`, with `inputs` a mapping of keyword
             arguments of shape `(b, *)`, and the others as in :class:`ConceptProbes`, or `None`; or yields `inputs`
             alone. Where there are no weights, the padding of an `attention_mask` of shape `(b, n)` does not count (of a
@@ -591,6 +610,7 @@ def collect_concept_probes(
     Raises:
         ConceptDataError: If there are no batches, a batch is malformed, or an adapter is merged into the model.
     """
+    model = unwrapped(model)
     if base_model is None:
         base_model, known = identify(model)
         revision = revision if revision is not None else known
@@ -656,6 +676,19 @@ def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
 
 
 # Fitting a model
+
+
+def check_loss_targets(probes: ConceptProbes) -> None:
+    """Refuse probes that `rule="orthogonal"` cannot be computed on.
+
+    Raises:
+        ConceptDataError: If they have no `loss_targets`.
+    """
+    if probes.loss_targets is None:
+        raise ConceptDataError(
+            "rule='orthogonal' follows the gradient of the concept loss and needs probes with loss_targets (the noise "
+            "or velocity); collect them as (inputs, weights, loss_targets)."
+        )
 
 
 def check_probes_fit(probes: ConceptProbes, model: nn.Module, targeted: Sequence[str]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed
+from conftest import SmallNet
 from tiny_models import LLAMA_TARGETS, UNET_TARGETS, basis_for, tiny_llama, tiny_unet, unet_inputs
 from torch import nn
 
-from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, collect_concept_probes
+from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, collect_concept_probes, fit_concept_basis
 from peft_gradproj.base_models import BaseModel, identify, layer_widths, names_conflict
-from peft_gradproj.errors import ConceptBasisError, ConceptDataError
+from peft_gradproj.errors import ConceptBasisError, ConceptDataError, GradProjConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -76,6 +79,48 @@ def test_widths_are_those_of_the_base_whatever_is_injected():
     llama = tiny_llama()
     bare = layer_widths(llama)
     assert layer_widths(get_peft_model(llama, LoraConfig(r=2, target_modules=LLAMA_TARGETS))) == bare
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS = {
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+}
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_basis_and_probes_that_were_made_on_a_wrapped_model_are_those_of_the_model(wrap, adapted):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    with_it = [{"sample": torch.randn(2, 3, 8, 8)} for _ in range(3)]
+    without = [{"sample": batch["sample"] * torch.tensor([0.0, 1, 1])[:, None, None]} for batch in with_it]
+    base, layers = SmallNet(), ["conv", "query"]
+    if adapted:
+        get_peft_model(base, LoraConfig(r=2, target_modules=["key"]))
+    made = []
+    for model in (base, wrap(base)):
+        fitted = fit_concept_basis(model, with_it, without, target_modules=layers, rank=1, progress=False)
+        made.append((fitted, collect_concept_probes(model, [(with_it[0], None)])))
+    (basis, probes), (of_wrapped, probes_of_wrapped) = made
+    assert list(of_wrapped) == layers
+    assert (of_wrapped, of_wrapped.fit) == (basis, basis.fit)
+    assert (probes_of_wrapped, probes_of_wrapped.widths) == (probes, probes.widths)
+    given = {"concept_basis": of_wrapped, "concept_probes": probes_of_wrapped}
+    model = SmallNet()
+    with pytest.raises(GradProjConfigError, match="has the wrapper's names"):
+        get_peft_model(wrap(model), GradProjConfig(r=2, target_modules=layers, **given))
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    get_peft_model(model, GradProjConfig(r=2, target_modules=layers, **given))
 
 
 def test_probes_know_the_widths_and_keep_them_in_their_file(tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_t5
 from torch import Tensor, nn
+from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_gradproj import fitting, second_moments
@@ -643,6 +644,24 @@ def test_randomness_in_the_model_call_is_the_same_in_both_halves():
     with pytest.raises(ConceptBasisError, match="with and without the concept are equal"):
         fit(model, without, without, run_model=run_model)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+def test_a_run_model_may_take_its_arguments_out_of_the_batch(kind):
+    model = adapted(init_lora_weights=False)
+    halves = [[kind(batch) for batch in half] for half in planted(3, direction(12), 3.0)]
+    bases = [
+        fit(
+            model,
+            *halves,
+            spaces=("input", "rank"),
+            run_model=lambda model, batch, take=take: model(take(batch, "x")),
+            loss_fn=lambda output, batch: (output * batch["x"].sum()).square().sum(),
+        )
+        for take in (kind.pop, kind.get)
+    ]
+    assert bases[0] == bases[1]
+    assert all("x" in batch for half in halves for batch in half)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

@@ -7,6 +7,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,7 +20,7 @@ from tiny_models import LLAMA_TARGETS, basis_for, tiny_llama
 from torch import nn
 
 from peft_gradproj import ConceptBasis, GradProjConfig, online_projections, refresh_concept_basis, verify_adapter
-from peft_gradproj.errors import ConceptBasisError, GradProjConfigError
+from peft_gradproj.errors import ConceptBasisError, ConceptDataError, GradProjConfigError
 from peft_gradproj.layers import projected_weights
 
 OPTIMIZERS = {
@@ -441,6 +442,11 @@ def test_a_config_with_neither_basis_nor_probes_is_refused():
         {"probe_history": 0},
         {"negative_guidance": -1.0},
         {"negative_guidance": float("nan")},
+        {"probe_every": 8.0},
+        {"probe_every": "8"},
+        {"probe_seed": 0.5},
+        {"restore": "0.5"},
+        {"strength": None},
         {"uncovered": "perhaps"},
     ],
     ids=str,
@@ -448,6 +454,41 @@ def test_a_config_with_neither_basis_nor_probes_is_refused():
 def test_a_value_out_of_range_is_refused_by_name(value):
     with pytest.raises(GradProjConfigError, match=next(iter(value))):
         gradproj_config(**value)
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones():
+    config = gradproj_config(probe_every=np.int64(4), probe_batch_size=np.int32(2), restore=np.float32(0.5))
+    assert [(type(config.settings()[name]), config.settings()[name]) for name in ("probe_every", "restore")] == [
+        (int, 4),
+        (float, 0.5),
+    ]
+    get_peft_model(base_net(), gradproj_config(concept_probes=small_probes(), probe_batch_size=np.int64(2)))
+
+
+def test_the_literal_rule_without_loss_targets_is_refused_when_the_config_is_made():
+    with pytest.raises(ConceptDataError, match="needs probes with loss_targets"):
+        gradproj_config(concept_probes=small_probes(), rule="orthogonal")
+
+
+@pytest.mark.parametrize("changed", [{"probe_every": 8.0}, {"rule": "orthogonal"}], ids=str)
+def test_what_is_refused_of_a_config_that_was_changed_is_refused_before_anything_is_injected(changed):
+    base, config = base_net(), gradproj_config(concept_probes=small_probes())
+    vars(config).update(changed)
+    with pytest.raises((GradProjConfigError, ConceptDataError)):
+        get_peft_model(base, config)
+    assert all(not name.count("lora_") for name, _ in base.named_modules())
+
+
+@pytest.mark.parametrize("space", ["rank", "gradient"])
+def test_a_basis_for_another_rank_is_refused_before_anything_is_injected(space):
+    # Of the last layer alone, before which the others would have been injected.
+    ranks = {"rank_pattern": {"head": 3}}
+    fitting = {**small_net_basis((space,)), **small_net_basis((space,), r=3, layers=["head"])}
+    get_peft_model(SmallNet(), gradproj_config(ConceptBasis(fitting), **ranks))
+    base = SmallNet()
+    with pytest.raises(ConceptBasisError, match=rf"layer 'head': the {space} basis has width .*another `r`"):
+        get_peft_model(base, gradproj_config(small_net_basis((space,)), **ranks))
+    assert all(not name.count("lora_") for name, _ in base.named_modules())
 
 
 class WithOthers(nn.Module):

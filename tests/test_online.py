@@ -1218,6 +1218,24 @@ def test_recomputed_targets_give_the_same_run() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*ends, strict=True))
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_run_model_may_take_its_arguments_out_of_the_inputs(stored: bool) -> None:
+    ends = []
+    for take in (dict.pop, dict.get):
+        task = make_task()
+
+        def run_model(model: nn.Module, inputs: dict[str, Any], take: Any = take) -> Tensor:
+            return model(take(take(inputs, "nested"), "input"))
+
+        targets = task.probes.targets if stored else None
+        probes = ConceptProbes({"nested.input": task.concept}, targets, task.probes.weights, run_model=run_model)
+        attach_online_projection(task.net, "default", probes, probe_every=1)
+        take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-3), 3)
+        ends.append(copies(task.parameters()))
+
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def _trained_beside_a_style(*, stored: bool) -> tuple[float, float]:
     """The drift that is measured at last, and the share of a frozen adapter's effect that is undone.
 

@@ -174,11 +174,24 @@ def test_concat_gives_unweighted_probes_the_weight_one() -> None:
         ({"targets": None}, "expected equal shapes"),
         ({"weights": torch.ones(5)}, "weights of shapes"),
         ({"run_model": model_output}, "different run_model"),
+        ({"base_model": "org/other"}, "different base models cannot be joined: org/base, org/other"),
+        ({"revision": "def"}, "different revisions"),
+        ({"widths": {"a": (3, 4)}}, r"layer 'a' has widths \(3, 5\) and \(3, 4\)"),
+        ({"widths": {"a": (3, 5), "b": (3, 4)}}, r"layer 'b' has widths None and \(3, 4\)"),
     ],
 )
 def test_concat_refuses_other_probes(other: dict[str, Any], message: str) -> None:
+    known = {"revision": "abc", "widths": {"a": (3, 5)}}
     with pytest.raises(ConceptDataError, match=message):
-        _probes().concat(_probes(**other))
+        _probes(base_model=None).concat(_probes(**known), _probes(**(known | other)))
+
+
+def test_concat_keeps_what_any_part_knows_of_the_model_and_all_concepts() -> None:
+    known: dict[str, Any] = {"revision": "abc", "widths": {"a": (3, 5)}}
+    joined = _probes(base_model=None).concat(_probes(concept="face", **known), _probes(concept=""), _probes())
+
+    assert (joined.concept, joined.base_model) == ("logo + face", "org/base")
+    assert {"revision": joined.revision, "widths": joined.widths} == known
 
 
 # Files
