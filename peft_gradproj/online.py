@@ -285,6 +285,7 @@ class OnlineProjection:
         self._foreign_steps: int | None = 0
         self._noticed_others = False
         self._noticed_moments = False
+        self._noticed_distance = False
         self._layers: list[tuple[str, weakref.ref[Any]]] = []
         self._find_layers(model)
         if not self._layers:
@@ -390,6 +391,7 @@ class OnlineProjection:
         if self.rule == "half-space":
             _refuse_schedule_free(optimizer)
             _refuse_remembered_steps(optimizer)
+            self._notice_distance(optimizer)
         self._foreign_steps = None
         self._stepping = _Stepping(id(optimizer), number, [*parameters])
         if self.rule == "half-space":
@@ -467,6 +469,19 @@ class OnlineProjection:
                 "trained, its optimizer holds other tensors (DeepSpeed, FSDP1), which is not supported.",
                 stacklevel=2,
             )
+
+    def _notice_distance(self, optimizer: torch.optim.Optimizer) -> None:
+        # Prodigy, D-Adaptation: what they infer from the way that the parameters went is not so of corrected steps.
+        groups = optimizer.param_groups
+        if self._noticed_distance or not any("d" in group and {"d0", "growth_rate"} & group.keys() for group in groups):
+            return
+        self._noticed_distance = True
+        warnings.warn(
+            f"the optimizer, {type(optimizer).__name__}, finds its learning rate from how far its steps went, and "
+            "corrected steps go another way: it may stay near its start, and learn nothing, or go further. See that "
+            "the loss falls and that its `d` grows, or take another optimizer, such as AdamW.",
+            stacklevel=2,
+        )
 
     def _notice_others(self, model: nn.Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer

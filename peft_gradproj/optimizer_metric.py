@@ -204,6 +204,8 @@ def _own_diagonal(optimizer: torch.optim.Optimizer, parameter: Tensor, group: Ma
     if _is_unscaled(optimizer, state, group):
         return _one(parameter)
     kind, epsilon = _kind(state, group, parameter), group.get("eps", 1e-8)
+    if {"d", "d0"} <= group.keys():
+        epsilon = epsilon * group["d"]  # Prodigy's moments are of gradients times its estimate d
     if kind == "adam":
         second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
         return _root(_bias_corrected(second.float(), state.get("step"), group["betas"][1]), epsilon)

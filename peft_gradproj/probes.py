@@ -214,7 +214,7 @@ class ConceptProbes:
             dtype: What floating inputs are cast to. Numbers per probe, of shape `(n,)`, keep float32, since a
                 timestep of 999 is not a bfloat16 number; targets and weights keep float32 as well.
         """
-        index = torch.as_tensor(indices, dtype=torch.long)
+        index = self._index(indices)
 
         def pick(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[index].to(device)
@@ -224,9 +224,23 @@ class ConceptProbes:
         inputs = place_arguments({name: x[index] for name, x in self.inputs.items()}, device, dtype)
         return ProbeBatch(inputs, pick(self.targets), weights, pick(self.loss_targets))
 
-    def select(self, indices: Tensor | Sequence[int]) -> ConceptProbes:
-        """The probes at `indices`, shape `(m,)`."""
-        index = torch.as_tensor(indices, dtype=torch.long)
+    def _index(self, indices: Tensor | Sequence[int]) -> Tensor:
+        chosen = torch.as_tensor(indices)
+        if chosen.dtype != torch.bool:
+            return chosen.long()
+        if chosen.shape != (len(self),):
+            raise ConceptDataError(
+                f"a mask of probes has shape {tuple(chosen.shape)}; expected {(len(self),)}, one for each."
+            )
+        return chosen.nonzero().flatten()
+
+    def select(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> ConceptProbes:
+        """The probes at `indices`, shape `(m,)`, or where a boolean mask of shape `(n,)` is true.
+
+        Raises:
+            ConceptDataError: If a mask has another shape, or no probe is left.
+        """
+        index = self._index(indices)
         shared = self.weights is not None and self.weights.shape[0] == 1
         return ConceptProbes(
             {name: x[index] for name, x in self.inputs.items()},

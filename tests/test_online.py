@@ -41,7 +41,7 @@ from peft_gradproj.online import (
     detach_online_projection,
     online_projections,
 )
-from peft_gradproj.optimizer_metric import RunningSecondMoment, project_moments
+from peft_gradproj.optimizer_metric import RunningSecondMoment, optimizer_metric, project_moments
 from peft_gradproj.probes import ConceptProbes, adapters_disabled, collect_concept_probes
 from peft_gradproj.projection import metric_norm, project_half_space
 
@@ -1552,6 +1552,42 @@ def test_a_schedule_free_optimizer_is_refused_before_it_moves_anything_and_steps
     with pytest.raises(OnlineProjectionError, match="ScheduleFreeSGD, is schedule-free"):
         take_steps(task, optimizer)
     assert all(torch.equal(p, b) for p, b in zip(task.parameters(), before, strict=True))
+
+
+class DistanceAdam(torch.optim.Adam):
+    """Adam with what Prodigy has in its groups, and keeps its epsilon in proportion to."""
+
+    def __init__(self, parameters: list[nn.Parameter], *, d: float) -> None:
+        super().__init__(parameters, lr=1e-3, eps=1e-2)
+        for group in self.param_groups:
+            group |= {"d": d, "d0": 1e-6, "growth_rate": float("inf")}
+
+
+def test_an_optimizer_that_measures_its_distance_is_pointed_out_once() -> None:
+    task = make_task()
+    attach_online_projection(task.net, "default", task.probes, probe_every=1)
+    optimizer = DistanceAdam(task.parameters(), d=1.0)
+    with pytest.warns(UserWarning, match="DistanceAdam, finds its learning rate") as told:
+        take_steps(task, optimizer, 2)
+    assert len(told) == 1
+
+    other = make_task()
+    attach_online_projection(other.net, "default", with_loss_targets(other.probes, other.unwanted), rule="orthogonal")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take_steps(other, DistanceAdam(other.parameters(), d=1.0))
+
+
+def test_the_metric_of_an_optimizer_that_measures_its_distance_has_its_epsilon() -> None:
+    task = make_task()
+    optimizer = DistanceAdam(task.parameters(), d=1e-3)
+    take_steps(task, optimizer)
+    named = {name: p for name, p in task.net.named_parameters() if p.requires_grad}
+    metric = optimizer_metric(optimizer, named, RunningSecondMoment())
+
+    for name, parameter in named.items():
+        second = optimizer.state[parameter]["exp_avg_sq"] / (1 - 0.999)
+        assert torch.allclose(metric[name], second.sqrt() + 1e-3 * 1e-2, atol=1e-7)
 
 
 def test_lbfgs_is_refused_before_it_moves_anything() -> None:

@@ -161,6 +161,17 @@ def test_concat_undoes_select(cut: int) -> None:
     assert probes.select([0]).concat() != probes
 
 
+def test_a_boolean_mask_selects_where_it_is_true() -> None:
+    probes, mask = _probes(), [False, True, True, False, True]
+
+    assert probes.select(mask) == probes.select(torch.tensor(mask)) == probes.select([1, 2, 4])
+    assert torch.equal(probes.batch(torch.tensor(mask)).targets, probes.batch([1, 2, 4]).targets)
+    with pytest.raises(ConceptDataError, match="a mask of probes has shape"):
+        probes.select([True, False])
+    with pytest.raises(ConceptDataError, match="empty"):
+        probes.select([False] * 5)
+
+
 def test_concat_gives_unweighted_probes_the_weight_one() -> None:
     joined = _probes(2).concat(_probes(3, weights=None))
 
