@@ -277,6 +277,11 @@ def test_a_concept_loss_that_is_high_enough_leaves_room_for_steps(history: int) 
     assert projection.last.drift > 0
     assert projection.last.excess < 0
     assert projection.last.removed_share == 0
+    free = make_task()
+    of_free = torch.optim.AdamW(free.parameters(), lr=1e-3)
+    take_steps(free, of_free, 2)
+    for p, q in zip(task.parameters(), free.parameters(), strict=True):
+        assert torch.equal(optimizer.state[p]["exp_avg"], of_free.state[q]["exp_avg"])
 
     for group in optimizer.param_groups:
         group["lr"] = 10.0
