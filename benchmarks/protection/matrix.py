@@ -44,6 +44,7 @@ def _entries() -> Iterator[Entry]:
         for logo in (TUNED_LOGO, OTHER_LOGO):
             yield from _row(TaskKey(logo, False, 75, seed), (*DEFAULTS, *HALF_FOUND, *(m.name for m in GUIDED)))
             yield from _row(TaskKey(logo, True, 75, seed), (BY_DEFAULT.name,))
+        yield from _row(TaskKey(TUNED_LOGO, False, 75, seed), ("ours, guided, negative guidance 1.0",))
     yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), (*METHODS, *DEFAULT_SWEEPS, *GUIDANCE_SWEEPS))
     yield from _row(TaskKey(TUNED_LOGO, True, 75, 0), BY_NAME)
     # The most that probes alone can do at that price, where it was not looked for.

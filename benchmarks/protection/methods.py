@@ -223,8 +223,8 @@ SWEEPS = {
 
 GUIDANCE_SWEEPS = {
     method.name: method
-    for name, values in {"negative_guidance": (0.0, 0.1, 0.3), "probe_history": (1, 4)}.items()
-    for method in _varied(GUIDED[0], name, values)
+    for guided, values in zip(GUIDED, ((0.0, 0.3), (0.3, 1.0)), strict=True)
+    for method in _varied(guided, "negative_guidance", values)
 }
 
 DEFAULT_SWEEPS = {
