@@ -544,6 +544,38 @@ def test_older_half_spaces_are_swept_before_the_newest() -> None:
         assert torch.allclose(p.detach(), b + d, atol=1e-6)
 
 
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_an_older_half_space_leaves_room_only_where_the_drift_is_guided(
+    guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def spied(step: Any, s: Any, excess: Any, **options: Any) -> list[Tensor]:
+        asked.append(float(excess))
+        return project_half_space(step, s, excess, **options)
+
+    monkeypatch.setattr(online, "project_half_space", spied)
+    task = make_task()
+    projection = attach_online_projection(
+        task.net,
+        "default",
+        with_loss_targets(task.probes, task.unwanted),
+        probe_every=1,
+        probe_history=2,
+        negative_guidance=guidance,
+    )
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
+    take_steps(task, optimizer)
+    (half_spaces,) = projection._history.values()
+    half_spaces[0].offset -= 5.0
+    asked.clear()
+    take_steps(task, optimizer)
+
+    older, newest = asked
+    assert newest > 0
+    assert older == 0 if guidance == 0 else older < -1
+
+
 def test_two_optimizers_of_one_adapter_sweep_the_half_spaces_of_their_own_parameters(tmp_path: Path) -> None:
     """Muon on matrices beside AdamW on convolutions, say: neither moves what the other's half-spaces are about."""
 
