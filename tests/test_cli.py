@@ -9,10 +9,12 @@ import types
 from pathlib import Path
 
 import pytest
+from distributed_case import small_probes
 from published_folders import BASIS, CONFIG, MANIFEST, edit_json, honest_folder, random_basis
 
 from peft_gradproj._version import __version__
 from peft_gradproj.cli import main
+from peft_gradproj.config import own_settings
 
 
 @pytest.fixture
@@ -97,6 +99,24 @@ def test_a_mistake_of_ours_is_no_answer_either(run, tmp_path, monkeypatch):
     assert (status, out) == (2, "")
     assert err.splitlines()[-1] == "gradproj: RuntimeError: no idea"
     assert "Traceback" in err
+
+
+def test_every_setting_of_an_adapter_can_be_given_to_launch(run, tmp_path):
+    settings = {"strength": 0.5, "rule": "half-space", "probe_every": 3, "probe_batch_size": 4, "restore": 0.25}
+    settings |= {"probe_history": 2, "negative_guidance": 0.3, "probe_seed": 7, "uncovered": "ignore"}
+    assert settings.keys() == own_settings().keys()
+    given = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
+    probes = small_probes().save(tmp_path / "probes.safetensors")
+    (tmp_path / "script.py").write_text(
+        "import sys\n"
+        "from distributed_case import base_net\n"
+        "from peft import LoraConfig, get_peft_model\n"
+        "model = get_peft_model(base_net(), LoraConfig(r=2, target_modules=['query']))\n"
+        "model.save_pretrained(sys.argv[1])\n"
+    )
+    status, _, err = run("launch", "--concept-probes", probes, *given, tmp_path / "script.py", tmp_path / "out")
+    assert status == 0, err
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["settings"] == settings
 
 
 def test_how_a_launched_script_ends_is_its_own_affair(monkeypatch, tmp_path):

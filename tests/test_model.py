@@ -254,6 +254,17 @@ def test_probes_cost_nothing_where_an_adapter_is_loaded_to_be_used(tmp_path):
     assert torch.equal(*outputs)
 
 
+def test_every_option_of_the_probes_reaches_their_projection():
+    options = {"strength": 0.5, "probe_every": 3, "probe_batch_size": 4, "restore": 0.25, "probe_history": 2}
+    options |= {"negative_guidance": 0.3}
+    model = get_peft_model(base_net(), gradproj_config(concept_probes=small_probes(), probe_seed=7, **options))
+    (projection,) = online_projections(model).values()
+
+    assert projection.seed == 7
+    assert {name: getattr(projection, name) for name in options} == options
+    assert all(GradProjConfig(uncovered="ignore").settings()[name] != value for name, value in options.items())
+
+
 def test_probes_of_an_adapter_that_is_gone_do_not_correct_the_next_of_its_name():
     probes, options = small_probes(), {"probe_every": 1, "target_modules": ["query"]}
     unloaded = get_peft_model(base_net(), gradproj_config(concept_probes=probes, **options)).unload()
