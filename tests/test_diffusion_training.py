@@ -60,8 +60,15 @@ def test_numbers_of_things_are_refused_by_their_flag_unless_above_zero(flag, num
     assert number in said
 
 
-def test_the_settings_that_the_docs_take_without_masks_can_be_given():
-    settings = {"probe_every": 4, "probe_batch_size": 8, "probe_history": 8}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"probe_every": 4, "probe_batch_size": 8, "probe_history": 8},
+        {"probe_history": 4, "negative_guidance": 0.3},
+        {"strength": 0.5, "restore": 0.25},
+    ],
+)
+def test_the_settings_that_the_docs_name_can_be_given(settings):
     given = [part for name, number in settings.items() for part in (f"--{name}", number)]
     config = GradProjConfig(**concept_options(flags(*given, "--uncovered", "ignore")))
     assert config.settings().items() >= settings.items()
