@@ -539,7 +539,7 @@ def plot_leak_against_kept(rows: Iterable[Mapping[str, Any]], path: Path) -> Non
     for axis in axes.flat[len(keys) :]:
         axis.remove()
     methods = [name for name in ALL_METHODS if name in handles]
-    figure.legend([handles[name] for name in methods], methods, loc="lower center", ncols=2 * columns, fontsize=7)
+    figure.legend([handles[name] for name in methods], methods, loc="lower center", ncols=2 * columns, fontsize=6)
     figure.tight_layout(rect=(0, 1.5 / size[1], 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
