@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 import os
@@ -19,6 +18,7 @@ from .basis import ConceptBasis
 from .errors import AdapterFolderError, ConceptBasisError, GradProjConfigError
 from .escaping import ESCAPING_OPTIONS
 from .files import read_json_object
+from .online import ONLINE_OPTIONS, check_options
 from .probes import ConceptProbes, check_loss_targets
 from .registration import register
 from .untrusted import shown
@@ -151,20 +151,10 @@ class GradProjConfig(LoraConfig):
                 try:
                     setattr(self, name, plain(getattr(self, name)))
                 except TypeError:
-                    raise GradProjConfigError(f"{name}={getattr(self, name)!r}; expected {what}.") from None
-        expected = {
-            "strength": (0.0 <= self.strength <= 1.0, "a number in [0, 1]"),
-            "rule": (self.rule in ("half-space", "orthogonal"), "'half-space' or 'orthogonal'"),
-            "probe_every": (self.probe_every >= 1, "an integer of at least 1"),
-            "probe_batch_size": (self.probe_batch_size >= 1, "an integer of at least 1"),
-            "restore": (0.0 <= self.restore <= 1.0, "a number in [0, 1]"),
-            "probe_history": (self.probe_history >= 1, "an integer of at least 1"),
-            "negative_guidance": (0.0 <= self.negative_guidance < math.inf, "a finite number of at least 0"),
-            "uncovered": (self.uncovered in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'"),
-        }
-        for name, (valid, what) in expected.items():
-            if not valid:
-                raise GradProjConfigError(f"{name}={getattr(self, name)!r}; expected {what}.")
+                    raise GradProjConfigError(f"{name} is {getattr(self, name)!r}; expected {what}.") from None
+        check_options(**self.online_options())
+        if self.uncovered not in ("error", "warn", "ignore"):
+            raise GradProjConfigError(f"uncovered is {self.uncovered!r}; expected 'error', 'warn' or 'ignore'.")
 
     def _check_given(self) -> None:
         given: Any = self
@@ -227,6 +217,10 @@ class GradProjConfig(LoraConfig):
         if self.uncovered == "warn":
             warnings.warn(message, stacklevel=2)
         self.uncovered_parts.extend(parts)
+
+    def online_options(self) -> dict[str, Any]:
+        """How the concept probes correct steps, as arguments of `OnlineProjection`."""
+        return {name: getattr(self, name) for name in ONLINE_OPTIONS}
 
     def settings(self) -> dict[str, Any]:
         """The fields that `LoraConfig` does not have, for the manifest; JSON values."""

@@ -181,10 +181,11 @@ def push_adapter_to_hub(
         details: dict[str, Any] = {"repo_id": repo_id, "license": license, "images": _stage_images(images, stage)}
         if card:
             write_model_card(stage, report, **details)
+        staged = _sizes(stage)
         if dry_run:
-            return PublishResult(repo_id, _sizes(stage), report)
-        api, there = _prepare_repository(repo_id, token, private, revision, create_pr, _sizes(stage))
-        stale = _stale(_sizes(stage), there)
+            return PublishResult(repo_id, staged, report)
+        api, there = _prepare_repository(repo_id, token, private, revision, create_pr, staged)
+        stale = _stale(staged, there)
         if card and is_unfilled(own_card):
             _write_onto_card(stage, report, own_card, _card_on_hub(api, repo_id, there), **details)
         commit = _commit(api, stage, repo_id, there, stale, revision, create_pr, commit_message or DEFAULT_MESSAGE)

@@ -101,15 +101,9 @@ class GradProjModel(LoraModel):
                 model,
                 adapter_name,
                 config.concept_probes,
-                rule=config.rule,
-                strength=config.strength,
-                probe_every=config.probe_every,
-                probe_batch_size=config.probe_batch_size,
-                restore=config.restore,
-                probe_history=config.probe_history,
-                negative_guidance=config.negative_guidance,
                 seed=config.probe_seed,
                 config=config,
+                **config.online_options(),
             )
 
     def _check_merge_allowed(self) -> None:

@@ -67,17 +67,30 @@ from .step_hooks import ORDER_CORRECTION, observe_steps
 
 __all__ = [
     "FLOOR_PROBES",
+    "ONLINE_OPTIONS",
     "RESTORE_LIMIT",
     "OnlineProjection",
     "OnlineReport",
     "Rule",
     "attach_online_projection",
+    "check_options",
     "detach_online_projection",
     "online_projections",
     "telemetry",
 ]
 
 Rule = Literal["half-space", "orthogonal"]
+
+ONLINE_OPTIONS = (
+    "rule",
+    "strength",
+    "probe_every",
+    "probe_batch_size",
+    "restore",
+    "probe_history",
+    "negative_guidance",
+)
+"""Options of :class:`OnlineProjection` that `GradProjConfig` has under the same names."""
 
 RESTORE_LIMIT = 1.0
 r"""How long the restoring part of a correction may be, in multiples of `probe_every` :math:`\|\Delta\|_M`.
@@ -250,7 +263,7 @@ class OnlineProjection:
         on_report: Callable[[OnlineReport], None] | None = None,
         config: Any = None,
     ) -> None:
-        _check_options(rule, strength, probe_every, probe_batch_size, restore, probe_history, negative_guidance)
+        check_options(rule, strength, probe_every, probe_batch_size, restore, probe_history, negative_guidance)
         if rule == "orthogonal":
             check_loss_targets(probes)
         self.adapter_name = adapter_name
@@ -403,7 +416,7 @@ class OnlineProjection:
             if self.rule == "orthogonal":
                 self._project_gradients(model, parameters, number, started)
             else:
-                self._pending = self._measured(model, parameters, number, started)
+                self._pending = self._prepared(model, parameters, number, started)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Correct the step that was measured."""
@@ -551,12 +564,12 @@ class OnlineProjection:
 
     # Measuring
 
-    def _measured(self, model: nn.Module, parameters: dict[str, nn.Parameter], step: int, started: float) -> _Pending:
-        measured = self._drift_and_gradient(model, parameters, step)
+    def _prepared(self, model: nn.Module, parameters: dict[str, nn.Parameter], step: int, started: float) -> _Pending:
+        measured = self._measured(model, parameters, step)
         before = {name: p.detach().clone() for name, p in parameters.items()}
         return _Pending(parameters, before, measured, time.perf_counter() - started)
 
-    def _drift_and_gradient(self, model: nn.Module, parameters: dict[str, nn.Parameter], step: int) -> _Measured:
+    def _measured(self, model: nn.Module, parameters: dict[str, nn.Parameter], step: int) -> _Measured:
         """What the step's batch says, over all processes."""
         indices = _shard(self._draw(step // self.probe_every))
         device = next(iter(parameters.values())).device
@@ -565,15 +578,15 @@ class OnlineProjection:
             with self._probe_context(model, device):
                 batch = self._batch(model, indices)
                 targets, output = self._compared_with(model, batch), self._output(model, batch)
-                numerator, denominator = self._terms(output, targets, batch.weights)
-                guided = numerator
-                if self._guided:
-                    numerator = numerator.detach()
-                    guided, _ = self._terms(output, targets, batch.weights, batch.loss_targets)
+                loss_targets = batch.loss_targets if self._guided else None
+                guided, denominator = self._terms(output, targets, batch.weights, loss_targets)
+                drift_term = guided
+                if loss_targets is not None:
+                    drift_term, _ = self._terms(output.detach(), targets, batch.weights)
                 # The gradient of the sum, not of the mean, whose elements would vanish in float16.
                 gradients = _gradients(guided, parameters)
                 floor = self._floor_term(model, batch, denominator, len(indices))
-                terms += torch.stack([x.detach().double() for x in (guided, numerator, floor, denominator)])
+                terms += torch.stack([x.detach().double() for x in (guided, drift_term, floor, denominator)])
         else:
             gradients = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in parameters.items()}
         gradients = _reduced(terms, gradients)
@@ -723,12 +736,14 @@ class OnlineProjection:
     def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, pending: _Pending) -> list[Tensor]:
         """The step after a sweep over the half-spaces, the newest last (Kaczmarz)."""
         limit = RESTORE_LIMIT * self.probe_every * metric_norm(step, diagonal)
-        constraints: list[tuple[dict[str, Tensor], float | Tensor]]
-        constraints = [(h.gradient, h.excess_at(pending.before)) for h in self._earlier(pending.measured.gradient)]
+        measured = pending.measured
+        earlier = [(h.gradient, h.excess_at(pending.before)) for h in self._earlier(measured.gradient)]
         if not self._guided:
             # No drift is negative; a line through it may be.
-            constraints = [(gradient, torch.as_tensor(drift).clamp_min(0.0)) for gradient, drift in constraints]
-        for gradient, excess in [*constraints, (pending.measured.gradient, pending.measured.excess)]:
+            earlier = [(gradient, drift.clamp_min(0.0)) for gradient, drift in earlier]
+        constraints: list[tuple[dict[str, Tensor], float | Tensor]]
+        constraints = [*earlier, (measured.gradient, measured.excess)]
+        for gradient, excess in constraints:
             s = blocks.joined(gradient)
             step = project_half_space(step, s, excess, restore=self.restore, metric=diagonal, restore_limit=limit)
         return step
@@ -742,9 +757,9 @@ class OnlineProjection:
 
     def _remember(self, pending: _Pending) -> None:
         if self.probe_history > 1:
-            names = list(pending.measured.gradient)
-            along = inner([pending.measured.gradient[n] for n in names], [pending.before[n] for n in names])
-            self._earlier(names).append(_HalfSpace(pending.measured.gradient, pending.measured.excess - along))
+            measured = pending.measured
+            along = inner([*measured.gradient.values()], [pending.before[n] for n in measured.gradient])
+            self._earlier(measured.gradient).append(_HalfSpace(measured.gradient, measured.excess - along))
             while len(self._history) > max(_PARAMETER_SETS, len(self._counts)):
                 del self._history[next(iter(self._history))]
 
@@ -782,8 +797,8 @@ class OnlineProjection:
                 f"no parameter of adapter {self.adapter_name!r} has a gradient before the step. rule='orthogonal' "
                 "changes gradients, so it cannot be used with closures, which compute them within the step."
             )
-        measured = self._drift_and_gradient(model, parameters, step)
-        s = measured.gradient
+        measured = self._measured(model, parameters, step)
+        s, loss = measured.gradient, measured.drift
         gradients = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
         projected = project_orthogonal([*gradients.values()], [s[n] for n in gradients], strength=self.strength)
         with torch.no_grad():
@@ -793,7 +808,6 @@ class OnlineProjection:
             total, layers = _removed_shares(removed, whole, [torch.ones_like(g) for g in whole], blocks)
             for gradient, new in zip(gradients.values(), projected, strict=True):
                 gradient.copy_(new)
-        loss = measured.drift
         self._publish(OnlineReport(step, loss, loss, 0.0, total, layers, time.perf_counter() - started))
 
 
@@ -821,7 +835,7 @@ def _autocast_state(kind: str) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
-def _check_options(
+def check_options(
     rule: str,
     strength: float,
     probe_every: int,
@@ -830,6 +844,11 @@ def _check_options(
     probe_history: int,
     negative_guidance: float,
 ) -> None:
+    """Refuse options out of range; `ONLINE_OPTIONS` says where they are explained.
+
+    Raises:
+        GradProjConfigError: If there is one; it names it.
+    """
     if rule not in get_args(Rule):
         raise GradProjConfigError(f"rule is {rule!r}; expected one of {list(get_args(Rule))}.")
     for name, share in (("strength", strength), ("restore", restore)):

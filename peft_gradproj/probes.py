@@ -209,7 +209,7 @@ class ConceptProbes:
         """Probes on a device, as the model takes them.
 
         Args:
-            indices: Which, shape `(b,)`.
+            indices: Which, shape `(b,)`, or a boolean mask of shape `(n,)`.
             device: Where the model is.
             dtype: What floating inputs are cast to. Numbers per probe, of shape `(n,)`, keep float32, since a
                 timestep of 999 is not a bfloat16 number; targets and weights keep float32 as well.
@@ -234,7 +234,7 @@ class ConceptProbes:
             )
         return chosen.nonzero().flatten()
 
-    def select(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> ConceptProbes:
+    def select(self, indices: Tensor | Sequence[int]) -> ConceptProbes:
         """The probes at `indices`, shape `(m,)`, or where a boolean mask of shape `(n,)` is true.
 
         Raises:

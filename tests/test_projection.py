@@ -594,7 +594,7 @@ def test_guided_drift_is_the_drift_and_what_the_loss_fell(batch, size, guidance,
 
     loss_drop = mean((y - e).square()) - mean((y - f).square())
     expected = (1 + guidance) * mean((f - e).square()) + guidance * loss_drop
-    assert float(numerator / denominator) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert (numerator / denominator).item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert float(guided_drift_terms(base, base, target, weight, negative_guidance=guidance)[0]) == 0
     parts = [
         guided_drift_terms(*(x[i : i + 1] for x in (output, base, target, weight)), negative_guidance=guidance)

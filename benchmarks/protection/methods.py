@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from peft_gradproj import GradProjConfig
+from peft_gradproj.online import ONLINE_OPTIONS
 
 __all__ = [
     "ALL_METHODS",
@@ -94,8 +95,7 @@ OURS = Method("ours", masked="found", spaces=("input", "output"), online=True)
 
 def online_options(of: Any) -> dict[str, Any]:
     """How a method, or `GradProjConfig` by default, corrects steps, by the names of the latter."""
-    names = ("strength", "rule", "probe_every", "probe_batch_size", "probe_history", "restore", "negative_guidance")
-    return {name: getattr(of, name) for name in names}
+    return {name: getattr(of, name) for name in ONLINE_OPTIONS}
 
 
 GUARDED_ONLINE = Method("masked, missing 20 %, guarded + online", masked="missing-20", guarded=True, online=True)
