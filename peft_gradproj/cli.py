@@ -245,7 +245,7 @@ def launch(
     restore: Annotated[float | None, typer.Option(help="Share of the drift that a corrected step takes back.")] = None,
     probe_history: Annotated[int | None, typer.Option(help="Recent half-spaces that a correction satisfies.")] = None,
     negative_guidance: Annotated[
-        float | None, typer.Option(help="How far past the base model's answers those on the probes are drawn.")
+        float | None, typer.Option(help="How far past the base model's outputs those on the probes are drawn.")
     ] = None,
     probe_seed: Annotated[int | None, typer.Option(help="Seed of the choice of probes.")] = None,
     uncovered: Annotated[str | None, typer.Option(help="'error', 'warn' or 'ignore' what is not covered.")] = None,

@@ -71,7 +71,7 @@ class GradProjConfig(LoraConfig):
         probe_history (`int`):
             How many recent half-spaces a correction satisfies.
         negative_guidance (`float`):
-            How far past the base model's answers, away from what would be learned of the concept, the answers on the
+            How far past the base model's outputs, away from what would be learned of the concept, the outputs on the
             probes are drawn, in multiples eta >= 0 of the base model's errors. At 0 they are drawn to the base model's.
             Needs probes with `loss_targets`, as `gradproj fit` makes of pictures; for others, and with
             `rule="orthogonal"`, it has no effect.
@@ -100,7 +100,7 @@ class GradProjConfig(LoraConfig):
     restore: float = field(default=0.5, metadata={"help": "Share of the drift that a corrected step takes back."})
     probe_history: int = field(default=1, metadata={"help": "Recent half-spaces that a correction satisfies."})
     negative_guidance: float = field(
-        default=0.0, metadata={"help": "How far past the base model's answers those on the probes are drawn."}
+        default=0.0, metadata={"help": "How far past the base model's outputs those on the probes are drawn."}
     )
     probe_seed: int = field(default=0, metadata={"help": "Seed of the choice of concept probes."})
     uncovered: Literal["error", "warn", "ignore"] = field(

@@ -98,7 +98,7 @@ def add_concept_arguments(parser: argparse.ArgumentParser) -> None:
     add("--probe_batch_size", type=count, help="Concept probes per correction, over all processes.")
     add("--restore", type=float, help="Share of the drift that a corrected step takes back.")
     add("--probe_history", type=count, help="So many recent half-spaces are satisfied by a correction.")
-    add("--negative_guidance", type=float, help="How far past the base model's answers those on probes are drawn.")
+    add("--negative_guidance", type=float, help="How far past the base model's outputs those on probes are drawn.")
     add("--mask_column", help="Column of masks, white where the loss does not count; `gradproj mask` makes them.")
     add("--uncovered", choices=["error", "warn", "ignore"], default="error", help="About what is not projected.")
     parser.set_defaults(**{name: getattr(GradProjConfig, name) for name in _PROJECTION_OPTIONS})

@@ -11,7 +11,7 @@ optimizer's step hooks, so that no training loop has to be changed.
 
 With `negative_guidance` :math:`\eta`, and probes that have the training targets, :math:`D` is
 :func:`~peft_gradproj.projection.guided_drift_terms`: steps are drawn to where the concept's loss is not below the base
-model's, not just to where the answers are near the base model's.
+model's, not just to where the outputs are near the base model's.
 
 Two bounds keep rounding out of the rule. The *floor*, which is what the model without adapter drifts from the stored
 outputs (autocast, half precision), is subtracted from :math:`D`, since no step can take it back. And what a correction
