@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .basis import ConceptBasis, LayerBasis
     from .concept_fit import FitReport, fit_concept
     from .concept_markers import ConceptMarkers
-    from .concept_masks import MaskReport, find_concept
+    from .concept_masks import MaskReport, find_concept, find_missed
     from .concepts import ConceptSet
     from .config import GradProjConfig
     from .contrast import ContrastBatches
@@ -45,6 +45,7 @@ _MODULES = {
     "VerificationReport": "verification",
     "collect_concept_probes": "probes",
     "find_concept": "concept_masks",
+    "find_missed": "concept_masks",
     "fit_concept": "concept_fit",
     "fit_concept_basis": "fitting",
     "online_projections": "online",
@@ -73,6 +74,7 @@ __all__ = [
     "__version__",
     "collect_concept_probes",
     "find_concept",
+    "find_missed",
     "fit_concept",
     "fit_concept_basis",
     "online_projections",

@@ -395,7 +395,14 @@ def mask(
     dataset_config_name: DatasetConfigOption = None,
     split: SplitOption = "train",
     image_column: ImageColumnOption = "image",
-    mask_column: Annotated[str, typer.Option(help="Column of the masks, a new one.")] = "mask",
+    mask_column: Annotated[str, typer.Option(help="Column of the masks, a new one or that of --given-masks.")] = "mask",
+    given_masks: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of masks that the data has, and that miss pictures: they are kept, and the concept is looked "
+            "for in the others, as it is in these. In place of --overlay, --pairs or --masks."
+        ),
+    ] = None,
     cache_dir: CacheOption = None,
     resolution: Annotated[
         int | None, typer.Option(help="Shorter side of the pictures in which it is looked for, in pixels.")
@@ -403,6 +410,13 @@ def mask(
     num_pairs: Annotated[int, typer.Option(help="Examples that each of the two networks learns from.")] = 384,
     steps: Annotated[int, typer.Option(help="Training steps of each network.")] = 300,
     dilation: Annotated[int, typer.Option(help="By how many latents to widen what was found.")] = 0,
+    second_look: Annotated[
+        bool,
+        typer.Option(
+            "--second-look",
+            help="Look once more where it was not found, with networks that learned from the pictures in which it was.",
+        ),
+    ] = False,
     guard: Annotated[
         bool, typer.Option("--guard", help="Mask also, where it was not found, the places at which others show it.")
     ] = False,
@@ -433,17 +447,25 @@ def mask(
         raise typer.BadParameter(
             "--output-dir lies in --train-data-dir, of whose pictures the copies would be. Give a folder beside it."
         )
-    table = load_table(source, [image_column], config_name=dataset_config_name, split=split, cache_dir=cache_dir)
-    found = load_concept(
-        overlay=overlay,
-        pairs=pairs,
-        masks=masks,
-        ranges={"scale": scale, "angle": angle, "opacity": opacity, "across": across, "down": down},
-        data=TrainingData.uncaptioned(table, image_column),
-        image_column=image_column,
-        caption_column=None,  # nor does it need those of pairs or masks
-        cache_dir=cache_dir,
-    )
+    ranges = {"scale": scale, "angle": angle, "opacity": opacity, "across": across, "down": down}
+    if given_masks and (overlay or pairs or masks or any(ranges.values())):
+        raise typer.BadParameter(
+            "--given-masks says where the concept is: leave out --overlay and its ranges, --pairs and --masks."
+        )
+    columns = [image_column, given_masks] if given_masks else [image_column]
+    table = load_table(source, columns, config_name=dataset_config_name, split=split, cache_dir=cache_dir)
+    found = None
+    if not given_masks:
+        found = load_concept(
+            overlay=overlay,
+            pairs=pairs,
+            masks=masks,
+            ranges=ranges,
+            data=TrainingData.uncaptioned(table, image_column),
+            image_column=image_column,
+            caption_column=None,  # nor does it need those of pairs or masks
+            cache_dir=cache_dir,
+        )
     report = mask_table(
         pretrained_model_name_or_path,
         found,
@@ -451,12 +473,14 @@ def mask(
         output_dir,
         image_column=image_column,
         mask_column=mask_column,
+        given_masks=given_masks,
         name=concept,
         resolution=resolution,
         num_pairs=num_pairs,
         steps=steps,
         dilation=dilation,
         guard=guard,
+        second_look=second_look,
         caption_column=caption_column,
         remove_phrases=[phrase for given in remove_phrase or () for phrase in read_phrases(given)],
         leave_out_above=leave_out_above,

@@ -17,7 +17,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Time a part; what an exception leaves is not counted."""
+        """Time a part, which may come more than once; what an exception leaves is not counted."""
         start = time.perf_counter()
         yield
-        self.seconds[part] = time.perf_counter() - start
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start

@@ -8,6 +8,10 @@ a picture, are in one fold: a network that learned from a picture takes what it 
 A concept that pictures show can be found: an overlay, which is pasted; pairs, whose other halves are what it is not; or
 pictures with masks, where the training pictures, unlabelled, take the place of the other halves.
 
+What was missed is looked for once more, if that is asked for, in the pictures in which nothing was marked: by networks
+that learned from the marked ones, and so what the concept is like in these very pictures (a *second look*, which is
+self-training). Masks that the pictures have already, as a detector's, can be completed in the same way.
+
 Pictures are scaled such that their shorter side has the resolution, and seen in squares, as the networks have learned
 them: as many that overlap by half as the longer side takes.
 """
@@ -16,9 +20,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -32,21 +38,23 @@ from tqdm.auto import tqdm
 from .clock import Clock
 from .concept_fit import Concept, iter_concept_examples
 from .concept_markers import ConceptMarkers
-from .concepts import ConceptSet, Overlay, nth_of_shuffles
+from .concepts import ConceptSet, Overlay, nth_of_shuffles, upright
 from .diffusion_inputs import dilated, mask_weights, vae_answer
 from .errors import ConceptDataError
-from .masks import GUARDED_SHARE, ConceptMarker, fit_markers, guarded, places
+from .masks import GUARDED_SHARE, MISSED_DILATION, ConceptMarker, fit_markers, guarded, places
 from .pipelines import PictureEncoder, checked_resolution, load_encoder
 from .telling_phrases import TellingPhrase, find_telling_phrases
 from .training_data import TrainingData, draw_frame
 
-__all__ = ["ConceptMasks", "MaskReport", "find_concept"]
+__all__ = ["ConceptMasks", "MaskReport", "SecondLook", "find_concept", "find_missed"]
 
 FOLDS = 2
 CELLS_IN_A_STEP = 2**16
 """A training step of the networks sees about so many latents' places, whatever the resolution."""
 GRID = 64
 """Rows and columns of the grid on which places in pictures of different sizes are compared."""
+WHITE = 128
+"""The least level of a given mask that is where the concept is."""
 NAMED = 20
 """So many pictures that cannot be read are named in an error."""
 CROP = 0.5
@@ -103,6 +111,10 @@ class ConceptMasks(Sequence[Image.Image]):
         """The masks of some of the pictures, as `datasets` selects their rows."""
         return ConceptMasks([self.cells[i] for i in indices], [self.sizes[i] for i in indices], self.markers)
 
+    def with_cells(self, cells: Sequence[np.ndarray]) -> ConceptMasks:
+        """The same with other cells, as many."""
+        return ConceptMasks(cells, self.sizes, self.markers)
+
     def guarded(self, *, share: float = GUARDED_SHARE) -> ConceptMasks:
         """Masks that, in pictures in which the concept was not found where others show it, cover that as well.
 
@@ -118,7 +130,7 @@ class ConceptMasks(Sequence[Image.Image]):
             # What stays as it is stays so to the cell: grids are coarse.
             if not torch.equal(covered, grids[number]):
                 cells[number] = _resampled(covered[0].numpy(), cells[number].shape)[0, 0].numpy()
-        return ConceptMasks(cells, self.sizes, self.markers)
+        return self.with_cells(cells)
 
     def places(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Where the middle eight in ten of the pictures show the concept, as an overlay's ranges `across` and `down`.
@@ -135,9 +147,77 @@ class ConceptMasks(Sequence[Image.Image]):
         return torch.cat([_resampled(marked, (GRID, GRID)) for marked in self.cells])
 
 
+class _Completed(ConceptMasks):
+    """Masks that were given, as they are, and found ones where they are empty.
+
+    Args:
+        cells: Where they are empty what was found, and elsewhere what they show on a grid.
+        sizes: As in :class:`ConceptMasks`.
+        markers: Likewise.
+        given: The masks.
+        shown: For each picture which of them is its own, `None` for what was found.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[np.ndarray],
+        sizes: Sequence[tuple[int, int]],
+        markers: ConceptMarkers | None,
+        given: Sequence[Image.Image],
+        shown: Sequence[int | None],
+    ) -> None:
+        super().__init__(cells, sizes, markers)
+        self._given, self._shown = given, tuple(shown)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ConceptMasks: ...
+
+    def __getitem__(self, index: int | slice) -> Image.Image | ConceptMasks:
+        if isinstance(index, slice) or (row := self._shown[index]) is None:
+            return super().__getitem__(index)
+        return upright(self._given[row], "L")
+
+    def areas(self) -> list[float]:
+        return [float((np.asarray(mask) >= WHITE).mean()) for mask in self]
+
+    def select(self, indices: Sequence[int]) -> ConceptMasks:
+        some = super().select(indices)
+        return _Completed(some.cells, some.sizes, self.markers, self._given, [self._shown[i] for i in indices])
+
+    def with_cells(self, cells: Sequence[np.ndarray]) -> ConceptMasks:
+        return _Completed(cells, self.sizes, self.markers, self._given, self._shown)
+
+
 def _resampled(marked: np.ndarray, size: tuple[int, ...]) -> Tensor:
     """Marks of shape `(h, w)` at another size, widened rather than lost; bool, shape `(1, 1, *size)`."""
     return F.adaptive_max_pool2d(torch.from_numpy(marked).float()[None, None], size).bool()
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """What networks found that learned from the marked pictures, in those in which nothing was marked."""
+
+    pictures: int
+    """In so many nothing had been marked."""
+    found: int
+    """In so many of them it was found now."""
+    recall: float
+    """Share of the marked area of marked pictures that is found again, mean over pictures that the network had not
+    learned from. An estimate for what was missed at random, not for what was missed because it looks different."""
+    recall_error: float
+    """Its standard error over the pictures."""
+    recall_pictures: int
+    """How many it was estimated on."""
+
+    def __str__(self) -> str:
+        return (
+            f"second look: found in {self.found} of {self.pictures} pictures in which nothing had been marked; of what "
+            f"is marked in {self.recall_pictures} others that the network had not seen, it finds {self.recall:.1%} "
+            f"(standard error {self.recall_error:.1%}): what was missed because it looks different may still be"
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +226,7 @@ class MaskReport:
 
     pictures: int
     found: int
-    """In so many of them the concept was found."""
+    """In so many of them the concept was found, at first or then, or was given."""
     guarded: int
     """In so many it was not found where others show it, and that is masked as well."""
     across: tuple[float, float] | None
@@ -163,7 +243,7 @@ class MaskReport:
     recall_pictures: int
     """How many it was estimated on."""
     labelled_share: list[float]
-    """Of either network, see `ConceptMarker`: near 1 where only what was pasted shows the concept."""
+    """Of each network, see `ConceptMarker`: near 1 where only what was pasted shows the concept."""
     resolution: int
     """The shorter side of the pictures in which it was looked for, in pixels."""
     pairs: int
@@ -173,6 +253,10 @@ class MaskReport:
     telling_phrases: list[TellingPhrase]
     """Phrases that captions of pictures in which it was found have, and others have not, or less often: they may name
     the concept, and are better taken out."""
+    second_look: SecondLook | None = None
+    """What was found then, if there was one."""
+    given: int = 0
+    """In so many it was marked already; `recall` is the second look's then."""
     left_out: int = 0
     """So many pictures are not in that copy, since too much of them is masked."""
     leave_out_above: float = 1.0
@@ -193,20 +277,33 @@ class MaskReport:
         if self.captions_changed:
             written += f"; phrases were taken out of {self.captions_changed} captions"
         return (
-            f"found in {self.found} of {self.pictures} pictures, guarded against in {self.guarded}; "
+            f"found in {self.found} of {self.pictures} pictures{self._of_which()}, guarded against in {self.guarded}; "
             f"{self.area:.1%} of their area is masked\n"
             f"{self._where()}{self._named()}"
-            f"recall: {self.recall:.1%} of the concept's area (standard error {self.recall_error:.1%}) in "
-            f"{self.recall_pictures} examples that the network had not seen; these were pasted or given, and what is "
-            "in the pictures may be harder to find\n"
+            f"{self._recall()}{self._second_look()}"
             f"{sum(self.seconds.values()):.1f} s, at a resolution of {self.resolution}{written}"
         )
+
+    def _of_which(self) -> str:
+        return f", in {self.given} of which it was given" if self.given else ""
 
     def _where(self) -> str:
         if self.across is None or self.down is None:
             return ""
         across, down = (f"{low:.2f} {high:.2f}" for low, high in (self.across, self.down))
         return f"eight in ten lie within --across {across}, as many within --down {down}, 0 to 1 over the picture\n"
+
+    def _recall(self) -> str:
+        if self.given:
+            return ""
+        return (
+            f"recall: {self.recall:.1%} of the concept's area (standard error {self.recall_error:.1%}) in "
+            f"{self.recall_pictures} examples that the network had not seen; these were pasted or given, and what is "
+            "in the pictures may be harder to find\n"
+        )
+
+    def _second_look(self) -> str:
+        return "" if self.second_look is None else f"{self.second_look}\n"
 
     def _named(self) -> str:
         if not self.telling_phrases:
@@ -234,6 +331,7 @@ def find_concept(
     num_pairs: int = 384,
     steps: int = 300,
     dilation: int = 0,
+    second_look: bool = False,
     guard: bool = False,
     batch_size: int = 4,
     revision: str | None = None,
@@ -260,6 +358,8 @@ def find_concept(
         steps: Training steps of each network.
         dilation: By how many latents to widen what was found. A latent depends on its neighbours' pixels, too, so that
             a margin is the safer choice; on small latents it takes much of the picture.
+        second_look: Look once more, in the pictures in which nothing was found, with networks that learned from the
+            others; see :func:`find_missed`. Where too little was found to learn from, a warning says so.
         guard: Mask also, in pictures in which it was not found where others show it, these places
             (:meth:`ConceptMasks.guarded`).
         batch_size: Pictures that the VAE encodes at once.
@@ -277,91 +377,334 @@ def find_concept(
         ConceptDataError: If the pipeline is of no known family, the concept is words, pictures cannot be read, or it
             and the data do not give examples for both networks.
     """
-    if min(num_pairs - 15, steps, batch_size, dilation + 1) < 1:
-        raise ConceptDataError(
-            f"num_pairs={num_pairs}, steps={steps}, batch_size={batch_size}, dilation={dilation}; expected at least "
-            "16, 1, 1 and 0."
-        )
-    clock = Clock()
+    search = _Search(num_pairs, steps, dilation, batch_size, progress, seed)
     findable = _findable(concept, data)
-    with clock("pictures"), _bar("pictures", len(data), progress) as bar:
-        firsts = _first_rows(data, bar)
+    firsts, sizes = search.read(data)
     different = sorted({*firsts})
     sources = _sources(findable, data, different)
-    with clock("load"):
-        if isinstance(pipeline_or_id, str | Path):
-            encoder = load_encoder(str(pipeline_or_id), revision=revision, variant=variant, device=device)
+    search.load(pipeline_or_id, resolution, revision=revision, variant=variant, device=device)
+    markers, recalls = search.learn(sources)
+    marks = search.mark(data, different, markers)
+
+    looked = None
+    if second_look:
+        marked = [row for row in different if marks[row].any()]
+        drawn = ConceptMasks([marks[row] for row in marked], [sizes[row] for row in marked])
+        numbers = {row: number for number, row in enumerate(marked)}
+        try:
+            more, looked = search.look_again(data, different, _OfRows(drawn, numbers))
+        except _TooFewMarked as error:
+            warnings.warn(f"no second look: {error}", stacklevel=2)
         else:
-            encoder = PictureEncoder.of(pipeline_or_id)
-    side = checked_resolution(encoder, resolution)
+            markers += more.markers
+            marks |= more.marks
+    cells = [search.widened(marks[first]) for first in firsts]
+    kept = search.kept(markers, name, 0 if looked is None else MISSED_DILATION)
+    found = ConceptMasks(cells, [sizes[first] for first in firsts], kept)
+    return _finished(search, found, data, markers, recalls, looked, guard=guard)
 
-    with clock("examples"), _bar("examples", FOLDS * num_pairs, progress) as bar:
-        examples = [
-            _encoded(source, encoder, side, num_pairs, batch_size, FOLDS * seed + number, bar)
-            for number, source in enumerate(sources)
+
+def find_missed(
+    pipeline_or_id: Any,
+    masks: Sequence[Image.Image],
+    data: TrainingData,
+    *,
+    name: str = "",
+    resolution: int | None = None,
+    num_pairs: int = 384,
+    steps: int = 300,
+    dilation: int = 0,
+    guard: bool = False,
+    batch_size: int = 4,
+    revision: str | None = None,
+    variant: str | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> tuple[ConceptMasks, MaskReport]:
+    """Complete masks that training pictures have already, as of a detector that misses some.
+
+    For each fold of the pictures a network learns from the marked ones of the other what the concept is like, and marks
+    it where nothing is marked; the rest may hold it as well (:mod:`peft_gradproj.masks`). So it finds what was missed
+    by accident, wherever it lies. What was missed because it looks different from all that was marked, it may miss too.
+
+    Args:
+        pipeline_or_id: As in :func:`find_concept`.
+        masks: One for each picture and of its size, turned upright: black where the concept is not, or was missed.
+        data: The training pictures; in at least two different ones of each fold, which are the even and the odd
+            numbers of different pictures, something has to be marked.
+        name: As in :func:`find_concept`, and all others likewise.
+        resolution: See there.
+        num_pairs: Marked pictures that each network learns from, at least 16, and as many parts of others.
+        steps: See there.
+        dilation: By how many latents to widen what is found, beyond one: networks that learn from given masks find
+            rather less than their border. Given masks are not widened.
+        guard: See there.
+        batch_size: See there.
+        revision: See there.
+        variant: See there.
+        device: See there.
+        progress: See there.
+        seed: See there.
+
+    Returns:
+        The masks as they were given where they are not empty, and what was found elsewhere; with the networks as their
+        `markers`; and the report. A picture without a mask that is equal, pixel for pixel, to one with a mask has that
+        one's.
+
+    Raises:
+        ConceptDataError: As in :func:`find_concept`; or if a mask cannot be read or has another size than its picture,
+            or too few pictures have one.
+    """
+    search = _Search(num_pairs, steps, dilation, batch_size, progress, seed)
+    _check_count("training pictures", len(data))
+    if len(masks) != len(data):
+        raise ConceptDataError(f"{len(data)} pictures but {len(masks)} masks; expected as many.")
+    firsts, sizes = search.read(data)
+    given = _given(masks, sizes)
+    # Of equal pictures one may have been missed.
+    own: dict[int, int] = {}
+    for row in given:
+        own.setdefault(firsts[row], row)
+    different = sorted({*firsts})
+    _check_count("different training pictures", len(different))
+    search.load(pipeline_or_id, resolution, revision=revision, variant=variant, device=device)
+    more, looked = search.look_again(data, different, _OfRows(masks, own))
+
+    shown = [row if row in given else own.get(first) for row, first in enumerate(firsts)]
+    cells = [
+        search.widened(more.marks[first]) if row is None else given[row]
+        for row, first in zip(shown, firsts, strict=True)
+    ]
+    found = _Completed(cells, sizes, search.kept(more.markers, name, MISSED_DILATION), masks, shown)
+    marked = sum(row is not None for row in shown)
+    return _finished(search, found, data, more.markers, more.recalls, looked, guard=guard, given=marked)
+
+
+def _given(masks: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> dict[int, np.ndarray]:
+    """By row what masks show on a grid, but for empty ones; read one by one."""
+    grids = {}
+    for number, size in enumerate(sizes):
+        mask = upright(masks[number], "L")
+        if mask.size != size:
+            raise ConceptDataError(
+                f"picture {number} has a size of {size[0]}x{size[1]} and its mask of {mask.size[0]}x{mask.size[1]}, "
+                "both turned upright; expected the same."
+            )
+        shown = np.asarray(mask) >= WHITE
+        if shown.any():
+            grids[number] = _resampled(shown, (GRID, GRID))[0, 0].numpy()
+    return grids
+
+
+@dataclass(frozen=True)
+class _OfRows(Mapping[int, Image.Image]):
+    """Masks by the rows that they are of, read when they are asked for."""
+
+    masks: Sequence[Image.Image]
+    numbers: Mapping[int, int]
+    """Of each row's mask among them."""
+
+    def __getitem__(self, row: int) -> Image.Image:
+        return self.masks[self.numbers[row]]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+class _TooFewMarked(ConceptDataError):
+    """Too few pictures are marked to learn from them."""
+
+
+@dataclass(frozen=True)
+class _More:
+    """What a second look came to."""
+
+    markers: list[ConceptMarker]
+    recalls: Tensor
+    marks: dict[int, np.ndarray]
+    """Of the rows in which nothing had been marked."""
+
+
+@dataclass
+class _Search:
+    """A search in one set of training pictures: what its parts have in common."""
+
+    num_pairs: int
+    steps: int
+    dilation: int
+    batch_size: int
+    progress: bool
+    seed: int
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        if min(self.num_pairs - 15, self.steps, self.batch_size, self.dilation + 1) < 1:
+            raise ConceptDataError(
+                f"num_pairs={self.num_pairs}, steps={self.steps}, batch_size={self.batch_size}, "
+                f"dilation={self.dilation}; expected at least 16, 1, 1 and 0."
+            )
+
+    def read(self, data: TrainingData) -> tuple[list[int], list[tuple[int, int]]]:
+        """For each row the first whose picture looks the same, and its picture's size."""
+        with self.clock("pictures"), self._bar("pictures", len(data)) as bar:
+            return _first_rows(data, bar)
+
+    def load(self, pipeline_or_id: Any, resolution: int | None, **options: Any) -> None:
+        """The encoder, and the side of the squares that it sees."""
+        with self.clock("load"):
+            if isinstance(pipeline_or_id, str | Path):
+                self.encoder = load_encoder(str(pipeline_or_id), **options)
+            else:
+                self.encoder = PictureEncoder.of(pipeline_or_id)
+        self.side = checked_resolution(self.encoder, resolution)
+
+    def learn(self, sources: Sequence[_Source], *, again: bool = False) -> tuple[list[ConceptMarker], Tensor]:
+        """A network for each fold, and what it finds of its examples, which it has not learned from."""
+        # Not the start and the order of the first networks, which miss what they missed.
+        seed = self.seed + 1000 * again
+        with self.clock("examples"), self._bar("examples", FOLDS * self.num_pairs) as bar:
+            examples = [
+                _encoded(source, self.encoder, self.side, self.num_pairs, self.batch_size, FOLDS * seed + number, bar)
+                for number, source in enumerate(sources)
+            ]
+        with self.clock("networks"), self._bar("networks", FOLDS * self.steps) as bar:
+            markers = fit_markers(
+                [(fold.latents, fold.masks) for fold in examples],
+                steps=self.steps,
+                batch_size=max(8, min(64, CELLS_IN_A_STEP // examples[0].masks[0].numel())),
+                crop=CROP,
+                seed=seed,
+                progress=lambda done: bar.update(done - bar.n),
+            )
+        recalls = [
+            fold.recalls(marker, self.dilation + MISSED_DILATION * again)
+            for fold, marker in zip(examples, markers, strict=True)
         ]
-    with clock("networks"), _bar("networks", FOLDS * steps, progress) as bar:
-        markers = fit_markers(
-            [(fold.latents, fold.masks) for fold in examples],
-            steps=steps,
-            batch_size=max(8, min(64, CELLS_IN_A_STEP // examples[0].masks[0].numel())),
-            crop=CROP,
-            seed=seed,
-            progress=lambda done: bar.update(done - bar.n),
-        )
-    recalls = torch.cat([fold.recalls(marker, dilation) for fold, marker in zip(examples, markers, strict=True)])
-    marks: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
-    with clock("marks"), _bar("masks", len(different), progress) as bar:
-        for number, row in enumerate(different):
-            picture, _ = data[row]
-            marked = _marked(picture, encoder, markers[number % FOLDS], side, dilation, batch_size)
-            marks[row] = marked, picture.size
-            bar.update()
-    cells, sizes = zip(*(marks[first] for first in firsts), strict=True)
+        return markers, torch.cat(recalls)
 
-    about: Any = {"concept": name, "vae_answer": vae_answer(encoder.vae)}
-    kept = ConceptMarkers(markers, resolution=side, dilation=dilation, **about)
-    found = ConceptMasks(cells, sizes, kept)
+    def mark(
+        self,
+        data: TrainingData,
+        different: Sequence[int],
+        markers: Sequence[ConceptMarker],
+        *,
+        but: Container[int] = (),
+    ) -> dict[int, np.ndarray]:
+        """What each different row's network finds, not widened; but for some rows."""
+        marks = {}
+        of = {row: marker for row, marker in zip(different, cycle(markers), strict=False) if row not in but}
+        with self.clock("marks"), self._bar("masks", len(of)) as bar:
+            for row, marker in of.items():
+                marks[row] = _marked(data[row][0], self.encoder, marker, self.side, self.batch_size)
+                bar.update()
+        return marks
+
+    def look_again(
+        self,
+        data: TrainingData,
+        different: Sequence[int],
+        masks: Mapping[int, Image.Image],
+    ) -> tuple[_More, SecondLook]:
+        """Learn from the rows that have masks, and mark the other ones of the different rows.
+
+        Raises:
+            _TooFewMarked: If there are not two of them in each fold.
+        """
+        sources = []
+        for fold in range(FOLDS):
+            rows = different[fold::FOLDS]
+            shown = [row for row in rows if row in masks]
+            if len(shown) < 2:
+                raise _TooFewMarked(
+                    f"in {len(shown)} of {len(rows)} pictures of the {('first', 'second')[fold]} half, every other of "
+                    "the different ones, the concept is marked; expected at least 2 to learn from. Mark some more."
+                )
+            others = [row for row in rows if row not in masks]
+            sources.append(_MarkedSource(data, tuple(shown), tuple(others or shown), masks))
+        markers, recalls = self.learn(sources, again=True)
+        found = self.mark(data, different, markers, but=masks)
+        marks = {row: _widened(cells, MISSED_DILATION) for row, cells in found.items()}
+        looked = SecondLook(len(marks), sum(bool(cells.any()) for cells in marks.values()), **_recall(recalls))
+        return _More(markers, recalls, marks), looked
+
+    def widened(self, cells: np.ndarray) -> np.ndarray:
+        return _widened(cells, self.dilation)
+
+    def kept(self, markers: list[ConceptMarker], name: str, wider: int) -> ConceptMarkers:
+        """The networks, which mark at least what was marked: all by so many latents wider."""
+        about: Any = {"concept": name, "vae_answer": vae_answer(self.encoder.vae)}
+        return ConceptMarkers(markers, resolution=self.side, dilation=self.dilation + wider, **about)
+
+    def _bar(self, name: str, total: int) -> Any:
+        return tqdm(total=total, desc=name, disable=not self.progress)
+
+
+def _finished(
+    search: _Search,
+    found: ConceptMasks,
+    data: TrainingData,
+    markers: Sequence[ConceptMarker],
+    recalls: Tensor,
+    looked: SecondLook | None,
+    *,
+    guard: bool,
+    given: int = 0,
+) -> tuple[ConceptMasks, MaskReport]:
+    """The masks, guarded if they are to be, and what is said of them."""
     masks = found.guarded() if guard else found
     across, down = found.places() if found.marked else (None, None)
-    report = MaskReport(
+    return masks, MaskReport(
         pictures=len(data),
         found=found.marked,
         guarded=sum(not np.array_equal(*pair) for pair in zip(found.cells, masks.cells, strict=True)),
         across=across,
         down=down,
         area=float(np.mean(masks.areas())),
-        recall=float(recalls.mean()),
-        recall_error=float(recalls.std() / math.sqrt(len(recalls))),
-        recall_pictures=len(recalls),
+        **_recall(recalls),
         labelled_share=[marker.labelled_share for marker in markers],
-        resolution=side,
-        pairs=num_pairs,
-        seconds=clock.seconds,
+        resolution=search.side,
+        pairs=search.num_pairs,
+        seconds=search.clock.seconds,
         telling_phrases=find_telling_phrases(
-            [data.caption(row) for row in range(len(data))], [bool(marked.any()) for marked in cells]
+            [data.caption(row) for row in range(len(data))], [bool(marked.any()) for marked in found.cells]
         ),
+        second_look=looked,
+        given=given,
     )
-    return masks, report
 
 
-def _bar(name: str, total: int, wanted: bool) -> Any:
-    return tqdm(total=total, desc=name, disable=not wanted)
+def _recall(recalls: Tensor) -> dict[str, Any]:
+    """As reports have it, of shape `(n,)`."""
+    return {
+        "recall": float(recalls.mean()),
+        "recall_error": float(recalls.std() / math.sqrt(len(recalls))),
+        "recall_pictures": len(recalls),
+    }
 
 
 # Examples
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(ABC):
     """What examples of the concept are made of."""
 
-    concept: Overlay | ConceptSet
-    data: TrainingData
-
+    @abstractmethod
     def __len__(self) -> int:
         """How many examples have different pictures."""
-        return len(self.data) if isinstance(self.concept, Overlay) else len(self.concept)
+
+    @abstractmethod
+    def selected(self, indices: Sequence[int]) -> _Source:
+        """Some of them."""
+
+    @abstractmethod
+    def examples(
+        self, count: int, side: int, seed: int
+    ) -> Iterator[tuple[Image.Image, Image.Image, Image.Image | None]]:
+        """Squares with the concept, masks of it, and squares without it, or unlabelled, where they say more."""
 
     def parts(self, count: int) -> list[tuple[_Source, int]]:
         """What to learn from and what the labelled share is measured on, an eighth, each with a number of examples.
@@ -372,9 +715,20 @@ class _Source:
         if len(self) < 16:
             return [(self, count - held_out), (self, held_out)]
         chosen = [[i for i in range(len(self)) if (i % 8 == 7) == last] for last in (False, True)]
-        return [(self._selected(chosen[0]), count - held_out), (self._selected(chosen[1]), held_out)]
+        return [(self.selected(chosen[0]), count - held_out), (self.selected(chosen[1]), held_out)]
 
-    def _selected(self, indices: Sequence[int]) -> _Source:
+
+@dataclass(frozen=True)
+class _ConceptSource(_Source):
+    """A concept, and the training pictures."""
+
+    concept: Overlay | ConceptSet
+    data: TrainingData
+
+    def __len__(self) -> int:
+        return len(self.data) if isinstance(self.concept, Overlay) else len(self.concept)
+
+    def selected(self, indices: Sequence[int]) -> _Source:
         if isinstance(self.concept, Overlay):
             return replace(self, data=self.data.select(indices))
         return replace(self, concept=ConceptSet([self.concept[i] for i in indices]))
@@ -382,7 +736,6 @@ class _Source:
     def examples(
         self, count: int, side: int, seed: int
     ) -> Iterator[tuple[Image.Image, Image.Image, Image.Image | None]]:
-        """Squares with the concept, masks of it, and squares without it, or unlabelled, where they say more."""
         examples = iter_concept_examples(self.concept, self.data, count=count, resolution=side, seed=seed)
         for number, example in enumerate(examples):
             assert example.mask is not None
@@ -390,13 +743,45 @@ class _Source:
             if isinstance(self.concept, Overlay):
                 other = None
             elif other is None:
-                other = self._plain(number, side, seed)
+                other = _part(self.data, number, side, seed)
             yield example.picture, example.mask, other
 
-    def _plain(self, number: int, side: int, seed: int) -> Image.Image:
-        picture, _ = self.data[nth_of_shuffles(number, len(self.data), seed)]
-        frame = draw_frame(picture.size, side, center=False, generator=np.random.default_rng([seed, 3, number]))
-        return frame.apply(picture)
+
+@dataclass(frozen=True)
+class _MarkedSource(_Source):
+    """Training pictures in which the concept is marked, and others, in which it may have been missed."""
+
+    data: TrainingData
+    marked: tuple[int, ...]
+    others: tuple[int, ...]
+    masks: Mapping[int, Image.Image]
+    """By row, of the marked ones."""
+
+    def __len__(self) -> int:
+        return len(self.marked)
+
+    def selected(self, indices: Sequence[int]) -> _Source:
+        return replace(self, marked=tuple(self.marked[i] for i in indices))
+
+    def examples(
+        self, count: int, side: int, seed: int
+    ) -> Iterator[tuple[Image.Image, Image.Image, Image.Image | None]]:
+        others = self.data.select(self.others)
+        for number in range(count):
+            row = self.marked[nth_of_shuffles(number, len(self.marked), seed)]
+            shown = ConceptSet.from_masks([self.data[row][0]], [self.masks[row]], [""])
+            # As many are in memory as are asked for; each is cropped by its own seed.
+            own = int(np.random.default_rng([seed, 4, number]).integers(2**31))
+            (example,) = iter_concept_examples(shown, count=1, resolution=side, seed=own)
+            assert example.mask is not None
+            yield example.picture, example.mask, _part(others, number, side, seed)
+
+
+def _part(data: TrainingData, number: int, side: int, seed: int) -> Image.Image:
+    """A square of one of the pictures, as they are."""
+    picture, _ = data[nth_of_shuffles(number, len(data), seed)]
+    frame = draw_frame(picture.size, side, center=False, generator=np.random.default_rng([seed, 3, number]))
+    return frame.apply(picture)
 
 
 def _findable(concept: Concept, data: TrainingData) -> Overlay | ConceptSet:
@@ -418,14 +803,17 @@ def _check_count(what: str, count: int) -> None:
         )
 
 
-def _first_rows(data: TrainingData, bar: Any) -> list[int]:
+def _first_rows(data: TrainingData, bar: Any) -> tuple[list[int], list[tuple[int, int]]]:
     """For each row the first one whose picture looks the same, pixel for pixel: itself, where there is no other.
+
+    And their sizes.
 
     Raises:
         ConceptDataError: If pictures cannot be read, which names them all.
     """
     known: dict[bytes, int] = {}
     firsts: list[int] = []
+    sizes: list[tuple[int, int]] = []
     failed: list[str] = []
     for row in range(len(data)):
         try:
@@ -437,6 +825,7 @@ def _first_rows(data: TrainingData, bar: Any) -> list[int]:
             digest = hashlib.sha256(shown.tobytes())
             digest.update(repr(shown.size).encode())
             firsts.append(known.setdefault(digest.digest(), row))
+            sizes.append(shown.size)
         bar.update()
     if failed:
         more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
@@ -444,16 +833,16 @@ def _first_rows(data: TrainingData, bar: Any) -> list[int]:
             f"{len(failed)} of the {len(data)} pictures cannot be used; mend them or leave them out: "
             f"{'; '.join(failed[:NAMED])}{more}"
         )
-    return firsts
+    return firsts, sizes
 
 
-def _sources(concept: Overlay | ConceptSet, data: TrainingData, different: Sequence[int]) -> list[_Source]:
+def _sources(concept: Overlay | ConceptSet, data: TrainingData, different: Sequence[int]) -> list[_ConceptSource]:
     """For each fold of the training pictures, of which the rows of the different ones are given."""
     _check_count("different training pictures", len(different))
     sources = []
     for fold in range(FOLDS):
         part = concept if isinstance(concept, Overlay) else concept[fold::FOLDS]
-        sources.append(_Source(part, data.select(different[fold::FOLDS])))
+        sources.append(_ConceptSource(part, data.select(different[fold::FOLDS])))
     return sources
 
 
@@ -515,7 +904,7 @@ def _latent_masks(masks: Sequence[Image.Image], latents: Tensor) -> Tensor:
 
 
 def _marked(
-    picture: Image.Image, encoder: PictureEncoder, marker: ConceptMarker, side: int, dilation: int, batch_size: int
+    picture: Image.Image, encoder: PictureEncoder, marker: ConceptMarker, side: int, batch_size: int
 ) -> np.ndarray:
     """Where the concept is in a picture, bool, shape `(h, w)` of its latents when it is scaled to a resolution."""
     step = encoder.resolution_step
@@ -530,7 +919,11 @@ def _marked(
     for (left, top), mark in zip(corners, marks, strict=True):
         rows, columns = (slice(start // factor, start // factor + cells) for start in (top, left))
         whole[0, :, rows, columns] = whole[0, :, rows, columns].maximum(mark)
-    return dilated(whole, dilation)[0, 0].bool().numpy()
+    return whole[0, 0].bool().numpy()
+
+
+def _widened(cells: np.ndarray, dilation: int) -> np.ndarray:
+    return dilated(torch.from_numpy(cells).float()[None, None], dilation)[0, 0].bool().numpy()
 
 
 def _starts(length: int, side: int, step: int) -> list[int]:

@@ -23,11 +23,19 @@ from PIL import Image
 
 from .concept_fit import Concept
 from .concept_markers import ConceptMarkers
-from .concept_masks import MaskReport, find_concept
+from .concept_masks import MaskReport, find_concept, find_missed
 from .errors import ConceptDataError
 from .files import check_can_hold
 from .folder_swap import entries, replaced_folder
-from .training_data import UNREADABLE, TrainingData, first_line, picture_path, read_pictures, without_phrases
+from .training_data import (
+    UNREADABLE,
+    TrainingData,
+    check_pictures,
+    first_line,
+    picture_path,
+    read_pictures,
+    without_phrases,
+)
 
 __all__ = ["mask_table", "write_masked"]
 
@@ -37,12 +45,14 @@ ORIGINAL_NAME = "original_name"
 
 def mask_table(
     pipeline_or_id: Any,
-    concept: Concept,
+    concept: Concept | None,
     table: Any,
     output_dir: str | Path,
     *,
     image_column: str = "image",
     mask_column: str = "mask",
+    given_masks: str | None = None,
+    second_look: bool = False,
     caption_column: str = "text",
     remove_phrases: str | Sequence[str] = (),
     leave_out_above: float = 1.0,
@@ -52,26 +62,38 @@ def mask_table(
 
     Args:
         pipeline_or_id: As in :func:`find_concept`.
-        concept: Likewise.
+        concept: Likewise; `None` with `given_masks`.
         table: Of `datasets`, as :func:`load_table` gives it.
         output_dir: The folder to write, which appears when it is whole.
         image_column: Column of the training pictures.
-        mask_column: Column of the masks, a new one.
+        mask_column: Column of the masks, a new one, or that of the given ones.
+        given_masks: Column of masks that miss some pictures, which are completed (:func:`find_missed`); the copy has
+            the completed ones instead.
+        second_look: As in :func:`find_concept`; given masks have one anyhow.
         caption_column: Column of the captions, if there are any.
         remove_phrases: One or more that name the concept; the copy's captions lack them, so that nothing else is
             learned under its name.
         leave_out_above: Pictures of which more than this share is masked are not written.
-        **options: Further arguments of :func:`find_concept`.
+        **options: Further arguments of :func:`find_concept` or :func:`find_missed`.
 
     Raises:
         ConceptDataError: If the folder holds something already or cannot be made, the table cannot be written as an
             imagefolder, pictures cannot be read, the concept cannot be looked for, no caption has a phrase that is to
-            be taken out, or all pictures would be left out.
+            be taken out, or all pictures would be left out; or if both a concept and given masks are given, or neither.
     """
+    if (concept is None) == (given_masks is None):
+        raise ConceptDataError("give the concept, or the column of masks that are to be completed; one of the two.")
     if not 0 <= leave_out_above <= 1:
         raise ConceptDataError(f"leave_out_above={leave_out_above}; expected a share, 0 to 1.")
     output = _new_folder(output_dir)
     check_can_hold(output, ConceptDataError)
+    given: Sequence[Image.Image] = ()
+    if given_masks is not None:
+        if given_masks not in table.column_names:
+            raise ConceptDataError(f"no column '{given_masks}' of masks; it has {', '.join(table.column_names)}.")
+        check_pictures(table, [given_masks])
+        given = read_pictures(table, given_masks)
+        table = table.remove_columns([given_masks])
     pictures = _picture_columns(table, image_column, mask_column)
     # Before the search, which takes long: what cannot be written would be found when it is over.
     others = table.select_columns([name for name in table.column_names if name not in pictures])
@@ -84,7 +106,10 @@ def mask_table(
         phrases = [remove_phrases] if isinstance(remove_phrases, str) else remove_phrases
         table, changed = without_phrases(table, caption_column, phrases)
     data = TrainingData(read_pictures(table, image_column), _captions(table, caption_column))
-    masks, report = find_concept(pipeline_or_id, concept, data, **options)
+    if concept is None:
+        masks, report = find_missed(pipeline_or_id, given, data, **options)
+    else:
+        masks, report = find_concept(pipeline_or_id, concept, data, second_look=second_look, **options)
     areas = masks.areas()
     kept = [number for number, area in enumerate(areas) if area <= leave_out_above]
     if not kept:

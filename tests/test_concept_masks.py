@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from peft_gradproj import ConceptMarkers, ConceptSet, TrainingData, concept_masks
 from peft_gradproj.cli import app
-from peft_gradproj.concept_masks import ConceptMasks, _starts, find_concept
+from peft_gradproj.concept_masks import ConceptMasks, _starts, find_concept, find_missed
 from peft_gradproj.concepts import Overlay
 from peft_gradproj.demo.data import load_logos, load_pictures, stamp
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
@@ -176,7 +176,8 @@ def test_rows_with_equal_pictures_are_looked_at_as_one_that_no_network_of_theirs
 
 def test_different_pictures_are_in_the_folds_of_even_and_odd_rows():
     pictures = data(5)
-    folds = concept_masks._sources(Overlay(logo()), pictures, concept_masks._first_rows(pictures, tqdm(disable=True)))
+    firsts, _ = concept_masks._first_rows(pictures, tqdm(disable=True))
+    folds = concept_masks._sources(Overlay(logo()), pictures, firsts)
     read = [[shown for shown, _ in fold.data] for fold in folds]
     assert read == [[pictures[row][0] for row in rows] for rows in ([0, 2, 4], [1, 3])]
 
@@ -197,6 +198,11 @@ def test_pictures_are_read_one_by_one():
     pictures = Watched(picture(seed) for seed in range(40))
     find_concept(PIPELINES["sd"](), Overlay(logo()), TrainingData(pictures, [""] * 40), **QUICK, batch_size=2)
     assert 0 < Watched.most <= 4
+    Watched.most = 0
+    given = Watched(some_masks(range(0, 40, 3)))
+    find_missed(PIPELINES["sd"](), given, TrainingData(pictures, [""] * 40), **QUICK, batch_size=2)
+    # As many pictures and as many masks.
+    assert 0 < Watched.most <= 8
 
 
 @pytest.mark.parametrize(
@@ -308,6 +314,167 @@ def test_the_report_tells_which_phrase_names_what_was_found(monkeypatch, tmp_pat
     assert taken.telling_phrases == []
 
 
+# The second look
+
+
+def stamped_pictures(count: int, *, missed: int):
+    """Real pictures, three of four stamped, and masks of all but every `missed`-th of these; and where stamps are."""
+    settings = replace(DemoSettings(), pictures=count + 8, held_out=8)
+    pictures, captions = load_pictures(ASSETS / "noto.parquet", settings.pictures)
+    stamped = stamp(pictures, captions, load_logos(settings)[settings.logo], settings)
+    masks, shown = [], 0
+    for whole in stamped.masks:
+        shown += whole.getbbox() is not None
+        masks.append(Image.new("L", whole.size) if whole.getbbox() and shown % missed == 0 else whole)
+    return TrainingData(stamped.pictures, stamped.captions), masks, stamped.masks
+
+
+def test_what_a_detector_missed_is_found_and_what_it_gave_stays_as_it_is():
+    pictures, given, stamps = stamped_pictures(200, missed=5)
+    options = {"num_pairs": 96, "steps": 150, "progress": False}
+    masks, report = find_missed(ASSETS / "base_model", given, pictures, **options)
+
+    missed = [i for i, stamp_mask in enumerate(stamps) if stamp_mask.getbbox() and not given[i].getbbox()]
+    clean = [i for i, stamp_mask in enumerate(stamps) if not stamp_mask.getbbox()]
+    hits, near = [], []
+    for number, mask in enumerate(masks):
+        assert (mask.mode, mask.size) == ("L", pictures[number][0].size)
+        if given[number].getbbox():
+            assert mask.tobytes() == given[number].tobytes()
+    for number in missed:
+        found, there = np.asarray(masks[number]), np.asarray(stamps[number])
+        hits.append(float((found[there > 128] > 0).mean()))
+        near.append(float((found[np.asarray(stamps[number].filter(ImageFilter.MaxFilter(25))) == 0] > 0).mean()))
+    assert len(missed) > 25
+    # With seeds 0 to 2 and two logos it was SEEN.
+    assert np.mean([hit > 0 for hit in hits]) > 0.9
+    assert np.mean(hits) > 0.85
+    assert np.mean(near) < 0.03
+    false = sum(masks[number].getbbox() is not None for number in clean)
+    assert false < 0.25 * len(clean)
+    looked = report.second_look
+    assert (looked.pictures, looked.found) == (len(missed) + len(clean), sum(hit > 0 for hit in hits) + false)
+    assert report.given == len(stamps) - looked.pictures
+    assert report.found == report.given + looked.found
+    assert (report.recall, report.recall_pictures) == (looked.recall, report.given)
+    assert abs(looked.recall - np.mean(hits)) < 0.1
+    assert f"found in {looked.found} of {looked.pictures} pictures in which nothing had been marked" in str(report)
+    assert f"in {report.given} of which it was given" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["second_look"]["found"] == looked.found
+
+
+def test_a_second_look_adds_to_the_first_where_nothing_was_found(monkeypatch):
+    """The first networks are blind to half of the pictures."""
+    pictures, _, stamps = stamped_pictures(104, missed=5)
+    overlay = replace(load_logos(DemoSettings())["youtube"], across=(0.0, 1.0), down=(0.0, 1.0))
+    marked, calls = concept_masks._marked, []
+
+    def half_blind(shown, *options):
+        cells = marked(shown, *options)
+        calls.append(shown)
+        return np.zeros_like(cells) if len(calls) <= len(pictures) and len(calls) % 4 < 2 else cells
+
+    monkeypatch.setattr(concept_masks, "_marked", half_blind)
+    options = {"num_pairs": 96, "steps": 100, "progress": False}
+    once, report_of_one = find_concept(ASSETS / "base_model", overlay, pictures, **options)
+    calls.clear()
+    twice, report = find_concept(ASSETS / "base_model", overlay, pictures, second_look=True, **options)
+    added = 0
+    for before, after, stamp_mask in zip(once.cells, twice.cells, stamps, strict=True):
+        if before.any():
+            assert np.array_equal(before, after)
+        elif stamp_mask.getbbox():
+            added += after.any()
+    # Of some 40 that half of the networks' blindness hid.
+    assert added > 25
+    assert (report_of_one.second_look, report_of_one.given, report.given) == (None, 0, 0)
+    assert report.second_look.pictures == len(pictures) - report_of_one.found
+    assert report.found == report_of_one.found + report.second_look.found
+    assert (report.recall, report.recall_pictures) == (report_of_one.recall, report_of_one.recall_pictures)
+    assert (len(once.markers.markers), len(twice.markers.markers)) == (2, 4) == (2, len(report.labelled_share))
+    assert (once.markers.dilation, twice.markers.dilation) == (0, 1)
+    assert "second look" in str(report)
+    assert "second look" not in str(report_of_one)
+
+
+def some_masks(marked, size=(48, 40), level: int = 255) -> list[Image.Image]:
+    masks = [Image.new("L", size) for _ in range(max(marked) + 1)]
+    for number in marked:
+        masks[number].paste(level, (number % 8, 4, number % 8 + 12, 16))
+    return masks
+
+
+def test_equal_pictures_have_the_mask_that_one_of_them_has():
+    rows = [0, 1, 2, 3, 4, 5, 6, 7, 1, 3]
+    pictures = TrainingData([picture(row) for row in rows], [""] * len(rows))
+    given = some_masks([0, 1, 4, 5, 9])
+    given[1], given[8] = given[8], given[1]
+    masks, report = find_missed(PIPELINES["sd"](), given, pictures, **QUICK)
+    for row, other in ((1, 8), (3, 9)):
+        assert masks[row].tobytes() == masks[other].tobytes()
+        assert masks[row].getbbox() is not None
+    assert (report.given, report.second_look.pictures) == (7, 3)
+
+
+def test_given_masks_are_read_upright_and_their_grey_levels_stay():
+    pictures = [picture(seed) for seed in range(6)]
+    given = some_masks(range(6), level=140)
+    given[2] = Image.new("L", (48, 40), 90)
+    for of in (pictures, given):
+        of[1].getexif()[0x0112] = 6
+    masks, report = find_missed(PIPELINES["sd"](), given, TrainingData(pictures, [""] * 6), **QUICK)
+    assert [mask.size for mask in masks] == [(48, 40), (40, 48), *[(48, 40)] * 4]
+    assert masks[0].tobytes() == given[0].tobytes()
+    assert set(np.unique(np.asarray(masks[1]))) == {0, 140}
+    # What is below half of white marks nothing.
+    assert (report.given, report.second_look.pictures) == (5, 1)
+    assert set(np.unique(np.asarray(masks[2]))) <= {0, 255}
+    assert masks.areas()[0] == pytest.approx(144 / 1920)
+
+
+def test_selected_and_guarded_masks_keep_what_was_given():
+    given = some_masks([0, 1, 2, 3, 9])
+    pictures = TrainingData([picture(seed) for seed in range(10)], [""] * 10)
+    masks, _ = find_missed(PIPELINES["sd"](), given, pictures, **QUICK)
+    guarded, report = find_missed(PIPELINES["sd"](), given, pictures, **QUICK, guard=True)
+    assert masks.select([9, 4, 1])[0].tobytes() == given[9].tobytes()
+    assert [masks.select([9, 4, 1])[i].tobytes() for i in range(3)] == [masks[i].tobytes() for i in (9, 4, 1)]
+    assert masks[2:4][1].tobytes() == given[3].tobytes()
+    for number in (0, 1, 2, 3, 9):
+        assert guarded[number].tobytes() == given[number].tobytes()
+    assert report.guarded == sum(not np.array_equal(a, b) for a, b in zip(masks.cells, guarded.cells, strict=True))
+    assert all((np.asarray(b) >= np.asarray(a)).all() for a, b in zip(masks, guarded, strict=True))
+
+
+def test_where_too_little_is_marked_there_is_no_second_look(monkeypatch):
+    message = "in 1 of 3 pictures of the second half.* expected at least 2"
+    with pytest.raises(ConceptDataError, match=message):
+        find_missed(PIPELINES["sd"](), some_masks([0, 2, 4, 5]), data(), **QUICK)
+    marked, shown_as = concept_masks._marked, [picture(seed) for seed in range(6)]
+
+    def in_four(shown, *options):
+        return np.full_like(marked(shown, *options), shown_as.index(shown) in (0, 2, 4, 5))
+
+    monkeypatch.setattr(concept_masks, "_marked", in_four)
+    with pytest.warns(UserWarning, match=f"no second look: {message}"):
+        masks, report = find_concept(PIPELINES["sd"](), Overlay(logo()), data(), **QUICK, second_look=True)
+    assert (masks.marked, report.second_look) == (4, None)
+
+
+@pytest.mark.parametrize(
+    ("masks", "options", "message"),
+    [
+        (some_masks(range(5)), {}, "6 pictures but 5 masks"),
+        (some_masks(range(6), size=(40, 48)), {}, "picture 0 has a size of 48x40 and its mask of 40x48"),
+        ([Image.new("L", (48, 40))] * 6, {}, "in 0 of 3 pictures of the first half"),
+        (some_masks(range(6)), {"dilation": -1}, "dilation=-1"),
+    ],
+)
+def test_masks_that_cannot_be_completed(masks, options, message):
+    with pytest.raises(ConceptDataError, match=message):
+        find_missed(PIPELINES["sd"](), masks, data(), **{**QUICK, **options})
+
+
 # What is refused
 
 
@@ -401,6 +568,47 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
     assert (markers.concept, markers.resolution, len(markers.markers)) == ("the logo", SIDE, 2)
     again = TrainingData.load(tmp_path / "moved", cache_dir=str(tmp_path / "other-cache"))
     assert [caption for _, caption in again] == ["a house", "ein Bär", "a dog"]
+
+
+def test_the_command_completes_masks_that_the_data_has(vae_only, tmp_path):
+    source = image_folder(tmp_path / "pictures", ["a"] * 6)
+    table = load_table(source, ["image"], cache_dir=str(tmp_path / "cache"))
+    given = [mask.resize(row["image"].size) for mask, row in zip(some_masks([0, 1, 2, 3, 5]), table, strict=True)]
+    write_masked(table, given, tmp_path / "given")
+    flags = ["--pretrained-model-name-or-path", vae_only, "--train-data-dir", tmp_path / "given", "--num-pairs", 16]
+    flags += ["--cache-dir", tmp_path / "cache", "--steps", 2, "--given-masks", "mask"]
+    report = json.loads(run(*flags, "--output-dir", tmp_path / "whole", "--json"))
+    assert (report["given"], report["second_look"]["pictures"]) == (5, 1)
+    table = load_table(tmp_path / "whole", ["image", "mask"], cache_dir=str(tmp_path / "cache"))
+    assert [row["mask"].tobytes() for row in table if row["mask"].getbbox()][:4] == [m.tobytes() for m in given[:4]]
+    assert table["original_name"][:] == [f"{number}.png" for number in range(6)]
+    run(*flags, "--output-dir", tmp_path / "named", "--mask-column", "completed")
+    named = load_table(tmp_path / "named", ["image", "completed"], cache_dir=str(tmp_path / "cache"))
+    assert "mask" not in named.column_names
+    for more in (["--overlay", "logo.png"], ["--pairs", "x"], ["--masks", "x"], ["--scale", 0.1, 0.2]):
+        result = CliRunner().invoke(app, ["mask", *map(str, [*flags, "--output-dir", tmp_path / "none", *more])])
+        assert result.exit_code == 2
+        assert "leave out --overlay" in result.stderr
+    for column, message in (("masks", "no column"), ("text", "expected pictures")):
+        with pytest.raises(ConceptDataError, match=message):
+            run(*flags[:-1], column, "--output-dir", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_command_looks_once_more(vae_only, tmp_path):
+    logo().save(tmp_path / "logo.png")
+    source = image_folder(tmp_path / "pictures", ["a"] * 6)
+    flags = ["--pretrained-model-name-or-path", vae_only, "--train-data-dir", source, "--cache-dir", tmp_path / "cache"]
+    flags += ["--overlay", tmp_path / "logo.png", "--num-pairs", 16, "--steps", 2, "--output-dir", tmp_path / "masked"]
+    report = json.loads(run(*flags, "--second-look", "--json"))
+    assert report["second_look"]["pictures"] == 6 - (report["found"] - report["second_look"]["found"])
+    assert len(ConceptMarkers.load(tmp_path / "masked").markers) == 4
+
+
+def test_either_a_concept_or_given_masks():
+    for concept, column in ((None, None), (Overlay(logo()), "mask")):
+        with pytest.raises(ConceptDataError, match="one of the two"):
+            mask_table("nowhere", concept, table_of(image=[picture(0)]), "out", given_masks=column)
 
 
 def test_the_command_reads_no_captions_of_pairs(vae_only, tmp_path):

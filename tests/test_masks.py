@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peft_gradproj.errors import ConceptDataError
-from peft_gradproj.masks import ConceptMarker, fit_markers, guarded, mark_concept, places
+from peft_gradproj.masks import ConceptMarker, _spread, fit_markers, guarded, mark_concept, mark_missed, places
 
 PATTERN = torch.tensor([[3.0, -3.0, 3.0], [-3.0, 3.0, -3.0], [3.0, -3.0, 3.0]])
 
@@ -103,6 +103,62 @@ def test_a_network_never_marks_a_picture_that_it_learned_from(pictures, monkeypa
     assert learned == [{1.0, 2.0}, {0.0, 2.0}, {0.0, 1.0}]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool])
+def test_a_second_look_finds_what_was_missed_wherever_it_lies(pictures, dtype):
+    latents, masks, _ = pictures
+    shows = masks.flatten(1).any(1)
+    missed = shows & (torch.rand(96, generator=torch.Generator().manual_seed(4)) < 0.3)
+    given_masks = masks.clone()
+    given_masks[missed] = 0
+    folds = [torch.arange(96)[half::2] for half in range(2)]
+    progress = []
+    options = {"steps": 150, "seed": 1, "progress": progress.append}
+    completed = mark_missed(latents, given_masks.to(dtype), folds, dilation=0, **options)
+    assert (completed.dtype, completed.shape) == (dtype, masks.shape)
+    assert progress == [*range(1, 301)]
+    marked = shows & ~missed
+    assert torch.equal(completed[marked], given_masks[marked].to(dtype))
+    found, there = completed.bool(), masks.bool()
+    assert missed.sum() > 10
+    assert (found & there)[missed].sum() > 0.8 * there[missed].sum()
+    assert found[~shows].float().mean() < 0.01
+    assert (found & ~there)[missed].float().mean() < 0.01
+
+    wider = mark_missed(latents, given_masks, folds, steps=150, seed=1)
+    assert torch.equal(wider[marked], given_masks[marked])
+    assert (wider[missed].bool() >= found[missed]).all()
+    assert wider[missed].sum() > found[missed].sum()
+
+
+def test_pictures_are_not_looked_at_by_a_network_that_learned_from_their_marks(pictures, monkeypatch):
+    latents, masks, _ = pictures
+    folds = [torch.arange(96)[half::2] for half in range(2)]
+    learned, fit = [], ConceptMarker.fit.__func__
+
+    def remember(cls, seen, labels, **kwargs):
+        assert all(torch.equal(label, masks[row]) for row, label in zip(rows_of(seen), labels, strict=True))
+        learned.append(sorted(rows_of(seen)))
+        return fit(cls, seen, labels, **kwargs)
+
+    def rows_of(seen):
+        return [int((latents == one).flatten(1).all(1).nonzero()) for one in seen]
+
+    monkeypatch.setattr(ConceptMarker, "fit", classmethod(remember))
+    mark_missed(latents, masks, folds, steps=1)
+    assert learned == [fold.tolist() for fold in reversed(folds)]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 8))
+def test_any_part_of_the_spread_order_has_its_share_of_the_marked(marked, parts):
+    marked = torch.tensor(marked)
+    order = _spread(marked)
+    assert sorted(order.tolist()) == [*range(len(marked))]
+    count = len(marked) // parts
+    for start in range(len(marked) - count + 1):
+        shown = int(marked[order[start : start + count]].sum())
+        assert abs(shown - count * float(marked.float().mean())) <= 2
+
+
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 6), st.integers(0, 6))
 def test_places_of_one_mark_are_its_own(height, width, top, left):
     side = 10
@@ -139,6 +195,8 @@ def test_bad_input_is_named():
         mark_concept(latents, [(latents, masks)], [torch.arange(32)])
     with pytest.raises(ConceptDataError, match="each once"):
         mark_concept(latents, [(latents, masks)] * 2, [torch.arange(16), torch.arange(15, 32)])
+    with pytest.raises(ConceptDataError, match="the masks are empty"):
+        mark_missed(latents, torch.zeros_like(masks), [torch.arange(16), torch.arange(16, 32)])
     with pytest.raises(ConceptDataError, match="none of the training pictures"):
         places(torch.zeros(2, 1, 4, 4))
 

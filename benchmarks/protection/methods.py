@@ -47,6 +47,7 @@ class Method:
         filtered: Leave out the pictures that show the concept.
         masked: Where the concept is, the loss does not count.
         guarded: Nor does it where others show it, in pictures in which it was not found there.
+        second_look: Nor where networks find it, in pictures in which it was not found, that learned from the others.
         dilation: By how many latents masks are widened.
         placed: Whether the concept is pasted, for basis and probes, where the masks found it.
         spaces: Of the subspace projection.
@@ -63,6 +64,7 @@ class Method:
     filtered: Knowledge | None = None
     masked: Knowledge | None = None
     guarded: bool = False
+    second_look: bool = False
     dilation: int = 0
     placed: bool = True
     spaces: tuple[str, ...] = ()

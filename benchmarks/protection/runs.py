@@ -20,7 +20,7 @@ from torch import Tensor
 from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, LayerBasis
 from peft_gradproj._version import installed_versions
 from peft_gradproj.concepts import ConceptSet
-from peft_gradproj.demo.finding import find_by_any, find_in_latents
+from peft_gradproj.demo.finding import find_again, find_by_any, find_in_latents
 from peft_gradproj.demo.measuring import Questions, mask_shares
 from peft_gradproj.demo.pipeline import load_pipeline, with_unet
 from peft_gradproj.demo.precision import autocast, autocast_dtype
@@ -210,6 +210,14 @@ class Material:
             masks[missed] = 0
         return masks
 
+    def masks(self, method: Method) -> Tensor:
+        """Where the loss does not count for a method that masks, not widened, `(N, 1, h, w)`."""
+        assert method.masked is not None
+        masks = self.where(method.masked)
+        if method.second_look:
+            masks = find_again(self.latents, masks, self.settings)
+        return guarded(masks) if method.guarded else masks
+
     def training_set(self, method: Method) -> TrainingSet:
         """What a method trains on."""
         data, task = self.task.data, self.task
@@ -220,8 +228,7 @@ class Material:
             )
         embeddings, weights = encode_prompts(self.pipeline, data.captions), torch.ones_like(self.latents[:, :1])
         if method.masked:
-            masks = self.where(method.masked)
-            weights = weights - dilated(guarded(masks) if method.guarded else masks, method.dilation)
+            weights = weights - dilated(self.masks(method), method.dilation)
         keep = torch.arange(len(self.latents))
         if method.filtered:
             marked = self.where(method.filtered).flatten(1).mean(1)
@@ -333,6 +340,8 @@ def run(key: TaskKey, name: str, settings: DemoSettings, folders: Folders, *, wi
         knowledge = method.masked or method.filtered
         if knowledge in ("found", "found-by-any"):
             seen["masks"] = mask_shares(material.where(knowledge), material.task.data)
+        elif method.second_look:
+            seen["masks"] = mask_shares(material.masks(method), material.task.data)
     # One that is in the repository is not replaced by this machine's, only because the adapter is not in it.
     if not result.exists():
         write_json(result, {**about, **measure(unet, material, folders.scratch), **seen})

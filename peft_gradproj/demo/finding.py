@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..diffusion_inputs import LatentPairs
-from ..masks import fit_markers, mark_by_any, mark_concept
+from ..masks import fit_markers, mark_by_any, mark_concept, mark_missed
 from .settings import DemoSettings
 
-__all__ = ["find_by_any", "find_in_latents"]
+__all__ = ["find_again", "find_by_any", "find_in_latents"]
 
 
 def find_in_latents(
@@ -55,6 +55,11 @@ def find_by_any(
     """
     markers = fit_markers(_shown(_folds(len(latents)), examples, settings, contrast), **_options(settings))
     return mark_by_any(markers, latents)
+
+
+def find_again(latents: Tensor, masks: Tensor, settings: DemoSettings) -> Tensor:
+    """Complete masks `(N, 1, h, w)` of training pictures by a second look, with networks of the same settings."""
+    return mark_missed(latents, masks, _folds(len(latents)), **_options(settings))
 
 
 def _folds(length: int) -> list[Tensor]:
