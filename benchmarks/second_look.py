@@ -42,13 +42,18 @@ STAMPED_SHARE = 0.75
 ANYWHERE: dict[str, tuple[float, float]] = {"across": (0.0, 1.0), "down": (0.0, 1.0)}
 
 
-def _by_accident(share: float) -> Callable[[list[Placement], np.random.Generator], list[int]]:
-    return lambda placements, generator: sorted(
-        generator.permutation(len(placements))[: round(share * len(placements))]
-    )
+Missed = Callable[[list[Placement], np.random.Generator], list[int]]
+"""Chooses the numbers of placements that are missed."""
 
 
-def _least(name: str) -> Callable[[list[Placement], np.random.Generator], list[int]]:
+def _by_accident(share: float) -> Missed:
+    def chosen(placements: list[Placement], generator: np.random.Generator) -> list[int]:
+        return generator.permutation(len(placements))[: round(share * len(placements))].tolist()
+
+    return chosen
+
+
+def _least(name: str) -> Missed:
     def chosen(placements: list[Placement], generator: np.random.Generator) -> list[int]:
         values = [getattr(placement, name) for placement in placements]
         return np.argsort(values, kind="stable")[: len(values) // 5].tolist()
