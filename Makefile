@@ -19,6 +19,7 @@ test: $(INSTALLED)
 # More than a day on two cores (docs/benchmark.md says how long); what is there is not run again.
 bench: bench-overhead
 	$(BIN)/python benchmarks/verify.py
+	$(BIN)/python -m benchmarks.second_look --output benchmarks/results/second_look.json
 	$(BIN)/python benchmarks/secret_strings.py --output benchmarks/results/secrets.json
 	$(BIN)/python -m benchmarks.protection
 	$(BIN)/python -m benchmarks.protection --attacks

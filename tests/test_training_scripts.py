@@ -554,6 +554,20 @@ def test_causal_lm_without_a_basis_refuses_a_folder_that_holds_one_before_it_loa
             script.main()
 
 
+def test_causal_lm_saves_what_is_too_large_to_be_verified(language_model, tmp_path, monkeypatch, caplog):
+    from peft_gradproj import adapter_folder
+
+    script, files = script_module("train_causal_lm_lora_gradproj"), text_files(tmp_path / "texts", 0)
+    flags = [*causal_lm_flags(language_model, files, 0), "--max_steps", 1, "--report_to", "none"]
+    flags += ["--secrets_file", files / "secrets.txt", "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(adapter_folder, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+    with pytest.warns(UserWarning, match="at most 1,000 can be verified"):
+        script.main()
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert "the adapter cannot be verified" in caplog.text
+
+
 def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a_trace_of_the_secrets(
     language_model, tmp_path
 ):
@@ -566,7 +580,7 @@ def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a
     flags = [*causal_lm_flags(language_model, files, 0), "--max_steps", 12, "--save_steps", 4, "--logging_steps", 2]
     flags += ["--secrets_file", files / "secrets.txt", "--concept_basis", tmp_path / "basis.safetensors"]
     # Without a second moment in the optimizer, a resumed run needs the state of the projection itself.
-    flags += ["--report_to", "tensorboard", "--optim", "adafactor", "--hub_token", WRITER]
+    flags += ["--report_to", "tensorboard", "--optim", "adafactor", "--probe_history", 2, "--hub_token", WRITER]
     with LoopbackHub() as hub:
         publishing = {"environment": hub.environment(tmp_path / "hub-home")}
         said = run("train_causal_lm_lora_gradproj", *flags, "--output_dir", whole, "--push_to_hub", **publishing)
@@ -576,6 +590,7 @@ def test_causal_lm_with_a_basis_checkpoints_resumes_logs_and_publishes_without_a
         report = verify_adapter(saved)
         assert report.ok, report.to_json()
         assert folder_leakage(saved, basis) <= FLOORS[torch.float32]
+        assert json.loads((saved / "gradproj.json").read_text())["settings"]["probe_history"] == 2
     names = {"adapter_model.safetensors", "adapter_config.json", "concept_basis.safetensors", "gradproj.json"}
     assert set(published) == {*names, "README.md"}
     assert all(published[name] == (whole / name).read_bytes() for name in names)

@@ -57,6 +57,7 @@ from peft_gradproj import (
     push_adapter_to_hub,
     verify_adapter,
 )
+from peft_gradproj.errors import AdapterFolderError
 from peft_gradproj.files import saved_checkpoints, write_atomically
 from peft_gradproj.online import telemetry
 from peft_gradproj.saving import check_output
@@ -122,6 +123,9 @@ class ConceptArguments:
     probe_every: int = field(default=1, metadata={"help": "A step is corrected every so many optimizer steps."})
     probe_batch_size: int = field(default=8, metadata={"help": "Probes per correction, over all processes."})
     restore: float = field(default=1.0, metadata={"help": "Share of the drift that a corrected step takes back."})
+    probe_history: int = field(
+        default=1, metadata={"help": "So many recent half-spaces are satisfied by a correction."}
+    )
     uncovered: str = field(
         default="error",
         metadata={"help": "About what the projection does not cover.", "choices": ["error", "warn", "ignore"]},
@@ -368,6 +372,7 @@ def main() -> None:
         probe_every=concept_args.probe_every,
         probe_batch_size=concept_args.probe_batch_size,
         restore=concept_args.restore,
+        probe_history=concept_args.probe_history,
         uncovered=concept_args.uncovered,
     )
     if training_args.gradient_checkpointing:
@@ -403,7 +408,11 @@ def main() -> None:
         trainer.save_metrics("eval", metrics)
 
     if training_args.do_train and trainer.is_world_process_zero():
-        logger.info(str(verify_adapter(training_args.output_dir)))
+        try:
+            logger.info(str(verify_adapter(training_args.output_dir)))
+        except AdapterFolderError as error:
+            # Without a manifest, of which there was a warning, it is an adapter as any other.
+            logger.warning(f"the adapter cannot be verified: {error}")
         if repo_id is not None:
             published = push_adapter_to_hub(
                 training_args.output_dir, repo_id, revision=training_args.hub_revision, token=hub_token
