@@ -41,7 +41,7 @@ from .concept_markers import ConceptMarkers
 from .concepts import ConceptSet, Overlay, nth_of_shuffles, upright
 from .diffusion_inputs import dilated, mask_weights, vae_answer
 from .errors import ConceptDataError
-from .masks import GUARDED_SHARE, MISSED_DILATION, ConceptMarker, fit_markers, guarded, places
+from .masks import GUARDED_SHARE, ConceptMarker, fit_markers, guarded, places
 from .pipelines import PictureEncoder, checked_resolution, load_encoder
 from .telling_phrases import TellingPhrase, find_telling_phrases
 from .training_data import TrainingData, draw_frame
@@ -399,8 +399,7 @@ def find_concept(
             markers += more.markers
             marks |= more.marks
     cells = [search.widened(marks[first]) for first in firsts]
-    kept = search.kept(markers, name, 0 if looked is None else MISSED_DILATION)
-    found = ConceptMasks(cells, [sizes[first] for first in firsts], kept)
+    found = ConceptMasks(cells, [sizes[first] for first in firsts], search.kept(markers, name))
     return _finished(search, found, data, markers, recalls, looked, guard=guard)
 
 
@@ -437,8 +436,7 @@ def find_missed(
         resolution: See there.
         num_pairs: Marked pictures that each network learns from, at least 16, and as many parts of others.
         steps: See there.
-        dilation: By how many latents to widen what is found, beyond one: networks that learn from given masks find
-            rather less than their border. Given masks are not widened.
+        dilation: By how many latents to widen what is found; given masks are not widened.
         guard: See there.
         batch_size: See there.
         revision: See there.
@@ -476,7 +474,7 @@ def find_missed(
         search.widened(more.marks[first]) if row is None else given[row]
         for row, first in zip(shown, firsts, strict=True)
     ]
-    found = _Completed(cells, sizes, search.kept(more.markers, name, MISSED_DILATION), masks, shown)
+    found = _Completed(cells, sizes, search.kept(more.markers, name), masks, shown)
     marked = sum(row is not None for row in shown)
     return _finished(search, found, data, more.markers, more.recalls, looked, guard=guard, given=marked)
 
@@ -580,10 +578,7 @@ class _Search:
                 seed=seed,
                 progress=lambda done: bar.update(done - bar.n),
             )
-        recalls = [
-            fold.recalls(marker, self.dilation + MISSED_DILATION * again)
-            for fold, marker in zip(examples, markers, strict=True)
-        ]
+        recalls = [fold.recalls(marker, self.dilation) for fold, marker in zip(examples, markers, strict=True)]
         return markers, torch.cat(recalls)
 
     def mark(
@@ -626,18 +621,16 @@ class _Search:
             others = [row for row in rows if row not in masks]
             sources.append(_MarkedSource(data, tuple(shown), tuple(others or shown), masks))
         markers, recalls = self.learn(sources, again=True)
-        found = self.mark(data, different, markers, but=masks)
-        marks = {row: _widened(cells, MISSED_DILATION) for row, cells in found.items()}
+        marks = self.mark(data, different, markers, but=masks)
         looked = SecondLook(len(marks), sum(bool(cells.any()) for cells in marks.values()), **_recall(recalls))
         return _More(markers, recalls, marks), looked
 
     def widened(self, cells: np.ndarray) -> np.ndarray:
         return _widened(cells, self.dilation)
 
-    def kept(self, markers: list[ConceptMarker], name: str, wider: int) -> ConceptMarkers:
-        """The networks, which mark at least what was marked: all by so many latents wider."""
+    def kept(self, markers: list[ConceptMarker], name: str) -> ConceptMarkers:
         about: Any = {"concept": name, "vae_answer": vae_answer(self.encoder.vae)}
-        return ConceptMarkers(markers, resolution=self.side, dilation=self.dilation + wider, **about)
+        return ConceptMarkers(markers, resolution=self.side, dilation=self.dilation, **about)
 
     def _bar(self, name: str, total: int) -> Any:
         return tqdm(total=total, desc=name, disable=not self.progress)

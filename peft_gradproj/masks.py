@@ -24,7 +24,6 @@ from .small_networks import fit_network
 
 __all__ = [
     "GUARDED_SHARE",
-    "MISSED_DILATION",
     "ConceptMarker",
     "fit_markers",
     "guarded",
@@ -38,10 +37,6 @@ __all__ = [
 
 GUARDED_SHARE = 0.05
 """Where at least so many of the pictures that show the concept show it, others are guarded."""
-
-MISSED_DILATION = 1
-"""By how many latents what a second look finds is widened. It finds every picture that was missed, but .85 to .92 of
-the latents: a network that learned from marks is less sure of their border than one that learned what was pasted."""
 
 
 class ConceptMarker:
@@ -210,7 +205,7 @@ def mark_missed(
     masks: Tensor,
     folds: Sequence[Tensor],
     *,
-    dilation: int = MISSED_DILATION,
+    dilation: int = 0,
     steps: int = 300,
     crop: float = 1.0,
     seed: int = 0,

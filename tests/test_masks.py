@@ -113,7 +113,7 @@ def test_a_second_look_finds_what_was_missed_wherever_it_lies(pictures, dtype):
     folds = [torch.arange(96)[half::2] for half in range(2)]
     progress = []
     options = {"steps": 150, "seed": 1, "progress": progress.append}
-    completed = mark_missed(latents, given_masks.to(dtype), folds, dilation=0, **options)
+    completed = mark_missed(latents, given_masks.to(dtype), folds, **options)
     assert (completed.dtype, completed.shape) == (dtype, masks.shape)
     assert progress == [*range(1, 301)]
     marked = shows & ~missed
@@ -124,7 +124,7 @@ def test_a_second_look_finds_what_was_missed_wherever_it_lies(pictures, dtype):
     assert found[~shows].float().mean() < 0.01
     assert (found & ~there)[missed].float().mean() < 0.01
 
-    wider = mark_missed(latents, given_masks, folds, steps=150, seed=1)
+    wider = mark_missed(latents, given_masks, folds, dilation=1, steps=150, seed=1)
     assert torch.equal(wider[marked], given_masks[marked])
     assert (wider[missed].bool() >= found[missed]).all()
     assert wider[missed].sum() > found[missed].sum()

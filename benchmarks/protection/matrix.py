@@ -13,6 +13,7 @@ from .methods import (
     FEWER_STEPS,
     GUIDANCE_SWEEPS,
     GUIDED,
+    GUIDED_FURTHER,
     HALF_FOUND,
     MAIN,
     METHODS,
@@ -42,7 +43,8 @@ def _entries() -> Iterator[Entry]:
             for logo in (TUNED_LOGO, OTHER_LOGO):
                 yield from _row(TaskKey(logo, named, 75, seed), MAIN)
         for logo in (TUNED_LOGO, OTHER_LOGO):
-            yield from _row(TaskKey(logo, False, 75, seed), (*DEFAULTS, *HALF_FOUND, *(m.name for m in GUIDED)))
+            guided = [method.name for method in (*GUIDED, *GUIDED_FURTHER)]
+            yield from _row(TaskKey(logo, False, 75, seed), (*DEFAULTS, *HALF_FOUND, *guided))
             yield from _row(TaskKey(logo, True, 75, seed), (BY_DEFAULT.name,))
         yield from _row(TaskKey(TUNED_LOGO, False, 75, seed), ("ours, guided, negative guidance 1.0",))
     yield from _row(TaskKey(TUNED_LOGO, False, 75, 0), (*METHODS, *DEFAULT_SWEEPS, *GUIDANCE_SWEEPS))

@@ -22,9 +22,11 @@ __all__ = [
     "GUARDED_ONLINE",
     "GUIDANCE_SWEEPS",
     "GUIDED",
+    "GUIDED_FURTHER",
     "MAIN",
     "METHODS",
     "OTHERWISE",
+    "SECOND_LOOK",
     "SWEEPS",
     "VARIED",
     "Method",
@@ -116,6 +118,16 @@ GUIDED = (
     replace(OURS, name="ours, guided", **GUIDANCE),
 )
 
+SECOND_LOOK = Method("masked, missing 20 %, second look", masked="missing-20", second_look=True)
+
+GUIDANCE_FURTHER: dict[str, Any] = {**GUIDANCE, "probe_history": 8, "negative_guidance": 3.0}
+"""The same farther past it, against twice as many half-spaces."""
+
+GUIDED_FURTHER = (
+    replace(SECOND_LOOK, name=f"{SECOND_LOOK.name} + online, guided further", online=True, **GUIDANCE_FURTHER),
+    replace(OURS, name="ours, guided further", **GUIDANCE_FURTHER),
+)
+
 OTHERWISE = tuple(
     replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, {correction}", correction=correction)
     for correction in ("layers apart", "restore adapts")
@@ -157,10 +169,13 @@ METHODS = {
         Method("masked, found, guarded", masked="found", guarded=True),
         Method("masked, missing 20 %, guarded", masked="missing-20", guarded=True),
         Method("masked, found but for 20 %, guarded", masked="found-missing-20", guarded=True),
+        SECOND_LOOK,
+        Method("masked, found but for 20 %, second look", masked="found-missing-20", second_look=True),
         GUARDED_ONLINE,
         replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, history 4, restore 1", probe_history=4, restore=1.0),
         *OTHERWISE,
         *GUIDED,
+        *GUIDED_FURTHER,
         replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, probes anywhere", placed=False),
         Method("masked, missing 20 % + online, every step", masked="missing-20", online=True, probe_every=1),
         Method("rank 4, weight decay 1", rank=4, weight_decay=1.0),
@@ -196,6 +211,7 @@ HALF_FOUND = (
     "masked, missing 20 %",
     "masked, missing 20 %, guarded",
     GUARDED_ONLINE.name,
+    SECOND_LOOK.name,
 )
 """Masks that miss pictures; run on both logos, not named."""
 

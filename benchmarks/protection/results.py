@@ -18,7 +18,19 @@ from peft_gradproj.evaluation.figures import Share
 
 from . import attack_runs
 from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
-from .methods import ALL_METHODS, BY_DEFAULT, GUARDED_ONLINE, GUIDANCE_SWEEPS, GUIDED, MAIN, OTHERWISE, VARIED, Method
+from .methods import (
+    ALL_METHODS,
+    BY_DEFAULT,
+    GUARDED_ONLINE,
+    GUIDANCE_SWEEPS,
+    GUIDED,
+    GUIDED_FURTHER,
+    MAIN,
+    OTHERWISE,
+    SECOND_LOOK,
+    VARIED,
+    Method,
+)
 from .runs import BASE, THREADS_PER_RUN, conditions, write_json
 from .tasks import COLLECTED, TaskKey
 
@@ -70,7 +82,7 @@ ADVERSARY = (
     *(f"membership by {title}" for title in MEMBERSHIP.values()),
 )
 """Figures of attacks that the page of claims has."""
-COVERING = {"ours": "found", "masked, found by any": "found by any"}
+COVERING = {"ours": "found", "masked, found by any": "found by any", SECOND_LOOK.name: "missing 20 %, second look"}
 """Methods whose rows say what networks' masks cover, and what these are called."""
 TRADING = (
     "oracle",
@@ -81,6 +93,8 @@ TRADING = (
     f"{GUARDED_ONLINE.name}, history 4, restore 1",
     *(method.name for method in GUIDED),
     *GUIDANCE_SWEEPS,
+    SECOND_LOOK.name,
+    *(method.name for method in GUIDED_FURTHER),
     "masked, found",
     BY_DEFAULT.name,
     "ours, by default, probe every 4",
