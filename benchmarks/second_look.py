@@ -164,12 +164,13 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     if args.output.exists():
         found = json.loads(args.output.read_text())
-        if found["settings"] != about["settings"]:
-            raise SystemExit(f"{args.output} holds runs of other settings; give another --output.")
-        runs, about["versions"] = found["runs"], found["versions"]
+        runs = found["runs"]
     done = {(one["logo"], one["kind"], one["seed"]) for one in runs}
-    missing = [(logo, kind, seed) for seed in args.seeds for logo in LOGOS for kind in KINDS]
-    for logo, kind, seed in tqdm([cell for cell in missing if cell not in done]):
+    planned = [(logo, kind, seed) for seed in args.seeds for logo in LOGOS for kind in KINDS]
+    missing = [cell for cell in planned if cell not in done]
+    if runs and (found["settings"] != about["settings"] or (missing and found["versions"] != about["versions"])):
+        raise SystemExit(f"{args.output} holds runs of other settings or versions; give another --output.")
+    for logo, kind, seed in tqdm(missing):
         runs.append(run(logo, kind, seed, args.pictures, options))
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.output, (json.dumps({**about, "runs": runs}, indent=1) + "\n").encode())

@@ -395,19 +395,21 @@ def mask(
     dataset_config_name: DatasetConfigOption = None,
     split: SplitOption = "train",
     image_column: ImageColumnOption = "image",
-    mask_column: Annotated[str, typer.Option(help="Column of the masks, a new one or that of --given-masks.")] = "mask",
+    mask_column: Annotated[
+        str | None, typer.Option(help="Column of the masks, a new one: `mask`, or that of --given-masks.")
+    ] = None,
     given_masks: Annotated[
         str | None,
         typer.Option(
-            help="Column of masks that the data has, and that miss pictures: they are kept, and the concept is looked "
-            "for in the others, as it is in these. In place of --overlay, --pairs or --masks."
+            help="Column of masks that the data has, white where the concept is, and that miss pictures: they are "
+            "kept, and pictures with black ones or none are looked at. In place of --overlay, --pairs or --masks."
         ),
     ] = None,
     cache_dir: CacheOption = None,
     resolution: Annotated[
         int | None, typer.Option(help="Shorter side of the pictures in which it is looked for, in pixels.")
     ] = None,
-    num_pairs: Annotated[int, typer.Option(help="Examples that each of the two networks learns from.")] = 384,
+    num_pairs: Annotated[int, typer.Option(help="Examples that each of the networks learns from.")] = 384,
     steps: Annotated[int, typer.Option(help="Training steps of each network.")] = 300,
     dilation: Annotated[int, typer.Option(help="By how many latents to widen what was found.")] = 0,
     second_look: Annotated[

@@ -433,6 +433,10 @@ class _OverlayExamples(_PlainExamples):
         return replace(plain, picture=pasted, without=plain.picture, mask=mask)
 
 
+class NothingLeftError(ConceptDataError):
+    """A mask is too small to be seen at a resolution."""
+
+
 class _SetExamples(_Examples):
     """The examples of a concept set."""
 
@@ -448,7 +452,7 @@ class _SetExamples(_Examples):
             if mask.getbbox() is not None:
                 break
         else:
-            raise ConceptDataError(
+            raise NothingLeftError(
                 f"example {number}: nothing is left of the mask at a resolution of {self._crop.side}; it is too small."
             )
         without = None if pair.without is None else frame.apply(pair.without)

@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .clock import Clock
-from .concept_fit import Concept, iter_concept_examples
+from .concept_fit import Concept, NothingLeftError, iter_concept_examples
 from .concept_markers import ConceptMarkers
 from .concepts import ConceptSet, Overlay, nth_of_shuffles, upright
 from .diffusion_inputs import dilated, mask_weights, vae_answer
@@ -55,6 +55,8 @@ GRID = 64
 """Rows and columns of the grid on which places in pictures of different sizes are compared."""
 WHITE = 128
 """The least level of a given mask that is where the concept is."""
+BLACK = 16
+"""The highest level of one that marks nothing: JPEG files are not quite black."""
 NAMED = 20
 """So many pictures that cannot be read are named in an error."""
 CROP = 0.5
@@ -163,7 +165,7 @@ class _Completed(ConceptMasks):
         cells: Sequence[np.ndarray],
         sizes: Sequence[tuple[int, int]],
         markers: ConceptMarkers | None,
-        given: Sequence[Image.Image],
+        given: Sequence[Image.Image | None],
         shown: Sequence[int | None],
     ) -> None:
         super().__init__(cells, sizes, markers)
@@ -176,9 +178,9 @@ class _Completed(ConceptMasks):
     def __getitem__(self, index: slice) -> ConceptMasks: ...
 
     def __getitem__(self, index: int | slice) -> Image.Image | ConceptMasks:
-        if isinstance(index, slice) or (row := self._shown[index]) is None:
-            return super().__getitem__(index)
-        return upright(self._given[row], "L")
+        row = None if isinstance(index, slice) else self._shown[index]
+        given = None if row is None else self._given[row]
+        return super().__getitem__(index) if given is None else upright(given, "L")
 
     def areas(self) -> list[float]:
         return [float((np.asarray(mask) >= WHITE).mean()) for mask in self]
@@ -214,9 +216,9 @@ class SecondLook:
 
     def __str__(self) -> str:
         return (
-            f"second look: found in {self.found} of {self.pictures} pictures in which nothing had been marked; of what "
-            f"is marked in {self.recall_pictures} others that the network had not seen, it finds {self.recall:.1%} "
-            f"(standard error {self.recall_error:.1%}): what was missed because it looks different may still be"
+            f"second look: found in {self.found} of {self.pictures} pictures in which nothing had been marked; recall: "
+            f"{self.recall:.1%} (standard error {self.recall_error:.1%}) of what is marked in {self.recall_pictures} "
+            "others that the network had not seen; what was missed because it looks different may still be missed"
         )
 
 
@@ -235,10 +237,11 @@ class MaskReport:
     """The same down the pictures."""
     area: float
     """Share of the pictures' area that is masked, mean over all pictures."""
-    recall: float
+    recall: float | None
     """Share of a pasted concept's area that is masked, mean over pictures that the network had not learned from. An
-    estimate for what was pasted, or given with the concept, not for what is in the pictures."""
-    recall_error: float
+    estimate for what was pasted, or given with the concept, not for what is in the pictures. `None` where the pictures'
+    own masks were completed: `second_look` has one of these."""
+    recall_error: float | None
     """Its standard error over the pictures, for these two networks; 0, which proves nothing, where all was found."""
     recall_pictures: int
     """How many it was estimated on."""
@@ -254,9 +257,9 @@ class MaskReport:
     """Phrases that captions of pictures in which it was found have, and others have not, or less often: they may name
     the concept, and are better taken out."""
     second_look: SecondLook | None = None
-    """What was found then, if there was one."""
+    """What was found then; `None` if there was none, or nothing to look at."""
     given: int = 0
-    """In so many it was marked already; `recall` is the second look's then."""
+    """In so many it was marked already."""
     left_out: int = 0
     """So many pictures are not in that copy, since too much of them is masked."""
     leave_out_above: float = 1.0
@@ -294,7 +297,7 @@ class MaskReport:
         return f"eight in ten lie within --across {across}, as many within --down {down}, 0 to 1 over the picture\n"
 
     def _recall(self) -> str:
-        if self.given:
+        if self.recall is None:
             return ""
         return (
             f"recall: {self.recall:.1%} of the concept's area (standard error {self.recall_error:.1%}) in "
@@ -359,7 +362,7 @@ def find_concept(
         dilation: By how many latents to widen what was found. A latent depends on its neighbours' pixels, too, so that
             a margin is the safer choice; on small latents it takes much of the picture.
         second_look: Look once more, in the pictures in which nothing was found, with networks that learned from the
-            others; see :func:`find_missed`. Where too little was found to learn from, a warning says so.
+            others; see :func:`find_missed`. Where too little was found to learn from, there is none, and a warning.
         guard: Mask also, in pictures in which it was not found where others show it, these places
             (:meth:`ConceptMasks.guarded`).
         batch_size: Pictures that the VAE encodes at once.
@@ -387,15 +390,15 @@ def find_concept(
     marks = search.mark(data, different, markers)
 
     looked = None
-    if second_look:
-        marked = [row for row in different if marks[row].any()]
+    marked = [row for row in different if marks[row].any()]
+    if second_look and len(marked) < len(different):
         drawn = ConceptMasks([marks[row] for row in marked], [sizes[row] for row in marked])
-        numbers = {row: number for number, row in enumerate(marked)}
         try:
-            more, looked = search.look_again(data, different, _OfRows(drawn, numbers))
-        except _TooFewMarked as error:
+            again = _Again.of(data, different, _OfRows(drawn, {row: number for number, row in enumerate(marked)}))
+        except ConceptDataError as error:
             warnings.warn(f"no second look: {error}", stacklevel=2)
         else:
+            more, looked = search.look_again(again)
             markers += more.markers
             marks |= more.marks
     cells = [search.widened(marks[first]) for first in firsts]
@@ -405,7 +408,7 @@ def find_concept(
 
 def find_missed(
     pipeline_or_id: Any,
-    masks: Sequence[Image.Image],
+    masks: Sequence[Image.Image | None],
     data: TrainingData,
     *,
     name: str = "",
@@ -423,15 +426,15 @@ def find_missed(
 ) -> tuple[ConceptMasks, MaskReport]:
     """Complete masks that training pictures have already, as of a detector that misses some.
 
-    For each fold of the pictures a network learns from the marked ones of the other what the concept is like, and marks
+    For each half of the pictures a network learns from the marked ones of the other what the concept is like, and marks
     it where nothing is marked; the rest may hold it as well (:mod:`peft_gradproj.masks`). So it finds what was missed
     by accident, wherever it lies. What was missed because it looks different from all that was marked, it may miss too.
 
     Args:
         pipeline_or_id: As in :func:`find_concept`.
-        masks: One for each picture and of its size, turned upright: black where the concept is not, or was missed.
-        data: The training pictures; in at least two different ones of each fold, which are the even and the odd
-            numbers of different pictures, something has to be marked.
+        masks: One for each picture and of its size, turned upright: white, a level of 128 or more, where the concept
+            is, all black or `None` where it is not, or was missed. Other levels stay as they are, and mark nothing.
+        data: The training pictures; in at least four different ones something has to be marked.
         name: As in :func:`find_concept`, and all others likewise.
         resolution: See there.
         num_pairs: Marked pictures that each network learns from, at least 16, and as many parts of others.
@@ -446,13 +449,13 @@ def find_missed(
         seed: See there.
 
     Returns:
-        The masks as they were given where they are not empty, and what was found elsewhere; with the networks as their
-        `markers`; and the report. A picture without a mask that is equal, pixel for pixel, to one with a mask has that
+        The masks as they were given where they mark something, and what was found elsewhere; with the networks as their
+        `markers`; and the report. A picture without a mark that is equal, pixel for pixel, to one with a mark has that
         one's.
 
     Raises:
-        ConceptDataError: As in :func:`find_concept`; or if a mask cannot be read or has another size than its picture,
-            or too few pictures have one.
+        ConceptDataError: As in :func:`find_concept`; or if masks cannot be read, have another size than their pictures
+            or are grey, or too few pictures have one.
     """
     search = _Search(num_pairs, steps, dilation, batch_size, progress, seed)
     _check_count("training pictures", len(data))
@@ -466,8 +469,9 @@ def find_missed(
         own.setdefault(firsts[row], row)
     different = sorted({*firsts})
     _check_count("different training pictures", len(different))
+    again = _Again.of(data, different, _OfRows(masks, own))
     search.load(pipeline_or_id, resolution, revision=revision, variant=variant, device=device)
-    more, looked = search.look_again(data, different, _OfRows(masks, own))
+    more, looked = search.look_again(again)
 
     shown = [row if row in given else own.get(first) for row, first in enumerate(firsts)]
     cells = [
@@ -476,22 +480,38 @@ def find_missed(
     ]
     found = _Completed(cells, sizes, search.kept(more.markers, name), masks, shown)
     marked = sum(row is not None for row in shown)
-    return _finished(search, found, data, more.markers, more.recalls, looked, guard=guard, given=marked)
+    return _finished(search, found, data, more.markers, None, looked, guard=guard, given=marked)
 
 
-def _given(masks: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> dict[int, np.ndarray]:
-    """By row what masks show on a grid, but for empty ones; read one by one."""
+def _given(masks: Sequence[Image.Image | None], sizes: Sequence[tuple[int, int]]) -> dict[int, np.ndarray]:
+    """By row what masks show on a grid, but for empty ones; read one by one.
+
+    Raises:
+        ConceptDataError: If some cannot be used, which names them all.
+    """
     grids = {}
+    failed: list[str] = []
+    highest = 0
     for number, size in enumerate(sizes):
-        mask = upright(masks[number], "L")
-        if mask.size != size:
-            raise ConceptDataError(
-                f"picture {number} has a size of {size[0]}x{size[1]} and its mask of {mask.size[0]}x{mask.size[1]}, "
-                "both turned upright; expected the same."
-            )
-        shown = np.asarray(mask) >= WHITE
-        if shown.any():
-            grids[number] = _resampled(shown, (GRID, GRID))[0, 0].numpy()
+        try:
+            mask = masks[number]
+            levels = np.asarray(Image.new("L", size) if mask is None else upright(mask, "L"))
+        except ConceptDataError as error:
+            failed.append(str(error))
+            continue
+        if levels.shape[::-1] != size:
+            failed.append(f"mask {number} is {levels.shape[1]}x{levels.shape[0]}, its picture {size[0]}x{size[1]}")
+        elif BLACK < levels.max() < WHITE:
+            failed.append(f"mask {number} is grey: its highest level is {levels.max()}, of 255")
+        elif levels.max() >= WHITE:
+            grids[number] = _resampled(levels >= WHITE, (GRID, GRID))[0, 0].numpy()
+        highest = max(highest, int(levels.max()))
+    _refuse(failed, len(sizes), "masks")
+    if 0 < highest < WHITE:
+        raise ConceptDataError(
+            f"no mask has a level above {highest}, of 255; expected white where the concept is. Masks of 0 and 1 have "
+            "to be multiplied by 255."
+        )
     return grids
 
 
@@ -499,12 +519,17 @@ def _given(masks: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> di
 class _OfRows(Mapping[int, Image.Image]):
     """Masks by the rows that they are of, read when they are asked for."""
 
-    masks: Sequence[Image.Image]
+    masks: Sequence[Image.Image | None]
     numbers: Mapping[int, int]
     """Of each row's mask among them."""
 
     def __getitem__(self, row: int) -> Image.Image:
-        return self.masks[self.numbers[row]]
+        mask = self.masks[self.numbers[row]]
+        assert mask is not None
+        return mask
+
+    def __contains__(self, row: object) -> bool:
+        return row in self.numbers
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.numbers)
@@ -513,8 +538,35 @@ class _OfRows(Mapping[int, Image.Image]):
         return len(self.numbers)
 
 
-class _TooFewMarked(ConceptDataError):
-    """Too few pictures are marked to learn from them."""
+@dataclass(frozen=True)
+class _Again:
+    """What a second look learns from, and looks at."""
+
+    data: TrainingData
+    order: list[int]
+    """The different pictures' rows, marked ones first: the folds are every other one, so that each has its share."""
+    masks: _OfRows
+    sources: list[_MarkedSource]
+
+    @classmethod
+    def of(cls, data: TrainingData, different: Sequence[int], masks: _OfRows) -> _Again:
+        """Divide pictures, some of which have masks, into folds.
+
+        Raises:
+            ConceptDataError: If a fold has not at least two with a mask.
+        """
+        order = sorted(different, key=lambda row: row not in masks)
+        if len(masks) < 2 * FOLDS:
+            raise ConceptDataError(
+                f"the concept is marked in {len(masks)} of {len(different)} different pictures; expected at least "
+                f"{2 * FOLDS} to learn from what it is like there."
+            )
+        sources = []
+        for fold in range(FOLDS):
+            rows = order[fold::FOLDS]
+            shown = tuple(row for row in rows if row in masks)
+            sources.append(_MarkedSource(data, shown, tuple(row for row in rows if row not in masks) or shown, masks))
+        return cls(data, order, masks, sources)
 
 
 @dataclass(frozen=True)
@@ -522,7 +574,6 @@ class _More:
     """What a second look came to."""
 
     markers: list[ConceptMarker]
-    recalls: Tensor
     marks: dict[int, np.ndarray]
     """Of the rows in which nothing had been marked."""
 
@@ -598,32 +649,12 @@ class _Search:
                 bar.update()
         return marks
 
-    def look_again(
-        self,
-        data: TrainingData,
-        different: Sequence[int],
-        masks: Mapping[int, Image.Image],
-    ) -> tuple[_More, SecondLook]:
-        """Learn from the rows that have masks, and mark the other ones of the different rows.
-
-        Raises:
-            _TooFewMarked: If there are not two of them in each fold.
-        """
-        sources = []
-        for fold in range(FOLDS):
-            rows = different[fold::FOLDS]
-            shown = [row for row in rows if row in masks]
-            if len(shown) < 2:
-                raise _TooFewMarked(
-                    f"in {len(shown)} of {len(rows)} pictures of the {('first', 'second')[fold]} half, every other of "
-                    "the different ones, the concept is marked; expected at least 2 to learn from. Mark some more."
-                )
-            others = [row for row in rows if row not in masks]
-            sources.append(_MarkedSource(data, tuple(shown), tuple(others or shown), masks))
-        markers, recalls = self.learn(sources, again=True)
-        marks = self.mark(data, different, markers, but=masks)
-        looked = SecondLook(len(marks), sum(bool(cells.any()) for cells in marks.values()), **_recall(recalls))
-        return _More(markers, recalls, marks), looked
+    def look_again(self, again: _Again) -> tuple[_More, SecondLook]:
+        """Learn from the rows that have masks, and mark the other ones."""
+        markers, recalls = self.learn(again.sources, again=True)
+        marks = self.mark(again.data, again.order, markers, but=again.masks)
+        found = sum(bool(cells.any()) for cells in marks.values())
+        return _More(markers, marks), SecondLook(len(marks), found, *_recall(recalls))
 
     def widened(self, cells: np.ndarray) -> np.ndarray:
         return _widened(cells, self.dilation)
@@ -641,7 +672,7 @@ def _finished(
     found: ConceptMasks,
     data: TrainingData,
     markers: Sequence[ConceptMarker],
-    recalls: Tensor,
+    recalls: Tensor | None,
     looked: SecondLook | None,
     *,
     guard: bool,
@@ -649,6 +680,7 @@ def _finished(
 ) -> tuple[ConceptMasks, MaskReport]:
     """The masks, guarded if they are to be, and what is said of them."""
     masks = found.guarded() if guard else found
+    recall, recall_error, recall_pictures = (None, None, 0) if recalls is None else _recall(recalls)
     across, down = found.places() if found.marked else (None, None)
     return masks, MaskReport(
         pictures=len(data),
@@ -657,7 +689,9 @@ def _finished(
         across=across,
         down=down,
         area=float(np.mean(masks.areas())),
-        **_recall(recalls),
+        recall=recall,
+        recall_error=recall_error,
+        recall_pictures=recall_pictures,
         labelled_share=[marker.labelled_share for marker in markers],
         resolution=search.side,
         pairs=search.num_pairs,
@@ -670,13 +704,9 @@ def _finished(
     )
 
 
-def _recall(recalls: Tensor) -> dict[str, Any]:
-    """As reports have it, of shape `(n,)`."""
-    return {
-        "recall": float(recalls.mean()),
-        "recall_error": float(recalls.std() / math.sqrt(len(recalls))),
-        "recall_pictures": len(recalls),
-    }
+def _recall(recalls: Tensor) -> tuple[float, float, int]:
+    """Of shares of shape `(n,)` the mean, its standard error, and n."""
+    return float(recalls.mean()), float(recalls.std() / math.sqrt(len(recalls))), len(recalls)
 
 
 # Examples
@@ -760,14 +790,28 @@ class _MarkedSource(_Source):
         self, count: int, side: int, seed: int
     ) -> Iterator[tuple[Image.Image, Image.Image, Image.Image | None]]:
         others = self.data.select(self.others)
-        for number in range(count):
-            row = self.marked[nth_of_shuffles(number, len(self.marked), seed)]
-            shown = ConceptSet.from_masks([self.data[row][0]], [self.masks[row]], [""])
-            # As many are in memory as are asked for; each is cropped by its own seed.
-            own = int(np.random.default_rng([seed, 4, number]).integers(2**31))
-            (example,) = iter_concept_examples(shown, count=1, resolution=side, seed=own)
+        drawn = made = lost = 0
+        while made < count:
+            row = self.marked[nth_of_shuffles(drawn, len(self.marked), seed)]
+            # Grey would count as the concept in a crop that has nothing white.
+            white = upright(self.masks[row], "L").point(lambda level: 255 if level >= WHITE else 0)
+            shown = ConceptSet.from_masks([self.data[row][0]], [white], [""])
+            # One after the other, so that one is in memory; each is cropped by its own seed.
+            own = int(np.random.default_rng([seed, 4, drawn]).integers(2**31))
+            drawn += 1
+            try:
+                (example,) = iter_concept_examples(shown, count=1, resolution=side, seed=own)
+            except NothingLeftError:
+                # A speck, from which nothing can be learned.
+                lost += 1
+                if lost == len(self.marked):
+                    raise ConceptDataError(
+                        f"nothing is left of {lost} masks at a resolution of {side}; give a higher one."
+                    ) from None
+                continue
             assert example.mask is not None
-            yield example.picture, example.mask, _part(others, number, side, seed)
+            yield example.picture, example.mask, _part(others, made, side, seed)
+            made, lost = made + 1, 0
 
 
 def _part(data: TrainingData, number: int, side: int, seed: int) -> Image.Image:
@@ -820,13 +864,17 @@ def _first_rows(data: TrainingData, bar: Any) -> tuple[list[int], list[tuple[int
             firsts.append(known.setdefault(digest.digest(), row))
             sizes.append(shown.size)
         bar.update()
+    _refuse(failed, len(data), "pictures")
+    return firsts, sizes
+
+
+def _refuse(failed: Sequence[str], count: int, what: str) -> None:
     if failed:
         more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
         raise ConceptDataError(
-            f"{len(failed)} of the {len(data)} pictures cannot be used; mend them or leave them out: "
+            f"{len(failed)} of the {count} {what} cannot be used; mend them or leave them out: "
             f"{'; '.join(failed[:NAMED])}{more}"
         )
-    return firsts, sizes
 
 
 def _sources(concept: Overlay | ConceptSet, data: TrainingData, different: Sequence[int]) -> list[_ConceptSource]:

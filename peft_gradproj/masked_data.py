@@ -50,7 +50,7 @@ def mask_table(
     output_dir: str | Path,
     *,
     image_column: str = "image",
-    mask_column: str = "mask",
+    mask_column: str | None = None,
     given_masks: str | None = None,
     second_look: bool = False,
     caption_column: str = "text",
@@ -66,9 +66,9 @@ def mask_table(
         table: Of `datasets`, as :func:`load_table` gives it.
         output_dir: The folder to write, which appears when it is whole.
         image_column: Column of the training pictures.
-        mask_column: Column of the masks, a new one, or that of the given ones.
-        given_masks: Column of masks that miss some pictures, which are completed (:func:`find_missed`); the copy has
-            the completed ones instead.
+        mask_column: Column of the masks, a new one or that of the given ones, which it is by default; else `mask`.
+        given_masks: Column of masks that miss some pictures, which are completed (:func:`find_missed`); in rows without
+            one it was missed, or is not there. The copy has the completed ones instead.
         second_look: As in :func:`find_concept`; given masks have one anyhow.
         caption_column: Column of the captions, if there are any.
         remove_phrases: One or more that name the concept; the copy's captions lack them, so that nothing else is
@@ -79,20 +79,22 @@ def mask_table(
     Raises:
         ConceptDataError: If the folder holds something already or cannot be made, the table cannot be written as an
             imagefolder, pictures cannot be read, the concept cannot be looked for, no caption has a phrase that is to
-            be taken out, or all pictures would be left out; or if both a concept and given masks are given, or neither.
+            be taken out, or all pictures would be left out; or if a concept and given masks are given, or neither.
     """
+    mask_column = mask_column or given_masks or "mask"
     if (concept is None) == (given_masks is None):
         raise ConceptDataError("give the concept, or the column of masks that are to be completed; one of the two.")
     if not 0 <= leave_out_above <= 1:
         raise ConceptDataError(f"leave_out_above={leave_out_above}; expected a share, 0 to 1.")
     output = _new_folder(output_dir)
     check_can_hold(output, ConceptDataError)
-    given: Sequence[Image.Image] = ()
+    given: Sequence[Image.Image | None] = ()
     if given_masks is not None:
-        if given_masks not in table.column_names:
-            raise ConceptDataError(f"no column '{given_masks}' of masks; it has {', '.join(table.column_names)}.")
+        if given_masks not in table.column_names or given_masks == image_column:
+            others = ", ".join(name for name in table.column_names if name != image_column)
+            raise ConceptDataError(f"no column '{given_masks}' of masks beside the pictures; there are {others}.")
         check_pictures(table, [given_masks])
-        given = read_pictures(table, given_masks)
+        given = read_pictures(table, given_masks, gaps=True)
         table = table.remove_columns([given_masks])
     pictures = _picture_columns(table, image_column, mask_column)
     # Before the search, which takes long: what cannot be written would be found when it is over.

@@ -243,7 +243,8 @@ def load_table(
             f"It has {', '.join(table.column_names)}; name the right ones."
             if has_metadata
             else "The folder has no metadata.jsonl: write one, with a line such as "
-            f'{{"file_name": "1.png", "{missing[-1]}": "..."}} for each picture.'
+            f'{{"file_name": "1.png", "{missing[-1]}": "..."}} for each picture, or, if these are pictures, '
+            f'"{missing[-1]}_file_name".'
         )
         raise ConceptDataError(f"{path_or_id} has no column {', '.join(map(repr, missing))}. {advice}")
     return table
@@ -267,8 +268,8 @@ class _Selection(Sequence[Any]):
 class _Column(Sequence[Image.Image]):
     """The pictures of one column, decoded one by one."""
 
-    def __init__(self, table: Any, name: str) -> None:
-        self._table, self._name = table.select_columns([name]), name
+    def __init__(self, table: Any, name: str, *, gaps: bool = False) -> None:
+        self._table, self._name, self._gaps = table.select_columns([name]), name, gaps
 
     def __len__(self) -> int:
         return len(self._table)
@@ -284,7 +285,7 @@ class _Column(Sequence[Image.Image]):
                 f"picture {index} of column '{self._name}'{f', {file},' if file else ''} cannot be read: "
                 f"{first_line(error)}"
             ) from error
-        if not isinstance(picture, Image.Image):
+        if not isinstance(picture, Image.Image) and not (picture is None and self._gaps):
             raise ConceptDataError(f"column '{self._name}' holds a {type(picture).__name__}; expected pictures.")
         return picture
 
@@ -297,9 +298,9 @@ def picture_path(table: Any, column: str, row: int) -> str | None:
     return None if cell is None else cell["path"]
 
 
-def read_pictures(table: Any, column: str) -> Sequence[Image.Image]:
-    """The pictures of a column of a table, decoded when they are asked for."""
-    return _Column(table, column)
+def read_pictures(table: Any, column: str, *, gaps: bool = False) -> Sequence[Any]:
+    """The pictures of a column of a table, decoded when they are asked for; with gaps `None` where there is none."""
+    return _Column(table, column, gaps=gaps)
 
 
 def without_phrase(caption: str, phrase: str) -> tuple[str, bool]:
