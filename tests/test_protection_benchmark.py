@@ -20,7 +20,16 @@ from benchmarks.protection.cli import main, parse_args
 from benchmarks.protection.corrections import CORRECTIONS
 from benchmarks.protection.judges import StyleJudge
 from benchmarks.protection.matrix import ATTACKED, MATRIX, SEEDS, TUNED_LOGO, Entry
-from benchmarks.protection.methods import ALL_METHODS, BY_DEFAULT, FEWER_STEPS, GUIDED, MAIN, METHODS, OTHERWISE
+from benchmarks.protection.methods import (
+    ALL_METHODS,
+    BY_DEFAULT,
+    FEWER_STEPS,
+    GUIDED,
+    GUIDED_FURTHER,
+    MAIN,
+    METHODS,
+    OTHERWISE,
+)
 from benchmarks.protection.results import (
     COMMAND,
     CURVES,
@@ -253,7 +262,7 @@ def test_a_tiny_run_writes_the_page_and_is_not_run_again(tmp_path):
     # One of each way to train.
     tried = {BASE, "plain", "oracle", "ours", "ours, by default", "literal rule", "penalty 0.3", "Coffee-style"}
     tried |= {"masked, missing 20 %, guarded", "filtered, found", "subspace: rank", "subspace: gradient"}
-    tried |= {method.name for method in (*OTHERWISE, *GUIDED)}
+    tried |= {method.name for method in (*OTHERWISE, *GUIDED, GUIDED_FURTHER[0])}
     assert {method.correction for method in OTHERWISE} == CORRECTIONS.keys()
     main([*arguments, "--methods", *tried])
     runs = {path: path.stat().st_mtime_ns for path in (folders["results"] / "protection").rglob("*.json")}

@@ -44,6 +44,7 @@ def _entries() -> Iterator[Entry]:
                 yield from _row(TaskKey(logo, named, 75, seed), MAIN)
         for logo in (TUNED_LOGO, OTHER_LOGO):
             guided = [method.name for method in (*GUIDED, *GUIDED_FURTHER)]
+            guided.append(f"{GUIDED_FURTHER[0].name}, probe history 8")
             yield from _row(TaskKey(logo, False, 75, seed), (*DEFAULTS, *HALF_FOUND, *guided))
             yield from _row(TaskKey(logo, True, 75, seed), (BY_DEFAULT.name,))
         yield from _row(TaskKey(TUNED_LOGO, False, 75, seed), ("ours, guided, negative guidance 1.0",))

@@ -120,8 +120,8 @@ GUIDED = (
 
 SECOND_LOOK = Method("masked, missing 20 %, second look", masked="missing-20", second_look=True)
 
-GUIDANCE_FURTHER: dict[str, Any] = {**GUIDANCE, "probe_history": 8, "negative_guidance": 3.0}
-"""The same farther past it, against twice as many half-spaces."""
+GUIDANCE_FURTHER: dict[str, Any] = {**GUIDANCE, "probe_history": 16, "negative_guidance": 3.0}
+"""The same farther past it, against four times as many half-spaces."""
 
 GUIDED_FURTHER = (
     replace(SECOND_LOOK, name=f"{SECOND_LOOK.name} + online, guided further", online=True, **GUIDANCE_FURTHER),
@@ -241,8 +241,12 @@ SWEEPS = {
 
 GUIDANCE_SWEEPS = {
     method.name: method
-    for guided, values in zip(GUIDED, ((0.0, 0.3), (0.3, 1.0)), strict=True)
-    for method in _varied(guided, "negative_guidance", values)
+    for guided, name, values in (
+        (GUIDED[0], "negative_guidance", (0.0,)),
+        (GUIDED[1], "negative_guidance", (1.0,)),
+        (GUIDED_FURTHER[0], "probe_history", (8,)),
+    )
+    for method in _varied(guided, name, values)
 }
 
 DEFAULT_SWEEPS = {

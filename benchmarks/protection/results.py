@@ -375,6 +375,9 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "trading": TRADING,
         "otherwise": [method.name for method in OTHERWISE],
         "guided": GUIDED[0].name,
+        "second_look": SECOND_LOOK.name,
+        "further": GUIDED_FURTHER[0].name,
+        "ours_further": GUIDED_FURTHER[1].name,
         "attacked": len(ATTACKED),
         "attack_runs": attack_runs,
         "collected": COLLECTED,
@@ -427,8 +430,8 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
     def seeds(method: str, concept: str = TUNED_LOGO) -> str:
         return ", ".join(map(str, rows[concept, False, 75, method]["seeds"]))
 
-    def by_seed(method: str, name: str) -> str:
-        row = rows.get((TUNED_LOGO, False, 75, method))
+    def by_seed(method: str, name: str, concept: str = TUNED_LOGO) -> str:
+        row = rows.get((concept, False, 75, method))
         if row is None:
             return NOT_RUN
         values = [figures[name] for figures in row["by_seed"].values()]
