@@ -398,9 +398,9 @@ def find_concept(
         except ConceptDataError as error:
             warnings.warn(f"no second look: {error}", stacklevel=2)
         else:
-            more, looked = search.look_again(again)
-            markers += more.markers
-            marks |= more.marks
+            more_markers, more_marks, looked = search.look_again(again)
+            markers += more_markers
+            marks |= more_marks
     cells = [search.widened(marks[first]) for first in firsts]
     found = ConceptMasks(cells, [sizes[first] for first in firsts], search.kept(markers, name))
     return _finished(search, found, data, markers, recalls, looked, guard=guard)
@@ -471,16 +471,15 @@ def find_missed(
     _check_count("different training pictures", len(different))
     again = _Again.of(data, different, _OfRows(masks, own))
     search.load(pipeline_or_id, resolution, revision=revision, variant=variant, device=device)
-    more, looked = search.look_again(again)
+    markers, marks, looked = search.look_again(again)
 
     shown = [row if row in given else own.get(first) for row, first in enumerate(firsts)]
     cells = [
-        search.widened(more.marks[first]) if row is None else given[row]
-        for row, first in zip(shown, firsts, strict=True)
+        search.widened(marks[first]) if row is None else given[row] for row, first in zip(shown, firsts, strict=True)
     ]
-    found = _Completed(cells, sizes, search.kept(more.markers, name), masks, shown)
+    found = _Completed(cells, sizes, search.kept(markers, name), masks, shown)
     marked = sum(row is not None for row in shown)
-    return _finished(search, found, data, more.markers, None, looked, guard=guard, given=marked)
+    return _finished(search, found, data, markers, None, looked, guard=guard, given=marked)
 
 
 def _given(masks: Sequence[Image.Image | None], sizes: Sequence[tuple[int, int]]) -> dict[int, np.ndarray]:
@@ -569,15 +568,6 @@ class _Again:
         return cls(data, order, masks, sources)
 
 
-@dataclass(frozen=True)
-class _More:
-    """What a second look came to."""
-
-    markers: list[ConceptMarker]
-    marks: dict[int, np.ndarray]
-    """Of the rows in which nothing had been marked."""
-
-
 @dataclass
 class _Search:
     """A search in one set of training pictures: what its parts have in common."""
@@ -649,12 +639,12 @@ class _Search:
                 bar.update()
         return marks
 
-    def look_again(self, again: _Again) -> tuple[_More, SecondLook]:
-        """Learn from the rows that have masks, and mark the other ones."""
+    def look_again(self, again: _Again) -> tuple[list[ConceptMarker], dict[int, np.ndarray], SecondLook]:
+        """Learn from the rows that have masks, and mark the other ones: the networks, the marks, and how it went."""
         markers, recalls = self.learn(again.sources, again=True)
         marks = self.mark(again.data, again.order, markers, but=again.masks)
         found = sum(bool(cells.any()) for cells in marks.values())
-        return _More(markers, marks), SecondLook(len(marks), found, *_recall(recalls))
+        return markers, marks, SecondLook(len(marks), found, *_recall(recalls))
 
     def widened(self, cells: np.ndarray) -> np.ndarray:
         return _widened(cells, self.dilation)
