@@ -43,7 +43,7 @@ def _entries() -> Iterator[Entry]:
             for logo in (TUNED_LOGO, OTHER_LOGO):
                 yield from _row(TaskKey(logo, named, 75, seed), MAIN)
         for logo in (TUNED_LOGO, OTHER_LOGO):
-            guided = [method.name for method in (*GUIDED, *GUIDED_FURTHER)]
+            guided = [method.name for method in (*GUIDED, GUIDED_FURTHER[0])]
             guided.append(f"{GUIDED_FURTHER[0].name}, probe history 8")
             yield from _row(TaskKey(logo, False, 75, seed), (*DEFAULTS, *HALF_FOUND, *guided))
             yield from _row(TaskKey(logo, True, 75, seed), (BY_DEFAULT.name,))
@@ -63,6 +63,9 @@ def _entries() -> Iterator[Entry]:
             yield from _row(TaskKey(concept, False, 75, seed), (BY_DEFAULT.name,))
         for logo in (OTHER_LOGO, TUNED_LOGO):
             yield from _row(TaskKey(logo, False, 100, seed), (BY_DEFAULT.name,))
+    # What is guided, where it is attacked.
+    for seed in SEEDS:
+        yield from _row(TaskKey(OTHER_LOGO, False, 100, seed), (GUIDED_FURTHER[1].name,))
     # What was not tuned on, first on one seed, then on all.
     for seed in SEEDS:
         for concept in ("style", "identity"):
@@ -90,6 +93,6 @@ MATRIX = tuple(dict.fromkeys(_entries()))
 ATTACKED = tuple(
     Entry(TaskKey(OTHER_LOGO, False, 100, seed), method)
     for seed in SEEDS
-    for method in (BASE, "plain", "oracle", "masked, found", "ours", BY_DEFAULT.name)
+    for method in (BASE, "plain", "oracle", "masked, found", "ours", BY_DEFAULT.name, GUIDED_FURTHER[1].name)
 )
 """The runs whose adapters are attacked: of the logo that *ours* was not chosen on, where every picture shows it."""

@@ -170,7 +170,6 @@ METHODS = {
         Method("masked, missing 20 %, guarded", masked="missing-20", guarded=True),
         Method("masked, found but for 20 %, guarded", masked="found-missing-20", guarded=True),
         SECOND_LOOK,
-        Method("masked, found but for 20 %, second look", masked="found-missing-20", second_look=True),
         GUARDED_ONLINE,
         replace(GUARDED_ONLINE, name=f"{GUARDED_ONLINE.name}, history 4, restore 1", probe_history=4, restore=1.0),
         *OTHERWISE,
