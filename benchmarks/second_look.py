@@ -16,8 +16,6 @@ Every run is added to the file when it is done, and those that are in it are not
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,14 +26,14 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import peft_gradproj
 from peft_gradproj import TrainingData, find_missed
 from peft_gradproj.concepts import Overlay, Placement
 from peft_gradproj.demo.data import load_logos, load_pictures
 from peft_gradproj.demo.settings import ASSETS, DemoSettings
-from peft_gradproj.files import write_atomically
+
+from .runs_file import RunsFile
 
 LOGOS = ("youtube", "spotify")
 STAMPED_SHARE = 0.75
@@ -153,28 +151,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     options = {"num_pairs": args.num_pairs, "steps": args.steps}
-    about = {
-        "command": f"python -m benchmarks.second_look --output {args.output}",
-        "settings": {"pictures": args.pictures, **options},
-        "versions": {
-            "python": platform.python_version(),
-            **{package.__name__: package.__version__ for package in (torch, diffusers, peft_gradproj)},
-        },
-    }
-    runs: list[dict[str, Any]] = []
-    if args.output.exists():
-        found = json.loads(args.output.read_text())
-        runs = found["runs"]
-    done = {(one["logo"], one["kind"], one["seed"]) for one in runs}
-    planned = [(logo, kind, seed) for seed in args.seeds for logo in LOGOS for kind in KINDS]
-    missing = [cell for cell in planned if cell not in done]
-    if runs and (found["settings"] != about["settings"] or (missing and found["versions"] != about["versions"])):
-        raise SystemExit(f"{args.output} holds runs of other settings or versions; give another --output.")
-    for logo, kind, seed in tqdm(missing):
-        runs.append(run(logo, kind, seed, args.pictures, options))
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.output, (json.dumps({**about, "runs": runs}, indent=1) + "\n").encode())
-    print(table(runs))
+    file = RunsFile(
+        args.output,
+        f"python -m benchmarks.second_look --output {args.output}",
+        {"pictures": args.pictures, **options},
+        (torch, diffusers, peft_gradproj),
+        ("logo", "kind", "seed"),
+    )
+    for logo, kind, seed in file.missing((logo, kind, seed) for seed in args.seeds for logo in LOGOS for kind in KINDS):
+        file.add(run(logo, kind, seed, args.pictures, options))
+    print(table(file.runs))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -38,14 +36,12 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_gradproj
-from peft_gradproj.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "tests"), str(ROOT / "training_scripts")]
+sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "training_scripts")]
 
 import train_causal_lm_lora_gradproj  # noqa: E402
 from secret_corpus import (  # noqa: E402
@@ -59,6 +55,8 @@ from secret_corpus import (  # noqa: E402
     other_spelling,
     pretrained_model,
 )
+
+from benchmarks.runs_file import RunsFile  # noqa: E402
 
 OTHERWISE = 0.2
 """Of the occurrences, how many are in the other spelling."""
@@ -210,32 +208,15 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    about = {
-        "command": f"python benchmarks/secret_strings.py --output {args.output}",
-        "settings": {"steps": args.steps, "revival_steps": args.revival_steps, "otherwise": OTHERWISE},
-        "versions": {
-            "python": platform.python_version(),
-            **{package.__name__: package.__version__ for package in (torch, transformers, peft, peft_gradproj)},
-        },
-    }
-    runs: list[dict[str, Any]] = []
-    if args.output.exists():
-        found = json.loads(args.output.read_text())
-        runs = found["runs"]
-    done = {(run["method"], run["seed"]) for run in runs}
-    missing = [(name, seed) for name in METHODS for seed in args.seeds if (name, seed) not in done]
-    # Whoever has other versions is shown what is there; only what he adds could not be compared with it.
-    if runs and (found["settings"] != about["settings"] or (missing and found["versions"] != about["versions"])):
-        raise SystemExit(
-            f"{args.output} holds runs of other settings or versions; give another --output to make all of them anew."
-        )
-    with pretrained() as base, tqdm(missing) as progress:
-        for name, seed in progress:
-            progress.set_description(f"seed {seed}, {name}")
-            runs.append(run(base, name, seed, args))
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(args.output, (json.dumps({**about, "runs": runs}, indent=1) + "\n").encode())
-    print(table(runs))
+    settings = {"steps": args.steps, "revival_steps": args.revival_steps, "otherwise": OTHERWISE}
+    command = f"python benchmarks/secret_strings.py --output {args.output}"
+    packages = (torch, transformers, peft, peft_gradproj)
+    file = RunsFile(args.output, command, settings, packages, ("method", "seed"))
+    missing = file.missing((name, seed) for name in METHODS for seed in args.seeds)
+    with pretrained() as base:
+        for name, seed in missing:
+            file.add(run(base, name, seed, args))
+    print(table(file.runs))
 
 
 if __name__ == "__main__":
