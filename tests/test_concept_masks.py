@@ -470,6 +470,30 @@ def test_the_folds_of_a_second_look_share_the_marked_pictures_wherever_they_are(
     assert [again.order[fold::2] for fold in range(2)] == [[*source.marked, *source.others] for source in again.sources]
 
 
+def test_each_picture_is_looked_at_by_the_network_of_its_fold_at_first_and_then(monkeypatch):
+    """It is found in every other picture at first; that of a fold is the one that learned from the others."""
+    shown_as = [picture(seed).tobytes() for seed in range(8)]
+    fit_markers, marked = concept_masks.fit_markers, concept_masks._marked
+    made, looked = [], [[] for _ in shown_as]
+
+    def remember(pasted, **options):
+        made.append((fit_markers(pasted, **options), options["seed"]))
+        return made[-1][0]
+
+    def in_every_other(shown, encoder, marker, *options):
+        row = shown_as.index(shown.tobytes())
+        looked[row].append(marker)
+        return np.full_like(marked(shown, encoder, marker, *options), row % 2 == 0)
+
+    monkeypatch.setattr(concept_masks, "fit_markers", remember)
+    monkeypatch.setattr(concept_masks, "_marked", in_every_other)
+    find_concept(PIPELINES["sd"](), Overlay(logo()), data(8), **QUICK, second_look=True)
+    (first, seed), (second, other_seed) = made
+    assert seed != other_seed
+    for row, markers in enumerate(looked):
+        assert markers == ([first[0]] if row % 2 == 0 else [first[1], second[(row // 2) % 2]])
+
+
 def test_nothing_grey_is_learned_from_and_no_speck(monkeypatch):
     given = [mask.point(lambda level: level or 60) for mask in some_masks(range(8))]
     learned = []
