@@ -576,7 +576,8 @@ def plot_sweeps(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     of_task = {key: found for key, found in sorted(of_task.items()) if not VARIED.keys().isdisjoint(found)}
     figure, axes = pyplot.subplots(max(1, len(of_task)), 2, figsize=(13, 4 * max(1, len(of_task)) + 1.5), squeeze=False)
     colours, handles = pyplot.get_cmap("tab10").colors, {}
-    shown = ("plain", "oracle", "masked, found", "ours", BY_DEFAULT.name, GUIDED[0].name, *VARIED)
+    guided = (GUIDED[0].name, GUIDED_FURTHER[0].name)
+    shown = ("plain", "oracle", "masked, found", "ours", BY_DEFAULT.name, *guided, *VARIED)
     for (of_leak, of_learned), (key, found) in zip(axes, of_task.items(), strict=False):
         for place, name in enumerate(shown):
             figures = found.get(name)
