@@ -125,7 +125,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: means over the seeds."""
     columns = ("found", "area", "mistaken", "recall")
     rows = [
-        "| logo | missed | seeds | found of the pictures | of the area there | marked of the others | estimated |",
+        "| logo | missed | seeds | found of the pictures | of the area there | marked of the others | recall |",
         "|---|---|---|---|---|---|---|",
     ]
     for logo in LOGOS:

@@ -158,6 +158,7 @@ class _Completed(ConceptMasks):
         markers: Likewise.
         given: The masks.
         shown: For each picture which of them is its own, `None` for what was found.
+        given_areas: Of those the share that is white, which is not read again.
     """
 
     def __init__(
@@ -167,9 +168,10 @@ class _Completed(ConceptMasks):
         markers: ConceptMarkers | None,
         given: Sequence[Image.Image | None],
         shown: Sequence[int | None],
+        given_areas: Mapping[int, float],
     ) -> None:
         super().__init__(cells, sizes, markers)
-        self._given, self._shown = given, tuple(shown)
+        self._given, self._shown, self._given_areas = given, tuple(shown), given_areas
 
     @overload
     def __getitem__(self, index: int) -> Image.Image: ...
@@ -183,14 +185,18 @@ class _Completed(ConceptMasks):
         return super().__getitem__(index) if given is None else upright(given, "L")
 
     def areas(self) -> list[float]:
-        return [float((np.asarray(mask) >= WHITE).mean()) for mask in self]
+        return [
+            self._given_areas[row] if row is not None else float((np.asarray(self[number]) >= WHITE).mean())
+            for number, row in enumerate(self._shown)
+        ]
 
     def select(self, indices: Sequence[int]) -> ConceptMasks:
         some = super().select(indices)
-        return _Completed(some.cells, some.sizes, self.markers, self._given, [self._shown[i] for i in indices])
+        shown = [self._shown[i] for i in indices]
+        return _Completed(some.cells, some.sizes, self.markers, self._given, shown, self._given_areas)
 
     def with_cells(self, cells: Sequence[np.ndarray]) -> ConceptMasks:
-        return _Completed(cells, self.sizes, self.markers, self._given, self._shown)
+        return _Completed(cells, self.sizes, self.markers, self._given, self._shown, self._given_areas)
 
 
 def _resampled(marked: np.ndarray, size: tuple[int, ...]) -> Tensor:
@@ -386,7 +392,7 @@ def find_concept(
     different = sorted({*firsts})
     sources = _sources(findable, data, different)
     search.load(pipeline_or_id, resolution, revision=revision, variant=variant, device=device)
-    markers, recalls = search.learn(sources)
+    markers, recalls = search.learn(sources, seed)
     marks = search.mark(data, different, markers)
 
     looked = None
@@ -394,11 +400,13 @@ def find_concept(
     if second_look and len(marked) < len(different):
         drawn = ConceptMasks([marks[row] for row in marked], [sizes[row] for row in marked])
         try:
-            again = _Again.of(data, different, _OfRows(drawn, {row: number for number, row in enumerate(marked)}))
+            partly = _PartlyMarked.of(
+                data, different, _OfRows(drawn, {row: number for number, row in enumerate(marked)})
+            )
         except ConceptDataError as error:
             warnings.warn(f"no second look: {error}", stacklevel=2)
         else:
-            more_markers, more_marks, looked = search.look_again(again)
+            more_markers, more_marks, looked = search.second_look(partly)
             markers += more_markers
             marks |= more_marks
     cells = [search.widened(marks[first]) for first in firsts]
@@ -462,33 +470,35 @@ def find_missed(
     if len(masks) != len(data):
         raise ConceptDataError(f"{len(data)} pictures but {len(masks)} masks; expected as many.")
     firsts, sizes = search.read(data)
-    given = _given(masks, sizes)
+    given, given_areas = _given(masks, sizes)
     # Of equal pictures one may have been missed.
     own: dict[int, int] = {}
     for row in given:
         own.setdefault(firsts[row], row)
     different = sorted({*firsts})
     _check_count("different training pictures", len(different))
-    again = _Again.of(data, different, _OfRows(masks, own))
+    partly = _PartlyMarked.of(data, different, _OfRows(masks, own))
     search.load(pipeline_or_id, resolution, revision=revision, variant=variant, device=device)
-    markers, marks, looked = search.look_again(again)
+    markers, marks, looked = search.second_look(partly)
 
     shown = [row if row in given else own.get(first) for row, first in enumerate(firsts)]
     cells = [
         search.widened(marks[first]) if row is None else given[row] for row, first in zip(shown, firsts, strict=True)
     ]
-    found = _Completed(cells, sizes, search.kept(markers, name), masks, shown)
+    found = _Completed(cells, sizes, search.kept(markers, name), masks, shown, given_areas)
     marked = sum(row is not None for row in shown)
     return _finished(search, found, data, markers, None, looked, guard=guard, given=marked)
 
 
-def _given(masks: Sequence[Image.Image | None], sizes: Sequence[tuple[int, int]]) -> dict[int, np.ndarray]:
-    """By row what masks show on a grid, but for empty ones; read one by one.
+def _given(
+    masks: Sequence[Image.Image | None], sizes: Sequence[tuple[int, int]]
+) -> tuple[dict[int, np.ndarray], dict[int, float]]:
+    """By row what masks show on a grid, and which share of them is white, but for empty ones; read one by one.
 
     Raises:
         ConceptDataError: If some cannot be used, which names them all.
     """
-    grids = {}
+    grids, areas = {}, {}
     failed: list[str] = []
     highest = 0
     for number, size in enumerate(sizes):
@@ -498,20 +508,23 @@ def _given(masks: Sequence[Image.Image | None], sizes: Sequence[tuple[int, int]]
         except ConceptDataError as error:
             failed.append(str(error))
             continue
+        level = int(levels.max())
         if levels.shape[::-1] != size:
             failed.append(f"mask {number} is {levels.shape[1]}x{levels.shape[0]}, its picture {size[0]}x{size[1]}")
-        elif BLACK < levels.max() < WHITE:
-            failed.append(f"mask {number} is grey: its highest level is {levels.max()}, of 255")
-        elif levels.max() >= WHITE:
-            grids[number] = _resampled(levels >= WHITE, (GRID, GRID))[0, 0].numpy()
-        highest = max(highest, int(levels.max()))
+        elif BLACK < level < WHITE:
+            failed.append(f"mask {number} is grey: its highest level is {level}, of 255")
+        elif level >= WHITE:
+            white = levels >= WHITE
+            grids[number] = _resampled(white, (GRID, GRID))[0, 0].numpy()
+            areas[number] = float(white.mean())
+        highest = max(highest, level)
     _refuse(failed, len(sizes), "masks")
     if 0 < highest < WHITE:
         raise ConceptDataError(
             f"no mask has a level above {highest}, of 255; expected white where the concept is. Masks of 0 and 1 have "
             "to be multiplied by 255."
         )
-    return grids
+    return grids, areas
 
 
 @dataclass(frozen=True)
@@ -538,8 +551,8 @@ class _OfRows(Mapping[int, Image.Image]):
 
 
 @dataclass(frozen=True)
-class _Again:
-    """What a second look learns from, and looks at."""
+class _PartlyMarked:
+    """What a second look learns from, and looks at: pictures of which some are marked, in folds."""
 
     data: TrainingData
     order: list[int]
@@ -548,7 +561,7 @@ class _Again:
     sources: list[_MarkedSource]
 
     @classmethod
-    def of(cls, data: TrainingData, different: Sequence[int], masks: _OfRows) -> _Again:
+    def of(cls, data: TrainingData, different: Sequence[int], masks: _OfRows) -> _PartlyMarked:
         """Divide pictures, some of which have masks, into folds.
 
         Raises:
@@ -601,10 +614,8 @@ class _Search:
                 self.encoder = PictureEncoder.of(pipeline_or_id)
         self.side = checked_resolution(self.encoder, resolution)
 
-    def learn(self, sources: Sequence[_Source], *, again: bool = False) -> tuple[list[ConceptMarker], Tensor]:
+    def learn(self, sources: Sequence[_Source], seed: int) -> tuple[list[ConceptMarker], Tensor]:
         """A network for each fold, and what it finds of its examples, which it has not learned from."""
-        # Not the start and the order of the first networks, which miss what they missed.
-        seed = self.seed + 1000 * again
         with self.clock("examples"), self._bar("examples", FOLDS * self.num_pairs) as bar:
             examples = [
                 _encoded(source, self.encoder, self.side, self.num_pairs, self.batch_size, FOLDS * seed + number, bar)
@@ -639,10 +650,11 @@ class _Search:
                 bar.update()
         return marks
 
-    def look_again(self, again: _Again) -> tuple[list[ConceptMarker], dict[int, np.ndarray], SecondLook]:
+    def second_look(self, partly: _PartlyMarked) -> tuple[list[ConceptMarker], dict[int, np.ndarray], SecondLook]:
         """Learn from the rows that have masks, and mark the other ones: the networks, the marks, and how it went."""
-        markers, recalls = self.learn(again.sources, again=True)
-        marks = self.mark(again.data, again.order, markers, but=again.masks)
+        # Not the start and the order of the first networks, which miss what they missed.
+        markers, recalls = self.learn(partly.sources, self.seed + 1000)
+        marks = self.mark(partly.data, partly.order, markers, but=partly.masks)
         found = sum(bool(cells.any()) for cells in marks.values())
         return markers, marks, SecondLook(len(marks), found, *_recall(recalls))
 

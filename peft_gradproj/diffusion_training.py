@@ -33,7 +33,7 @@ from .errors import AdapterFolderError, ConceptDataError, GradProjConfigError
 from .files import checkpoint_step, saved_checkpoints
 from .folder_swap import replaced_folder
 from .hub import push_adapter_to_hub
-from .online import online_projections
+from .online import ONLINE_OPTIONS, online_projections
 from .saving import check_output, write_sidecars_of_weights
 from .verification import verify_adapter
 
@@ -69,7 +69,7 @@ logger = logging.getLogger(__name__)
 VALIDATION_STEPS = 30
 WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _IMAGES = "images"
-_PROJECTION_OPTIONS = ("strength", "probe_every", "probe_batch_size", "restore", "probe_history", "negative_guidance")
+_PROJECTION_OPTIONS = tuple(name for name in ONLINE_OPTIONS if name != "rule")
 
 
 # Flags

@@ -200,17 +200,7 @@ def mark_by_any(markers: Sequence[ConceptMarker], latents: Tensor) -> Tensor:
     return torch.stack([marker.mark(latents) for marker in markers]).amax(0)
 
 
-def mark_missed(
-    latents: Tensor,
-    masks: Tensor,
-    folds: Sequence[Tensor],
-    *,
-    dilation: int = 0,
-    steps: int = 300,
-    crop: float = 1.0,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda step: None,
-) -> Tensor:
+def mark_missed(latents: Tensor, masks: Tensor, folds: Sequence[Tensor], **options: Any) -> Tensor:
     """A second look: mark the concept also in pictures in which nothing is marked, as in others it is.
 
     The marks that there are are what networks learn from, each from those of other pictures, and what is marked nowhere
@@ -221,11 +211,7 @@ def mark_missed(
         latents: Of the training pictures, shape `(N, C, h, w)`.
         masks: What is marked in them, 0 or 1, shape `(N, 1, h, w)`; stays as it is in pictures in which anything is.
         folds: As in :func:`mark_concept`.
-        dilation: By how many latents to widen what is found.
-        steps: Training steps of each network.
-        crop: See :meth:`ConceptMarker.fit`.
-        seed: See :meth:`ConceptMarker.fit`.
-        progress: Called with the number of steps done, over all networks.
+        **options: Further arguments of :func:`mark_concept`; what is marked already is not widened.
 
     Returns:
         1 where the concept is and 0 elsewhere, the dtype of the masks, shape `(N, 1, h, w)`.
@@ -236,7 +222,6 @@ def mark_missed(
     marked = masks.flatten(1).any(1)
     spread = [fold[_spread(marked[fold])] for fold in folds]
     shown = [(latents[fold], masks[fold]) for fold in spread]
-    options: Any = {"dilation": dilation, "steps": steps, "crop": crop, "seed": seed, "progress": progress}
     found = mark_concept(latents, shown, folds, **options)
     return torch.where(marked[:, None, None, None], masks, found.to(masks))
 

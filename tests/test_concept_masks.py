@@ -346,7 +346,7 @@ def test_what_a_detector_missed_is_found_and_what_it_gave_stays_as_it_is():
         hits.append(float((found[there > 128] > 0).mean()))
         near.append(float((found[np.asarray(stamps[number].filter(ImageFilter.MaxFilter(25))) == 0] > 0).mean()))
     assert len(missed) > 25
-    # Seeds 0 to 2, two logos: all pictures, .96 to 1 of the area, next to nothing beside it, .02 to .08 of others.
+    # Seeds 0 to 2, two logos: all pictures, .93 to .97 of the area, next to nothing beside it, 0 to .07 of others.
     assert np.mean([hit > 0 for hit in hits]) > 0.9
     assert np.mean(hits) > 0.85
     assert np.mean(near) < 0.03
@@ -464,10 +464,13 @@ def test_the_folds_of_a_second_look_share_the_marked_pictures_wherever_they_are(
     """Every other picture is marked, as the frames of an alternating detector."""
     pictures = data(12)
     given = [*some_masks(range(0, 12, 2)), None]
-    again = concept_masks._Again.of(pictures, range(12), concept_masks._OfRows(given, {n: n for n in range(0, 12, 2)}))
-    assert [source.marked for source in again.sources] == [(0, 4, 8), (2, 6, 10)]
-    assert [source.others for source in again.sources] == [(1, 5, 9), (3, 7, 11)]
-    assert [again.order[fold::2] for fold in range(2)] == [[*source.marked, *source.others] for source in again.sources]
+    masks = concept_masks._OfRows(given, {n: n for n in range(0, 12, 2)})
+    partly = concept_masks._PartlyMarked.of(pictures, range(12), masks)
+    assert [source.marked for source in partly.sources] == [(0, 4, 8), (2, 6, 10)]
+    assert [source.others for source in partly.sources] == [(1, 5, 9), (3, 7, 11)]
+    assert [partly.order[fold::2] for fold in range(2)] == [
+        [*source.marked, *source.others] for source in partly.sources
+    ]
 
 
 def test_each_picture_is_looked_at_by_the_network_of_its_fold_at_first_and_then(monkeypatch):
@@ -531,8 +534,8 @@ def test_masks_are_read_as_often_as_they_are_used():
             return super().__getitem__(index)
 
     find_missed(PIPELINES["sd"](), Counted(some_masks(range(40))), data(40), **QUICK)
-    # Once to look at, once for their areas, and for each of 2 x 16 examples.
-    assert Counted.reads == 40 + 40 + 2 * 16
+    # Once to look at, and for each of 2 x 16 examples.
+    assert Counted.reads == 40 + 2 * 16
 
 
 def test_where_too_little_is_marked_there_is_no_second_look(monkeypatch):

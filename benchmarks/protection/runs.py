@@ -20,7 +20,7 @@ from torch import Tensor
 from peft_gradproj import ConceptBasis, ConceptProbes, GradProjConfig, LayerBasis
 from peft_gradproj._version import installed_versions
 from peft_gradproj.concepts import ConceptSet
-from peft_gradproj.demo.finding import find_again, find_by_any, find_in_latents
+from peft_gradproj.demo.finding import find_by_any, find_in_latents, find_missed_in_latents
 from peft_gradproj.demo.measuring import Questions, mask_shares
 from peft_gradproj.demo.pipeline import load_pipeline, with_unet
 from peft_gradproj.demo.precision import autocast, autocast_dtype
@@ -111,11 +111,13 @@ class Material:
         def examples(fold: list[int], count: int, seed: int) -> LatentPairs:
             return encode_concept_set(self.pipeline, self.task.examples(fold, count, seed))
 
-        def make(part: Path) -> None:
-            marks = find(self.latents, examples, self.settings, contrast=self.task.concept.contrast)
-            save_file({"found": marks}, part)
+        contrast = self.task.concept.contrast
+        return self._once(name, lambda: find(self.latents, examples, self.settings, contrast=contrast))
 
-        return load_file(make_once(self.marks_folder / f"{name}.safetensors", make))["found"]
+    def _once(self, name: str, find: Callable[[], Tensor]) -> Tensor:
+        """What networks find, which are trained once for all methods."""
+        path = self.marks_folder / f"{name}.safetensors"
+        return load_file(make_once(path, lambda part: save_file({"found": find()}, part)))["found"]
 
     def examples(self, count: int, *, placed: bool = True) -> ConceptSet:
         """The user's examples on all training pictures, where the concept was found, or anywhere."""
@@ -213,10 +215,13 @@ class Material:
     def masks(self, method: Method) -> Tensor:
         """Where the loss does not count for a method that masks, not widened, `(N, 1, h, w)`."""
         assert method.masked is not None
-        masks = self.where(method.masked)
-        if method.second_look:
-            masks = find_again(self.latents, masks, self.settings)
+        masks = self._completed(method.masked) if method.second_look else self.where(method.masked)
         return guarded(masks) if method.guarded else masks
+
+    def _completed(self, knowledge: Knowledge) -> Tensor:
+        """What is known of where the concept is, after a second look."""
+        name = f"missed-{knowledge}"
+        return self._once(name, lambda: find_missed_in_latents(self.latents, self.where(knowledge), self.settings))
 
     def training_set(self, method: Method) -> TrainingSet:
         """What a method trains on."""

@@ -12,7 +12,7 @@ from ..diffusion_inputs import LatentPairs
 from ..masks import fit_markers, mark_by_any, mark_concept, mark_missed
 from .settings import DemoSettings
 
-__all__ = ["find_again", "find_by_any", "find_in_latents"]
+__all__ = ["find_by_any", "find_in_latents", "find_missed_in_latents"]
 
 
 def find_in_latents(
@@ -57,7 +57,7 @@ def find_by_any(
     return mark_by_any(markers, latents)
 
 
-def find_again(latents: Tensor, masks: Tensor, settings: DemoSettings) -> Tensor:
+def find_missed_in_latents(latents: Tensor, masks: Tensor, settings: DemoSettings) -> Tensor:
     """Complete masks `(N, 1, h, w)` of training pictures by a second look, with networks of the same settings."""
     return mark_missed(latents, masks, _folds(len(latents)), **_options(settings))
 
