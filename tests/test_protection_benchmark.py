@@ -29,6 +29,7 @@ from benchmarks.protection.methods import (
     MAIN,
     METHODS,
     OTHERWISE,
+    SECOND_LOOK,
 )
 from benchmarks.protection.results import (
     COMMAND,
@@ -377,6 +378,22 @@ def test_any_network_marks_at_least_what_that_of_the_other_fold_does(tmp_path):
     assert found_by_any[::2].sum() > found[::2].sum()
     assert found_by_any[1::2].sum() > found[1::2].sum()
     assert torch.equal(1 - material.training_set(METHODS["masked, found by any"]).weights, found_by_any)
+
+
+def test_a_second_look_completes_the_masks_of_pictures_that_were_missed_and_is_made_once(tmp_path, monkeypatch):
+    settings = replace(DemoSettings(), mask_steps=100)
+    material = Material(TaskKey.parse("logo-youtube/unnamed-75/0"), settings, tmp_path)
+    given, completed = material.where("missing-20"), material.masks(SECOND_LOOK)
+    marked, shown = given.flatten(1).any(1), material.true_masks.flatten(1).any(1)
+    assert torch.equal(completed[marked], given[marked])
+    missed = shown & ~marked
+    assert missed.sum() > 50
+    assert (completed * material.true_masks)[missed].flatten(1).any(1).float().mean() > 0.9
+    weights = material.training_set(SECOND_LOOK).weights
+    assert torch.equal(weights, 1 - completed)
+
+    monkeypatch.setattr(runs, "find_missed_in_latents", None)
+    assert torch.equal(material.masks(replace(GUIDED_FURTHER[0], name="another")), completed)
 
 
 def test_masks_that_were_found_but_for_a_fifth_keep_their_mistakes_and_miss_the_concept_there(tmp_path):
