@@ -100,6 +100,12 @@ class Blocks:
         ]
         return torch.cat([part.to(parts[0].device) for part in parts])
 
+    def __eq__(self, other: object) -> bool:
+        """Whether vectors of the one are laid out as those of the other."""
+        if self is other:
+            return True
+        return isinstance(other, Blocks) and self._blocks == other._blocks and self._like == other._like
+
     @property
     def names(self) -> list[str]:
         """All names, block by block."""

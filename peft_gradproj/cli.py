@@ -615,7 +615,8 @@ def demo(
     from .demo import run_demo
 
     named: dict[str, Any] = {} if logo is None else {"logo": logo}
-    run_demo(output, seed=seed, steps=steps, quick=quick, **named)
+    typer.echo(run_demo(output, seed=seed, steps=steps, quick=quick, **named))
+    typer.echo(f"pictures and curves: {output / 'index.html'}")
 
 
 def _print_json(value: Any) -> None:

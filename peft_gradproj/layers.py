@@ -100,7 +100,7 @@ class ProjectedWeight(nn.Module):
     def constraints(self) -> Iterator[tuple[Side, Tensor]]:
         """The constrained sides with their bases."""
         for side in _SIDES:
-            basis = getattr(self, f"concept_{side}")
+            basis = self._buffers[f"concept_{side}"]
             if basis is not None:
                 yield side, basis
 
@@ -108,12 +108,12 @@ class ProjectedWeight(nn.Module):
         """`weight`, in the shape of this module's weight, put on the constraint; unchanged at strength below 1."""
         if self.strength < 1.0:
             return weight
-        matrix = weight.flatten(1)
+        matrix = weight if weight.ndim == 2 else weight.flatten(1)
         for side, basis in self.constraints():
             start = getattr(self, f"start_{side}") if side in self.keeps else None
             start = None if start is None else start.to(matrix.device)
             matrix = remove_component(matrix, basis.to(matrix.device), side=side, target=start)
-        return matrix.reshape(weight.shape)
+        return matrix if weight.ndim == 2 else matrix.reshape(weight.shape)
 
     @torch.no_grad()
     def restart(self, *, initial: bool) -> None:
@@ -163,7 +163,7 @@ class ProjectedWeight(nn.Module):
 
     def _write(self, matrix: Tensor) -> None:
         # copy_ and not an in-place projection on a reshaped view: of a channels_last weight `reshape` is a copy.
-        _overwrite(self.weight, matrix.reshape(self.weight.shape))
+        _overwrite(self.weight, matrix if self.weight.ndim == 2 else matrix.reshape(self.weight.shape))
 
     def _apply(self, fn: Any, recurse: bool = True) -> ProjectedWeight:
         # `.half()` or `.to(bfloat16)` must not round the basis: it would no longer be orthonormal. Only the device

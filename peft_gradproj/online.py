@@ -141,11 +141,33 @@ class _HalfSpace:
     With the offset instead of the drift of then, what later steps took back is not taken back again.
     """
 
-    gradient: dict[str, Tensor]
+    blocks: Blocks
+    vectors: list[Tensor]
+    """The gradient, in bfloat16, but for parameters in float64."""
     offset: Tensor
 
-    def excess_at(self, before: Mapping[str, Tensor]) -> Tensor:
-        linear = inner([s.to(before[n].device) for n, s in self.gradient.items()], [before[n] for n in self.gradient])
+    @classmethod
+    def through(cls, blocks: Blocks, point: Sequence[Tensor], gradient: Iterable[Tensor], excess: float) -> _HalfSpace:
+        """With the excess that was measured at a point."""
+        # Half of the memory, of which many half-spaces take most. The offset is that of the rounded gradient, so that
+        # what rounding changes grows with the distance from the point alone.
+        vectors = [s if s.dtype == torch.float64 else s.to(torch.bfloat16) for s in gradient]
+        return cls(blocks, vectors, excess - inner(vectors, point))
+
+    @classmethod
+    def loaded(cls, gradient: Mapping[str, Tensor], offset: Tensor) -> _HalfSpace:
+        blocks = Blocks(gradient)
+        return cls(blocks, blocks.join(gradient), offset)
+
+    @property
+    def gradient(self) -> dict[str, Tensor]:
+        return self.blocks.split(self.vectors)
+
+    def laid_out_as(self, blocks: Blocks) -> _HalfSpace:
+        return self if self.blocks == blocks else _HalfSpace(blocks, blocks.join(self.gradient), self.offset)
+
+    def excess_at(self, point: Sequence[Tensor]) -> Tensor:
+        linear = inner(self.vectors, point)
         return self.offset.to(linear.device) + linear
 
 
@@ -349,7 +371,7 @@ class OnlineProjection:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue exactly: the step, and what was learned from earlier ones."""
         kept = [half_space for earlier in self._history.values() for half_space in earlier]
-        history = [{"gradient": dict(h.gradient), "offset": h.offset} for h in kept]
+        history = [{"gradient": h.gradient, "offset": h.offset} for h in kept]
         return {"step": self.step, "estimate": self._estimate.state_dict(), "history": history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -368,7 +390,7 @@ class OnlineProjection:
         self._estimate.load_state_dict(state["estimate"])
         self._history = {}
         for half_space in state["history"]:
-            self._earlier(half_space["gradient"]).append(_HalfSpace(**half_space))
+            self._earlier(half_space["gradient"]).append(_HalfSpace.loaded(**half_space))
 
     def log(self, prefix: str = "gradproj") -> dict[str, float]:
         """The last report as flat numbers, for any tracker; empty before the first correction."""
@@ -708,43 +730,65 @@ class OnlineProjection:
 
     def _correct(self, optimizer: torch.optim.Optimizer, pending: _Pending, number: int) -> None:
         started = time.perf_counter()
+        # What the optimizer knows by now. Kept until the next step, it would be one more copy in the passes before.
+        self._estimate.forget(pending.parameters.keys() - needs_estimate(optimizer, pending.parameters))
         metric = optimizer_metric(optimizer, pending.parameters, self._estimate)
-        after = {name: p.detach().to(_wide(p)) for name, p in pending.parameters.items() if name in metric}
+        after = {name: p.detach().to(_wide(p)) for name, p in pending.parameters.items()}
         # Where the adapter is large beside the activations, each copy of all parameters raises the peak memory.
         blocks = Blocks(after)
-        steps, diagonal = blocks.join(after), blocks.joined(metric)
-        for step, before in zip(steps, blocks.joined(pending.before), strict=True):
-            step -= before
-        if self.probe_history == 1:
-            pending.before.clear()
+        cannot_move = {name: torch.tensor(torch.inf) for name in after.keys() - metric.keys()}
+        steps, diagonal = blocks.join(after), blocks.joined(metric | cannot_move)
+        before = blocks.join(pending.before) if self.probe_history > 1 else blocks.joined(pending.before)
+        for step, was in zip(steps, before, strict=True):
+            step -= was
+        pending.before.clear()
         if not any(bool(d.any()) for d in steps):
             # Nothing moved: a fused optimizer whose loss scaler found an overflow, or a learning rate of 0.
             self._report(pending, number, (0.0, {}), started)
             return
-        corrections = self._swept(steps, diagonal, blocks, pending)
-        self._remember(pending)
+        half_spaces = self._half_spaces(blocks, before, pending.measured)
+        del before
+        corrections = self._swept(steps, diagonal, half_spaces)
+        del half_spaces
         for correction, step in zip(corrections, steps, strict=True):
             correction.sub_(step).mul_(self.strength)
         for name, correction in blocks.split(corrections).items():
-            pending.parameters[name].copy_(after[name] + correction)
+            if name in metric:
+                pending.parameters[name].copy_(after[name] + correction)
         shares = _removed_shares(corrections, steps, diagonal, blocks)
         del steps, corrections, correction, step
         if pending.measured.excess >= 0:
             self._correct_moments(optimizer, pending, metric)
         self._report(pending, number, shares, started)
 
-    def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, pending: _Pending) -> list[Tensor]:
+    def _half_spaces(
+        self, blocks: Blocks, before: Sequence[Tensor], measured: _Measured
+    ) -> list[tuple[Sequence[Tensor], float | Tensor]]:
+        """Gradients and excesses of the earlier half-spaces and of the newest, which is then one of the earlier."""
+        newest = blocks.joined(measured.gradient)
+        found: list[tuple[Sequence[Tensor], float | Tensor]] = []
+        if self.probe_history > 1:
+            earlier = self._earlier(measured.gradient)
+            if earlier and earlier[-1].blocks == blocks:
+                blocks = earlier[-1].blocks  # the same object, so that the others need not be compared
+            for half_space in (h.laid_out_as(blocks) for h in earlier):
+                excess = half_space.excess_at(before)
+                # No drift is negative; a line through it may be.
+                found.append((half_space.vectors, excess if self._guided else excess.clamp_min(0.0)))
+            earlier.append(_HalfSpace.through(blocks, before, newest, measured.excess))
+            while len(self._history) > max(_PARAMETER_SETS, len(self._counts)):
+                del self._history[next(iter(self._history))]
+        return [*found, (newest, measured.excess)]
+
+    def _swept(
+        self,
+        step: list[Tensor],
+        diagonal: Sequence[Tensor],
+        half_spaces: Iterable[tuple[Sequence[Tensor], float | Tensor]],
+    ) -> list[Tensor]:
         """The step after a sweep over the half-spaces, the newest last (Kaczmarz)."""
         limit = RESTORE_LIMIT * self.probe_every * metric_norm(step, diagonal)
-        measured = pending.measured
-        earlier = [(h.gradient, h.excess_at(pending.before)) for h in self._earlier(measured.gradient)]
-        if not self._guided:
-            # No drift is negative; a line through it may be.
-            earlier = [(gradient, drift.clamp_min(0.0)) for gradient, drift in earlier]
-        constraints: list[tuple[dict[str, Tensor], float | Tensor]]
-        constraints = [*earlier, (measured.gradient, measured.excess)]
-        for gradient, excess in constraints:
-            s = blocks.joined(gradient)
+        for s, excess in half_spaces:
             step = project_half_space(step, s, excess, restore=self.restore, metric=diagonal, restore_limit=limit)
         return step
 
@@ -754,14 +798,6 @@ class OnlineProjection:
         key = frozenset(names)
         self._history[key] = found = self._history.pop(key, deque(maxlen=self.probe_history - 1))
         return found
-
-    def _remember(self, pending: _Pending) -> None:
-        if self.probe_history > 1:
-            measured = pending.measured
-            along = inner([*measured.gradient.values()], [pending.before[n] for n in measured.gradient])
-            self._earlier(measured.gradient).append(_HalfSpace(measured.gradient, measured.excess - along))
-            while len(self._history) > max(_PARAMETER_SETS, len(self._counts)):
-                del self._history[next(iter(self._history))]
 
     def _correct_moments(self, optimizer: torch.optim.Optimizer, pending: _Pending, metric: dict[str, Tensor]) -> None:
         unread = project_moments(

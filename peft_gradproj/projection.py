@@ -239,14 +239,19 @@ def remove_component(
             f"{tuple(weight.shape)}."
         )
     dtype = _compute_dtype(weight)
+    # Few calls, since this is done for every adapted layer in every forward, where calls cost more than products.
     with full_precision(weight.device.type):
-        wide, basis = weight.to(dtype), basis.to(dtype)
+        wide, basis = _as(dtype, weight), _as(dtype, basis)
         excess = wide @ basis if side == "right" else basis.mT @ wide
         if target is not None:
             excess = excess - target.to(dtype)
-        # One call, since this is done for every adapted layer in every forward, where calls cost more than products.
         factors = (excess, basis.mT) if side == "right" else (basis, excess)
-        return torch.addmm(wide, *factors, alpha=-strength).to(weight.dtype)
+        return _as(weight.dtype, torch.addmm(wide, *factors, alpha=-strength))
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    # What `to` finds out about a tensor that it leaves as it is takes half as long as a small product.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def coordinates(weight: Tensor, basis: Tensor, *, side: str) -> Tensor:
@@ -421,18 +426,21 @@ def inner(u: Sequence[Tensor], v: Iterable[Tensor], metric: Sequence[Tensor] | N
     Returns:
         A float64 scalar.
     """
-    total = None
+    products = []
     for i, (x, y) in enumerate(zip(u, v, strict=True)):
         left = x.double()
         right = left if y is x else y.double()
         if metric is not None:
             right = right / metric[i].double()
-        product = torch.dot(left.reshape(-1), right.reshape(-1))
-        # A model may be spread over devices.
-        total = product if total is None else total + product.to(total.device)
-    if total is None:
-        raise ValueError("inner() of no tensors; expected at least one.")
-    return total
+        products.append(torch.dot(left.reshape(-1), right.reshape(-1)))
+    return _total(products)
+
+
+def _total(products: Sequence[Tensor]) -> Tensor:
+    if not products:
+        raise ValueError("an inner product of no tensors; expected at least one.")
+    # A model may be spread over devices.
+    return torch.stack([product.to(products[0].device) for product in products]).sum()
 
 
 def metric_norm(x: Sequence[Tensor], metric: Sequence[Tensor] | None = None) -> Tensor:
@@ -480,8 +488,14 @@ def half_space_coefficient(
         :math:`c = \max(0, \langle s, \Delta\rangle + \kappa D) / \langle s, M^{-1} s\rangle`, a float64 scalar;
         0 where :math:`s` is 0. See :func:`project_half_space` for the arguments.
     """
-    norm = inner(gradient, gradient, metric)
-    along = inner(gradient, step)
+    norms, alongs = [], []
+    for i, (s, d) in enumerate(zip(gradient, step, strict=True)):
+        # As the step is moved along it, in its precision.
+        moved = s if metric is None else _scaled(d, s, metric[i])
+        wide = s.double()
+        norms.append(torch.dot(wide.flatten(), moved.double().flatten()))
+        alongs.append(torch.dot(wide.flatten(), d.double().flatten()))
+    norm, along = _total(norms), _total(alongs)
     drift_value = torch.as_tensor(drift_value, dtype=along.dtype, device=along.device)
     excess = (along + restore * drift_value.clamp_min(0.0) + drift_value.clamp_max(0.0)).clamp_min(0.0)
     if restore_limit is not None:
@@ -569,6 +583,12 @@ def project_orthogonal(
     return [_add_scaled(g, s, -strength * share, None) for g, s in zip(gradient, concept_gradient, strict=True)]
 
 
+def _scaled(x: Tensor, direction: Tensor, metric: Tensor) -> Tensor:
+    r""":math:`M^{-1} s`, in the precision in which it is added to `x`."""
+    dtype = _compute_dtype(x, direction)
+    return direction.to(dtype) / metric.to(dtype)
+
+
 def _quotient(numerator: Tensor, norm: Tensor) -> Tensor:
     """`numerator / norm`, and 0 where the direction that `norm` belongs to is 0; float64 scalars."""
     tiny = torch.finfo(torch.float64).tiny
@@ -577,8 +597,6 @@ def _quotient(numerator: Tensor, norm: Tensor) -> Tensor:
 
 def _add_scaled(x: Tensor, direction: Tensor, scale: Tensor, metric: Tensor | None) -> Tensor:
     dtype = _compute_dtype(x, direction)
-    direction = direction.to(dtype)
-    if metric is not None:
-        direction = direction / metric.to(dtype)
+    direction = direction.to(dtype) if metric is None else _scaled(x, direction, metric)
     # The coefficient stays float64 until here: it is a quotient that may lie outside float32's range.
     return (x.to(dtype) + (scale.to(x.device) * direction.double()).to(dtype)).to(x.dtype)

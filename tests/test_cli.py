@@ -179,12 +179,18 @@ def test_inspect_of_nothing_is_one_line(run, tmp_path):
     assert (status, out, err.count("\n")) == (2, "", 1)
 
 
-def test_demo_passes_on_what_is_asked_for(run, monkeypatch):
+def test_demo_passes_on_what_is_asked_for_and_says_what_it_found(run, monkeypatch):
     calls = []
-    fake = types.SimpleNamespace(run_demo=lambda output, **options: calls.append((output, options)))
-    monkeypatch.setitem(sys.modules, "peft_gradproj.demo", fake)
-    assert run("demo", "--output", "out", "--seed", 7, "--logo", "adobe", "--quick")[0] == 0
+
+    def run_demo(output, **options):
+        calls.append((output, options))
+        return "what was found"
+
+    monkeypatch.setitem(sys.modules, "peft_gradproj.demo", types.SimpleNamespace(run_demo=run_demo))
+    status, out, _ = run("demo", "--output", "out", "--seed", 7, "--logo", "adobe", "--quick")
+    assert status == 0
     assert calls == [(Path("out"), {"seed": 7, "steps": None, "quick": True, "logo": "adobe"})]
+    assert out == f"what was found\npictures and curves: {Path('out', 'index.html')}\n"
 
 
 def test_version(run):

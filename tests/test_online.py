@@ -488,11 +488,11 @@ def test_strength_scales_the_correction() -> None:
         assert not torch.allclose(none, full, atol=1e-4)
 
 
-@pytest.mark.parametrize(("history", "most"), [(1, 6), (3, 10)])
+@pytest.mark.parametrize(("history", "most"), [(1, 5), (3, 8)])
 def test_a_correction_takes_few_copies_of_the_adapter(history: int, most: int) -> None:
     """Tensors that live at a time beyond those of stock LoRA, in copies of all its parameters.
 
-    Where the adapter is large beside the activations that is the peak memory. It was 5.3 and 8.6 copies (13 of either
+    Where the adapter is large beside the activations that is the peak memory. It was 4.7 and 7.6 copies (13 of either
     before vectors were made when they are asked for): the drift's gradient, the metric, the step, the corrected one.
     """
 
@@ -519,7 +519,7 @@ def test_a_correction_takes_few_copies_of_the_adapter(history: int, most: int) -
 
 
 def test_older_half_spaces_are_swept_before_the_newest() -> None:
-    """Kaczmarz, worked out here: the older constraint asks for what its linear model says is left."""
+    """Kaczmarz, worked out here: the older one, kept in bfloat16, asks for what its linear model says is left."""
     task = make_task()
     attach_online_projection(
         task.net, "default", task.probes, probe_every=1, probe_batch_size=PROBES, probe_history=2, restore=0.1
@@ -536,8 +536,9 @@ def test_older_half_spaces_are_swept_before_the_newest() -> None:
     take_steps(task, optimizer)
 
     step = [p.detach() - b for p, b in zip(plain_parameters, before, strict=True)]
-    left = max(0.0, first_drift + dot(first_s, before) - dot(first_s, first))
-    swept = project_half_space(step, first_s, left, restore=0.1)
+    kept = [x.to(torch.bfloat16) for x in first_s]
+    left = max(0.0, first_drift + dot(kept, before) - dot(kept, first))
+    swept = project_half_space(step, kept, left, restore=0.1)
     assert any(not torch.equal(a, b) for a, b in zip(swept, step, strict=True)), "the older half-space must matter"
     swept = project_half_space(swept, s, drift, restore=0.1)
     for p, b, d in zip(parameters, before, swept, strict=True):
@@ -1701,14 +1702,15 @@ def test_the_running_estimate_skips_gradients_that_overflowed() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam packed in part", "adam packed"])
-def test_a_resumed_run_is_told_of_the_estimates_of_those_parameters_alone_that_need_one(name: str) -> None:
+def test_only_parameters_that_need_an_estimate_have_one_after_the_first_step(name: str) -> None:
     task = make_task()
     projection = attach_online_projection(task.net, "default", task.probes)
     optimizer = OPTIMIZERS[name](task.parameters())
-    take_steps(task, optimizer, 2)
-    sizes = {values.numel() for values in projection.state_dict()["estimate"]["values"].values()}
     packed_from = getattr(optimizer, "packed_from", torch.inf)
-    assert sizes == {p.numel() for p in task.parameters() if p.numel() >= packed_from}
+    for _ in range(2):
+        take_steps(task, optimizer)
+        sizes = {values.numel() for values in projection.state_dict()["estimate"]["values"].values()}
+        assert sizes == {p.numel() for p in task.parameters() if p.numel() >= packed_from}
 
 
 def test_the_base_output_is_the_target() -> None:

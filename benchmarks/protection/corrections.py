@@ -22,22 +22,26 @@ class LayersApart(OnlineProjection):
     Keeps no earlier half-spaces.
     """
 
-    def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, pending: Any) -> list[Tensor]:
-        whole = blocks.join(pending.measured.gradient)
+    def _half_spaces(self, blocks: Blocks, before: Sequence[Tensor], measured: Any) -> Any:
+        self._blocks = blocks
+        return super()._half_spaces(blocks, before, measured)
+
+    def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], half_spaces: Any) -> list[Tensor]:
+        whole, excess = half_spaces[-1]
         total = inner(whole, whole, diagonal).clamp_min(1e-300)
-        steps, gradient, metric = (blocks.split(vectors) for vectors in (step, whole, diagonal))
+        steps, gradient, metric = (self._blocks.split(vectors) for vectors in (step, whole, diagonal))
         for names in _layers(steps):
             part, s, m = ([of[name] for name in names] for of in (steps, gradient, metric))
             corrected = project_half_space(
                 part,
                 s,
-                pending.measured.excess * inner(s, s, m) / total,
+                excess * inner(s, s, m) / total,
                 restore=self.restore,
                 metric=m,
                 restore_limit=RESTORE_LIMIT * self.probe_every * metric_norm(part, m),
             )
             steps |= dict(zip(names, corrected, strict=True))
-        return blocks.join(steps)
+        return self._blocks.join(steps)
 
 
 class RestoreAdapts(OnlineProjection):
@@ -50,11 +54,11 @@ class RestoreAdapts(OnlineProjection):
         super().__init__(*args, **options)
         self._asked, self._usual = self.restore, 0.0
 
-    def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, pending: Any) -> list[Tensor]:
+    def _half_spaces(self, blocks: Blocks, before: Sequence[Tensor], measured: Any) -> Any:
         memory = self.MEMORY if self._usual else 0.0
-        self._usual = memory * self._usual + (1 - memory) * pending.measured.excess
-        self.restore = min(1.0, self._asked * pending.measured.excess / self._usual) if self._usual else self._asked
-        return super()._swept(step, diagonal, blocks, pending)
+        self._usual = memory * self._usual + (1 - memory) * measured.excess
+        self.restore = min(1.0, self._asked * measured.excess / self._usual) if self._usual else self._asked
+        return super()._half_spaces(blocks, before, measured)
 
 
 CORRECTIONS: dict[str, type[OnlineProjection]] = {"layers apart": LayersApart, "restore adapts": RestoreAdapts}
