@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from .clock import Clock
 from .concept_fit import Concept, NothingLeftError, iter_concept_examples
 from .concept_markers import ConceptMarkers
-from .concepts import ConceptSet, Overlay, nth_of_shuffles, upright
+from .concepts import ConceptSet, Overlay, mask_levels, nth_of_shuffles
 from .diffusion_inputs import dilated, mask_weights, vae_answer
 from .errors import ConceptDataError
 from .masks import GUARDED_SHARE, ConceptMarker, fit_markers, guarded, places
@@ -182,7 +182,7 @@ class _Completed(ConceptMasks):
     def __getitem__(self, index: int | slice) -> Image.Image | ConceptMasks:
         row = None if isinstance(index, slice) else self._shown[index]
         given = None if row is None else self._given[row]
-        return super().__getitem__(index) if given is None else upright(given, "L")
+        return super().__getitem__(index) if given is None else mask_levels(given)
 
     def areas(self) -> list[float]:
         return [
@@ -504,7 +504,7 @@ def _given(
     for number, size in enumerate(sizes):
         try:
             mask = masks[number]
-            levels = np.asarray(Image.new("L", size) if mask is None else upright(mask, "L"))
+            levels = np.asarray(Image.new("L", size) if mask is None else mask_levels(mask))
         except ConceptDataError as error:
             failed.append(str(error))
             continue
@@ -796,7 +796,7 @@ class _MarkedSource(_Source):
         while made < count:
             row = self.marked[nth_of_shuffles(drawn, len(self.marked), seed)]
             # Grey would count as the concept in a crop that has nothing white.
-            white = upright(self.masks[row], "L").point(lambda level: 255 if level >= WHITE else 0)
+            white = mask_levels(self.masks[row]).point(lambda level: 255 if level >= WHITE else 0)
             shown = ConceptSet.from_masks([self.data[row][0]], [white], [""])
             # One after the other, so that one is in memory; each is cropped by its own seed.
             own = int(np.random.default_rng([seed, 4, drawn]).integers(2**31))

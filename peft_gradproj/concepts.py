@@ -23,7 +23,7 @@ from PIL import Image, ImageChops, ImageOps
 
 from .errors import ConceptDataError
 
-__all__ = ["ConceptPair", "ConceptSet", "Overlay", "Placement", "nth_of_shuffles", "upright"]
+__all__ = ["ConceptPair", "ConceptSet", "Overlay", "Placement", "mask_levels", "nth_of_shuffles", "upright"]
 
 MASK_THRESHOLD = 8
 """Grey levels that two halves of a pair must differ by, to count as the concept."""
@@ -93,8 +93,7 @@ class Overlay:
         A transparent margin counts in `scale`: a warning says so where it is wide.
         """
         with Image.open(path) as image:
-            has_alpha = image.mode in ("LA", "PA") or "transparency" in image.info
-            overlay = cls(upright(image, "RGBA" if has_alpha else image.mode), **ranges)
+            overlay = cls(upright(image, "RGBA" if image.has_transparency_data else image.mode), **ranges)
         box = overlay.image.getchannel("A").getbbox()
         assert box is not None  # checked there
         left, top, right, bottom = box
@@ -229,7 +228,7 @@ class ConceptSet(Sequence[ConceptPair]):
         for index, (half, other) in enumerate(halves):
             if half.size != other.size:
                 raise ConceptDataError(f"pair {index}: the halves have sizes {half.size} and {other.size}.")
-        found = [difference_mask(*pair) for pair in halves] if masks is None else [upright(m, "L") for m in masks]
+        found = [difference_mask(*pair) for pair in halves] if masks is None else [mask_levels(m) for m in masks]
         return cls([ConceptPair(w, o, m, p) for (w, o), m, p in zip(halves, found, prompts, strict=True)])
 
     @classmethod
@@ -239,7 +238,7 @@ class ConceptSet(Sequence[ConceptPair]):
         """Take pictures of which only is known where the concept is; they give probes, but no paired contrast."""
         _check_lengths(images, masks=masks, prompts=prompts)
         triples = zip(images, masks, prompts, strict=True)
-        return cls([ConceptPair(upright(i, "RGB"), None, upright(m, "L"), p) for i, m, p in triples])
+        return cls([ConceptPair(upright(i, "RGB"), None, mask_levels(m), p) for i, m, p in triples])
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -283,6 +282,17 @@ def nth_of_shuffles(index: int, length: int, seed: int) -> int:
 def upright(image: Image.Image, mode: str) -> Image.Image:
     """A copy in a mode, turned as its EXIF orientation says."""
     return ImageOps.exif_transpose(image).convert(mode)
+
+
+def mask_levels(mask: Image.Image) -> Image.Image:
+    """A copy of a mask in mode L, turned as its EXIF orientation says, black where it is transparent.
+
+    Editors export strokes on a transparent layer, under which white may lie.
+    """
+    if not mask.has_transparency_data:
+        return upright(mask, "L")
+    painted = upright(mask, "RGBA")
+    return Image.composite(painted.convert("L"), Image.new("L", painted.size), painted.getchannel("A"))
 
 
 def _check_lengths(images: Sequence, **others: Sequence | None) -> None:

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .concepts import upright
+from .concepts import mask_levels, upright
 from .config import GradProjConfig
 from .diffusion_inputs import latent_weights, training_target
 from .errors import AdapterFolderError, ConceptDataError, GradProjConfigError
@@ -383,7 +383,7 @@ def square_crop(
 
 def _levels(mask: Image.Image) -> Image.Image:
     """A mask as it is looked at, mode L."""
-    levels = upright(mask, "L")
+    levels = mask_levels(mask)
     # Of more than 8 bits as they are: converted, all of them may be 0.
     brightest = float(np.asarray(mask if mask.mode[0] in "FI" else levels).max())
     if 0 < brightest <= 1:

@@ -597,8 +597,9 @@ class OnlineProjection:
         device = next(iter(parameters.values())).device
         terms = torch.zeros(4, dtype=torch.float64, device=device)
         if len(indices):
-            with self._probe_context(model, device):
-                batch = self._batch(model, indices)
+            placed = placement(model)
+            with self._probe_context(model, device, placed):
+                batch = self.probes.batch(indices, *placed)
                 targets, output = self._compared_with(model, batch), self._output(model, batch)
                 loss_targets = batch.loss_targets if self._guided else None
                 guided, denominator = self._terms(output, targets, batch.weights, loss_targets)
@@ -647,7 +648,7 @@ class OnlineProjection:
         return torch.randperm(count, generator=generator, device="cpu")
 
     @contextmanager
-    def _probe_context(self, model: nn.Module, device: torch.device) -> Iterator[None]:
+    def _probe_context(self, model: nn.Module, device: torch.device, placed: Any) -> Iterator[None]:
         """The model as in its last training forward, but in evaluation mode and unseen by the training's RNG."""
         enabled, dtype = self._autocast.enabled, self._autocast.dtype
         if enabled is None:
@@ -662,7 +663,7 @@ class OnlineProjection:
                 torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False),
                 torch.enable_grad(),
             ):
-                self._expire_floor((enabled, dtype, placement(model)))
+                self._expire_floor((enabled, dtype, placed))
                 yield
         finally:
             self.probing = False
@@ -670,9 +671,6 @@ class OnlineProjection:
     def _expire_floor(self, key: Any) -> None:
         if self._floor.key != key:
             self._floor = _Floor(key)
-
-    def _batch(self, model: nn.Module, indices: Tensor) -> ProbeBatch:
-        return self.probes.batch(indices, *placement(model))
 
     def _output(self, model: nn.Module, batch: ProbeBatch) -> Tensor:
         output = call_model(model, batch.inputs, self.probes.run_model)
@@ -753,8 +751,7 @@ class OnlineProjection:
         for correction, step in zip(corrections, steps, strict=True):
             correction.sub_(step).mul_(self.strength)
         for name, correction in blocks.split(corrections).items():
-            if name in metric:
-                pending.parameters[name].copy_(after[name] + correction)
+            pending.parameters[name].copy_(after[name] + correction)
         shares = _removed_shares(corrections, steps, diagonal, blocks)
         del steps, corrections, correction, step
         if pending.measured.excess >= 0:

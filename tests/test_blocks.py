@@ -67,6 +67,20 @@ def test_a_layout_does_not_keep_the_tensors():
     assert blocks.names == ["layer0.0"]
 
 
+def test_layouts_are_equal_where_vectors_of_the_one_are_those_of_the_other():
+    like = {"a": torch.ones(2, 3), "b": torch.ones(4)}
+    assert Blocks(like) == Blocks({name: torch.zeros_like(tensor) for name, tensor in like.items()})
+    for other in (
+        {"b": like["b"], "a": like["a"]},
+        {"a": like["a"]},
+        {**like, "b": torch.ones(2, 2)},
+        {**like, "b": like["b"].double()},
+        {**like, "b": like["b"].to("meta")},
+    ):
+        assert Blocks(like) != Blocks(other)
+    assert Blocks(like) != like
+
+
 def test_few_vectors_are_made_of_many_tensors():
     assert len(Blocks(tensors([[16, 320]] * 20)).join({})) == 1
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from peft_gradproj.concepts import ConceptPair, ConceptSet, Overlay, Placement
+from peft_gradproj.concepts import ConceptPair, ConceptSet, Overlay, Placement, mask_levels
 from peft_gradproj.errors import ConceptDataError
 
 SIZE = (48, 32)
@@ -162,6 +162,32 @@ def test_pictures_are_seen_upright_whatever_their_orientation(tmp_path, overlay,
             assert same(pair.with_concept, other.with_concept)
             assert same(pair.mask, other.mask)
             assert other.without is None or same(pair.without, other.without)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "L", "RGB", "I;16"])
+@pytest.mark.parametrize("under", [0, 255])
+def test_a_mask_is_black_where_it_is_transparent_whatever_lies_under_it(mode, under):
+    """Strokes on a transparent layer, as editors export them; without one, levels are levels."""
+    levels = np.full((4, 6), under, np.uint8)
+    levels[1:3, 2:5] = 255
+    drawn = Image.fromarray(levels)
+    if mode in ("RGBA", "LA"):
+        alpha = np.zeros((4, 6), np.uint8)
+        alpha[1:3, 2:5] = [255, 255, 100]
+        painted = drawn.convert("LA")
+        painted.putalpha(Image.fromarray(alpha))
+        mask = painted.convert(mode)
+        expected = alpha
+    else:
+        mask = drawn.convert("I;16") if mode == "I;16" else drawn.convert(mode)
+        expected = levels
+        if mode == "P":
+            entry = mask.getpixel((0, 0))
+            mask.info["transparency"] = entry
+            expected = np.where(np.asarray(mask) == entry, 0, levels)
+    found = mask_levels(mask)
+    assert found.mode == "L"
+    assert np.array_equal(np.asarray(found), expected)
 
 
 def test_an_overlay_that_was_saved_is_the_same(tmp_path, overlay):

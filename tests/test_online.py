@@ -141,6 +141,15 @@ def make_task(*, started: bool = True, dropout: float = 0.0, adapters: tuple[str
     return Task(net.train(), x, wanted, concept, unwanted, probes)
 
 
+def in_dtype(task: Task, dtype: torch.dtype) -> Task:
+    probes = ConceptProbes(
+        {name: x.to(dtype) for name, x in task.probes.inputs.items()},
+        *(None if x is None else x.to(dtype) for x in (task.probes.targets, task.probes.weights)),
+    )
+    tensors = {name: getattr(task, name).to(dtype) for name in ("x", "wanted", "concept", "unwanted")}
+    return dataclasses.replace(task, net=task.net.to(dtype), probes=probes, **tensors)
+
+
 def take_steps(task: Task, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
@@ -518,13 +527,17 @@ def test_a_correction_takes_few_copies_of_the_adapter(history: int, most: int) -
     assert (ours - stock) / copy_ < most
 
 
-def test_older_half_spaces_are_swept_before_the_newest() -> None:
-    """Kaczmarz, worked out here: the older one, kept in bfloat16, asks for what its linear model says is left."""
-    task = make_task()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_older_half_spaces_are_swept_before_the_newest(dtype: torch.dtype) -> None:
+    """Kaczmarz, worked out here: the older one asks for what its linear model says is left.
+
+    It is kept in bfloat16, but of parameters in float64, which are there for their precision.
+    """
+    task = in_dtype(make_task(), dtype)
     attach_online_projection(
         task.net, "default", task.probes, probe_every=1, probe_batch_size=PROBES, probe_history=2, restore=0.1
     )
-    plain = make_task()
+    plain = in_dtype(make_task(), dtype)
     parameters, plain_parameters = task.parameters(), plain.parameters()
     optimizer, plain_optimizer = (torch.optim.SGD(p, lr=0.1) for p in (parameters, plain_parameters))
     first, (first_drift, first_s) = copies(parameters), drift_and_gradient(task, parameters)
@@ -536,13 +549,47 @@ def test_older_half_spaces_are_swept_before_the_newest() -> None:
     take_steps(task, optimizer)
 
     step = [p.detach() - b for p, b in zip(plain_parameters, before, strict=True)]
-    kept = [x.to(torch.bfloat16) for x in first_s]
+    kept = [x.to(torch.bfloat16) for x in first_s] if dtype == torch.float32 else first_s
     left = max(0.0, first_drift + dot(kept, before) - dot(kept, first))
     swept = project_half_space(step, kept, left, restore=0.1)
     assert any(not torch.equal(a, b) for a, b in zip(swept, step, strict=True)), "the older half-space must matter"
     swept = project_half_space(swept, s, drift, restore=0.1)
     for p, b, d in zip(parameters, before, swept, strict=True):
-        assert torch.allclose(p.detach(), b + d, atol=1e-6)
+        assert torch.allclose(p.detach(), b + d, atol=1e-6 if dtype == torch.float32 else 1e-12)
+
+
+def test_a_half_space_that_was_rounded_asks_at_its_own_point_for_what_was_measured_there() -> None:
+    task = make_task()
+    projection = attach_online_projection(task.net, "default", task.probes, probe_every=1, probe_history=2)
+    before = copies(task.parameters())
+    take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-3))
+    assert projection.last is not None
+    ((half_space,),) = projection._history.values()
+    assert float(half_space.excess_at([torch.cat([p.flatten() for p in before])])) == pytest.approx(
+        projection.last.excess, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("frozen", ["no group", "a group that does not move"])
+def test_parameters_that_do_not_move_have_no_part_in_a_sweep(frozen: str) -> None:
+    """What the earlier half-spaces say of them is the same at every point."""
+    ends = []
+    for history in (1, 4):
+        task = make_task()
+        attach_online_projection(
+            task.net, "default", task.probes, probe_every=1, probe_batch_size=PROBES, probe_history=history, restore=0.0
+        )
+        first, *others = task.parameters()
+        still = first.detach().clone()
+        groups: list[dict[str, Any]] = [{"params": others}]
+        if frozen != "no group":
+            groups.append({"params": [first], "lr": 0.0})
+        # A step so small that the earlier half-spaces are the newest, and only what stands still could tell them apart.
+        take_steps(task, torch.optim.AdamW(groups, lr=1e-7, weight_decay=0.0), 3)
+        assert torch.equal(first, still)
+        ends.append(copies(others))
+    assert all(torch.isfinite(p).all() for p in ends[1])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
@@ -675,8 +722,8 @@ def test_the_draws_go_on_where_an_optimizer_follows_another(length: int) -> None
     task = make_task()
     projection = attach_online_projection(task.net, "default", task.probes, probe_every=4, probe_batch_size=2)
     drawn: list[int] = []
-    batch = projection._batch
-    projection._batch = lambda model, indices: (drawn.extend(indices.tolist()), batch(model, indices))[1]  # type: ignore
+    batch = task.probes.batch
+    task.probes.batch = lambda indices, *placed: (drawn.extend(indices.tolist()), batch(indices, *placed))[1]  # type: ignore
     for _ in range(6):
         take_steps(task, torch.optim.AdamW(task.parameters(), lr=1e-3), length)
     assert sorted(drawn[:PROBES]) == list(range(PROBES)), "each once before any twice"
@@ -1217,8 +1264,11 @@ def test_probes_are_drawn_evenly(count: int, size: int, number: int, seed: int) 
     assert projection._draw(number).tolist() == drawn[-1], "it does not depend on what came before"
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_a_resumed_run_continues_exactly(name: str, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_exactly(name: str, wide: bool, tmp_path: Path) -> None:
+    """Also if half-spaces are in float32, as the first versions saved them, and their parts in another order."""
+
     def build(state: dict[str, Any] | None) -> tuple[Task, OnlineProjection, torch.optim.Optimizer]:
         task = make_task()
         projection = attach_online_projection(
@@ -1237,7 +1287,10 @@ def test_a_resumed_run_continues_exactly(name: str, tmp_path: Path) -> None:
     torch.save({key: part.state_dict() for key, part in parts.items()}, tmp_path / "state.pt")
     take_steps(task, optimizer, 4)
 
-    resumed, projection_too, optimizer = build(torch.load(tmp_path / "state.pt", weights_only=True))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for half_space in state["projection"]["history"] if wide else ():
+        half_space["gradient"] = {key: s.float() for key, s in reversed(half_space["gradient"].items())}
+    resumed, projection_too, optimizer = build(state)
     take_steps(resumed, optimizer, 4)
 
     assert projection_too.step == projection.step == 9
