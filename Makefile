@@ -23,6 +23,7 @@ bench: bench-overhead
 	$(BIN)/python benchmarks/secret_strings.py --output benchmarks/results/secrets.json
 	$(BIN)/python -m benchmarks.protection
 	$(BIN)/python -m benchmarks.protection --attacks
+	$(BIN)/python -m benchmarks.protection --step-times
 
 # Goes on where it was; `rm benchmarks/results/overhead.json` first to measure everything anew.
 bench-overhead: $(INSTALLED)

@@ -546,7 +546,8 @@ def cells(quick: bool, blocks: int, minutes: float) -> dict[str, Callable[[], di
         for name, work in models.items():
             add(f"steps/{name}/r{r}/k{k}", time_steps, work, arms_of(k), r, k, blocks, minutes)
     for r, k in grid:
-        if r == ranks[-1] and k == basis_ranks[-1]:
+        # The basis rank that is the default, and the largest, of which a basis is as large as the adapter.
+        if r == ranks[-1] and k in (middle[1], basis_ranks[-1]):
             for name in models:
                 add(f"memory/{name}/r{r}/k{k}", measure_memory, name, arms_of(k), r, k, quick)
     for name, work in models.items():

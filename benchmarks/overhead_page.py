@@ -115,30 +115,27 @@ batch; the online projection's is that of its probe batch, so it is stated again
 def asked(results: Results) -> str | None:
     """What was asked for at the size of Stable Diffusion 1.5, and what is found below."""
     of_unet = {
-        kind: [cell for (model, *_), cell in of_kind(results, kind) if model.startswith("sd15")]
+        kind: [(key, cell) for key, cell in of_kind(results, kind) if key[0].startswith("sd15")]
         for kind in ("parts", "steps", "memory")
     }
     if not all(of_unet.values()):
         return None
     rows = []
     for arm, most in (("subspace", 1.01), ("online", 1.15)):
-        added = [added_by_parts(cell)[arm] for cell in of_unet["parts"]]
-        whole = [ratios(cell, "processor_seconds")[arm]["ratio"] for cell in of_unet["steps"] if arm in cell["seconds"]]
+        steps = [cell for _, cell in of_unet["steps"] if arm in cell["seconds"]]
+        whole = [ratios(cell, "processor_seconds")[arm]["ratio"] for cell in steps]
         by_parts = ", ".join(
-            f"{1 + share:.3f} on {cell['workload']}" for share, cell in zip(added, of_unet["parts"], strict=True)
+            f"{1 + added_by_parts(cell)[arm]:.3f} on {cell['workload']}" for _, cell in of_unet["parts"]
         )
         found = f"by its parts {by_parts}; in whole steps, which differ by more from round to round, {span(whole)}"
         rows.append([f"a step with the {ARMS[arm]} takes at most {most} times as long", found])
-    peaks = {
-        kind: span([c["peak_bytes"][kind]["both"] / c["peak_bytes"][kind]["stock"] for c in of_unet["memory"]])
-        for kind in ("tensors", "process")
-    }
-    rows.append(
-        [
-            "memory peaks at most 1.02 times as high",
-            "with both, {tensors} in tensors, {process} of the process".format(**peaks),
-        ]
-    )
+    peaks = []
+    for (_, r, k), cell in of_unet["memory"]:
+        tensors, process = (
+            cell["peak_bytes"][kind]["both"] / cell["peak_bytes"][kind]["stock"] for kind in ("tensors", "process")
+        )
+        peaks.append(f"{tensors:.3f} in tensors and {process:.3f} of the process at r {r[1:]} and k {k[1:]}")
+    rows.append(["memory peaks at most 1.02 times as high", f"with both, {'; '.join(peaks)}"])
     return "\n".join(
         [
             "## What we ask for",

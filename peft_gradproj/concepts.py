@@ -288,11 +288,21 @@ def mask_levels(mask: Image.Image) -> Image.Image:
     """A copy of a mask in mode L, turned as its EXIF orientation says, black where it is transparent.
 
     Editors export strokes on a transparent layer, under which white may lie.
+
+    Raises:
+        ConceptDataError: If nothing is opaque, but something is drawn: it is not told which of them is the mask.
     """
     if not mask.has_transparency_data:
         return upright(mask, "L")
     painted = upright(mask, "RGBA")
-    return Image.composite(painted.convert("L"), Image.new("L", painted.size), painted.getchannel("A"))
+    levels, alpha = painted.convert("L"), painted.getchannel("A")
+    low, high = levels.getextrema()
+    if alpha.getbbox() is None and low != high:
+        raise ConceptDataError(
+            "a mask is transparent everywhere, over levels that differ; expected white on black, or on a transparent "
+            "ground. Save it without its alpha channel if its levels are the mask."
+        )
+    return Image.composite(levels, Image.new("L", painted.size), alpha)
 
 
 def _check_lengths(images: Sequence, **others: Sequence | None) -> None:

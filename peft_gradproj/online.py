@@ -171,6 +171,10 @@ class _HalfSpace:
         return self.offset.to(linear.device) + linear
 
 
+_Asked = tuple[Sequence[Tensor], float | Tensor]
+"""A half-space at the point of a step: the gradient, and the excess that the step is to reduce."""
+
+
 @dataclass(frozen=True)
 class _Measured:
     """What a batch of probes says before a step."""
@@ -734,20 +738,24 @@ class OnlineProjection:
         after = {name: p.detach().to(_wide(p)) for name, p in pending.parameters.items()}
         # Where the adapter is large beside the activations, each copy of all parameters raises the peak memory.
         blocks = Blocks(after)
-        cannot_move = {name: torch.tensor(torch.inf) for name in after.keys() - metric.keys()}
-        steps, diagonal = blocks.join(after), blocks.joined(metric | cannot_move)
-        before = blocks.join(pending.before) if self.probe_history > 1 else blocks.joined(pending.before)
-        for step, was in zip(steps, before, strict=True):
-            step -= was
-        pending.before.clear()
+        without_metric = {name: torch.tensor(torch.inf) for name in after.keys() - metric.keys()}
+        steps, diagonal = blocks.join(after), blocks.joined(metric | without_metric)
+        before = blocks.joined(pending.before)
+        if self.probe_history > 1:
+            before = list(before)  # since each of the half-spaces asks for all of it
+            pending.before.clear()
+        _subtract(steps, before)
         if not any(bool(d.any()) for d in steps):
             # Nothing moved: a fused optimizer whose loss scaler found an overflow, or a learning rate of 0.
             self._report(pending, number, (0.0, {}), started)
             return
-        half_spaces = self._half_spaces(blocks, before, pending.measured)
+        newest = (blocks.joined(pending.measured.gradient), pending.measured.excess)
+        half_spaces = [*self._earlier_half_spaces(blocks, before, pending.measured), newest]
+        self._remember(blocks, before, pending.measured)
         del before
-        corrections = self._swept(steps, diagonal, half_spaces)
-        del half_spaces
+        pending.before.clear()
+        corrections = self._swept(steps, diagonal, blocks, half_spaces)
+        del half_spaces, newest
         for correction, step in zip(corrections, steps, strict=True):
             correction.sub_(step).mul_(self.strength)
         for name, correction in blocks.split(corrections).items():
@@ -758,30 +766,32 @@ class OnlineProjection:
             self._correct_moments(optimizer, pending, metric)
         self._report(pending, number, shares, started)
 
-    def _half_spaces(
-        self, blocks: Blocks, before: Sequence[Tensor], measured: _Measured
-    ) -> list[tuple[Sequence[Tensor], float | Tensor]]:
-        """Gradients and excesses of the earlier half-spaces and of the newest, which is then one of the earlier."""
-        newest = blocks.joined(measured.gradient)
-        found: list[tuple[Sequence[Tensor], float | Tensor]] = []
-        if self.probe_history > 1:
-            earlier = self._earlier(measured.gradient)
-            if earlier and earlier[-1].blocks == blocks:
-                blocks = earlier[-1].blocks  # the same object, so that the others need not be compared
-            for half_space in (h.laid_out_as(blocks) for h in earlier):
-                excess = half_space.excess_at(before)
-                # No drift is negative; a line through it may be.
-                found.append((half_space.vectors, excess if self._guided else excess.clamp_min(0.0)))
-            earlier.append(_HalfSpace.through(blocks, before, newest, measured.excess))
-            while len(self._history) > max(_PARAMETER_SETS, len(self._counts)):
-                del self._history[next(iter(self._history))]
-        return [*found, (newest, measured.excess)]
+    def _earlier_half_spaces(self, blocks: Blocks, before: Sequence[Tensor], measured: _Measured) -> list[_Asked]:
+        """What those that are kept ask for, the oldest first."""
+        if self.probe_history == 1:
+            return []
+        earlier = self._earlier(measured.gradient)
+        if earlier and earlier[-1].blocks == blocks:
+            blocks = earlier[-1].blocks  # the same object, so that the others need not be compared
+        found: list[_Asked] = []
+        for number, kept in enumerate(earlier):
+            earlier[number] = half_space = kept.laid_out_as(blocks)
+            excess = half_space.excess_at(before)
+            # No drift is negative; a line through it may be.
+            found.append((half_space.vectors, excess if self._guided else excess.clamp_min(0.0)))
+        return found
+
+    def _remember(self, blocks: Blocks, before: Sequence[Tensor], measured: _Measured) -> None:
+        if self.probe_history == 1:
+            return
+        earlier = self._earlier(measured.gradient)
+        blocks = earlier[-1].blocks if earlier else blocks
+        earlier.append(_HalfSpace.through(blocks, before, blocks.joined(measured.gradient), measured.excess))
+        while len(self._history) > max(_PARAMETER_SETS, len(self._counts)):
+            del self._history[next(iter(self._history))]
 
     def _swept(
-        self,
-        step: list[Tensor],
-        diagonal: Sequence[Tensor],
-        half_spaces: Iterable[tuple[Sequence[Tensor], float | Tensor]],
+        self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, half_spaces: Sequence[_Asked]
     ) -> list[Tensor]:
         """The step after a sweep over the half-spaces, the newest last (Kaczmarz)."""
         limit = RESTORE_LIMIT * self.probe_every * metric_norm(step, diagonal)
@@ -956,6 +966,11 @@ def _refuse_remembered_steps(optimizer: torch.optim.Optimizer) -> None:
 
 def _wide(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _subtract(vectors: Iterable[Tensor], others: Iterable[Tensor]) -> None:
+    for vector, other in zip(vectors, others, strict=True):
+        vector -= other
 
 
 def _finite(value: float) -> bool:

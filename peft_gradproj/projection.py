@@ -244,7 +244,7 @@ def remove_component(
         wide, basis = _as(dtype, weight), _as(dtype, basis)
         excess = wide @ basis if side == "right" else basis.mT @ wide
         if target is not None:
-            excess = excess - target.to(dtype)
+            excess = excess - _as(dtype, target)
         factors = (excess, basis.mT) if side == "right" else (basis, excess)
         return _as(weight.dtype, torch.addmm(wide, *factors, alpha=-strength))
 
@@ -491,9 +491,9 @@ def half_space_coefficient(
     norms, alongs = [], []
     for i, (s, d) in enumerate(zip(gradient, step, strict=True)):
         # As the step is moved along it, in its precision.
-        moved = s if metric is None else _scaled(d, s, metric[i])
         wide = s.double()
-        norms.append(torch.dot(wide.flatten(), moved.double().flatten()))
+        moved = wide if metric is None else _scaled(d, s, metric[i]).double()
+        norms.append(torch.dot(wide.flatten(), moved.flatten()))
         alongs.append(torch.dot(wide.flatten(), d.double().flatten()))
     norm, along = _total(norms), _total(alongs)
     drift_value = torch.as_tensor(drift_value, dtype=along.dtype, device=along.device)

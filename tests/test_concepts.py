@@ -190,6 +190,14 @@ def test_a_mask_is_black_where_it_is_transparent_whatever_lies_under_it(mode, un
     assert np.array_equal(np.asarray(found), expected)
 
 
+def test_a_mask_of_which_nothing_is_opaque_is_empty_or_refused():
+    empty = Image.new("LA", (4, 6), (255, 0))
+    assert mask_levels(empty).getbbox() is None
+    empty.putpixel((1, 1), (0, 0))
+    with pytest.raises(ConceptDataError, match="transparent everywhere"):
+        mask_levels(empty)
+
+
 def test_an_overlay_that_was_saved_is_the_same(tmp_path, overlay):
     overlay.image.save(tmp_path / "logo.png")
     assert same(Overlay.open(tmp_path / "logo.png").image, overlay.image)

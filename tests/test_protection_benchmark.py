@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.protection import attack_runs, runs
+from benchmarks.protection import attack_runs, cli, runs, step_times
 from benchmarks.protection.attack_runs import Attacker
 from benchmarks.protection.cli import main, parse_args
 from benchmarks.protection.corrections import CORRECTIONS
@@ -36,6 +36,7 @@ from benchmarks.protection.results import (
     CURVES,
     IN_SHORT,
     NOT_RUN,
+    STEP_TIMES,
     attack_figure,
     attack_rows_of,
     costs_of,
@@ -43,7 +44,6 @@ from benchmarks.protection.results import (
     in_short,
     lookups,
     rows_of,
-    times_of,
     write_results,
 )
 from benchmarks.protection.runs import (
@@ -56,6 +56,7 @@ from benchmarks.protection.runs import (
     with_text_map,
     write_json,
 )
+from benchmarks.protection.step_times import ratios_to_first
 from benchmarks.protection.tasks import TaskKey, make_task
 from peft_gradproj import GradProjConfig
 from peft_gradproj.concept_fit import fit_concept
@@ -507,6 +508,7 @@ def test_the_pages_are_what_the_committed_runs_give(tmp_path):
     root = Path(__file__).parent.parent
     results, docs = tmp_path / "results", tmp_path / "docs"
     shutil.copytree(root / "benchmarks" / "results" / "protection", results / "protection")
+    shutil.copy(root / "benchmarks" / "results" / STEP_TIMES, results)
     docs.mkdir()
     write_results(results, docs, DemoSettings())
     for page in ("benchmark.md", "claims.md"):
@@ -518,23 +520,22 @@ def test_the_pages_are_what_the_committed_runs_give(tmp_path):
     assert {**made, "versions": None} == {**committed, "versions": None}
 
 
-def test_times_are_ratios_to_what_takes_no_projection_on_the_same_processor_in_the_same_precision():
-    def trained(method: str, seconds: float, autocast: str = "None", **about: str) -> dict[str, Any]:
-        return {"method": method, "autocast": autocast, "train_cpu_seconds": seconds, **about}
-
-    slow, fast = {"processor": "a slow one"}, {"processor": "a fast one"}
-    made = [trained(name, 100.0, **slow) for name in ("plain", "oracle", "masked, found")]
-    made += [trained("ours", 130.0, **slow), trained("ours, strength 0.5", 150.0, **slow)]
-    made += [trained("ours, probe every 2", 190.0, **slow)]
-    made += [trained("plain", 10.0, **fast), trained("filtered, found", 10.0, **fast), trained("ours", 14.0, **fast)]
-    # Of another length; in another precision; where plain LoRA's time is not known, or not on what.
-    made += [trained("oracle, a quarter of the steps", 25.0, **slow), trained("ours", 50.0, "torch.bfloat16", **slow)]
-    made += [trained("ours", 900.0, processor="a third"), trained("plain", 1.0), trained("oracle", 1.0)]
-    made += [trained("ours", 9.0)]
-    assert times_of(made) == {
-        "plain": {"runs": 5, "low": 1.0, "median": 1.0, "high": 1.0},
-        "ours": {"runs": 3, "low": 1.35, "median": 1.4, "high": 1.45},
+def test_step_times_are_ratios_of_the_same_round(tmp_path, monkeypatch):
+    taken = {"plain": [1.0, 2.0, 1.0], "ours": [1.2, 2.6, 1.4]}
+    assert ratios_to_first(taken) == {
+        "plain": {"low": 1.0, "median": 1.0, "high": 1.0},
+        "ours": {"low": 1.25, "median": 1.3, "high": 1.35},
     }
+    monkeypatch.setattr(step_times, "TIMED", ("plain", BY_DEFAULT.name))
+    monkeypatch.setattr(cli, "_start_worker", lambda: None)
+    where = {"--results": tmp_path, "--docs": tmp_path / "docs", "--scratch": tmp_path / "scratch"}
+    main(["--quick", "--step-times", *(str(x) for pair in where.items() for x in pair)])
+    found = json.loads((tmp_path / STEP_TIMES).read_text())
+    assert (found["rounds"], found["steps_a_round"]) == (2, 8)
+    # A correction takes passes of its own, on a quarter of the pictures at every eighth step.
+    assert 1.0 < found["times"][BY_DEFAULT.name]["median"] < 4.0
+    median = found["times"][BY_DEFAULT.name]["median"]
+    assert f"| {BY_DEFAULT.name} | {median:.2f} (" in (tmp_path / "docs" / "benchmark.md").read_text()
 
 
 def test_a_report_can_be_made_before_the_yardsticks_are_there(tmp_path):

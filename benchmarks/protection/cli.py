@@ -3,6 +3,7 @@
     python -m benchmarks.protection                          # the whole matrix, some hours on two cores
     python -m benchmarks.protection --tasks 'style/*'        # a part of it
     python -m benchmarks.protection --attacks                # attack the adapters of runs that are there
+    python -m benchmarks.protection --step-times             # how long a step takes, some twenty minutes
     python -m benchmarks.protection --report                 # only the tables and plots of what is there
 
 Each run is one JSON file among the results; what is there is not run again.
@@ -27,8 +28,9 @@ from peft_gradproj.demo.settings import DemoSettings
 
 from .attack_runs import attack
 from .matrix import ATTACKED, MATRIX, Entry
-from .results import write_results
+from .results import STEP_TIMES, write_results
 from .runs import THREADS_PER_RUN, Folders, run
+from .step_times import ROUNDS, measure_step_times
 from .tasks import TaskKey
 
 HERE = Path(__file__).resolve().parents[1]
@@ -49,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="tiny runs of the same code, whose figures mean nothing; they have folders of their own",
     )
     parser.add_argument("--attacks", action="store_true", help="attack adapters instead of training them")
+    parser.add_argument("--step-times", action="store_true", help="measure how long steps take instead, in one process")
     parser.add_argument("--report", action="store_true", help="run nothing")
     args = parser.parse_args(argv)
     for name, folder in FOLDERS.items():
@@ -68,7 +71,10 @@ def main(argv: list[str] | None = None) -> None:
     of_tasks = [e for e in entries if fnmatch(str(e.task), args.tasks)]
     wanted = [e for e in of_tasks if any(fnmatch(e.method, pattern) for pattern in args.methods)]
     missing = [e for e in wanted if not path(e.task, e.method).exists()]
-    if not args.report:
+    if args.step_times:
+        _start_worker()
+        measure_step_times(args.results / STEP_TIMES, settings, args.scratch, 2 if args.quick else ROUNDS)
+    elif not args.report:
         run_all(missing, attack if args.attacks else run, settings, folders, args.workers)
     write_results(args.results, args.docs, settings)
 

@@ -19,17 +19,13 @@ class LayersApart(OnlineProjection):
 
     A layer takes back the share of the drift that falls to it in the correction of all, in proportion to its
     <s, M^-1 s>; but where its part of the step lowers the drift, that does not make up for another's which raises it.
-    Keeps no earlier half-spaces.
+    Earlier half-spaces are not asked.
     """
 
-    def _half_spaces(self, blocks: Blocks, before: Sequence[Tensor], measured: Any) -> Any:
-        self._blocks = blocks
-        return super()._half_spaces(blocks, before, measured)
-
-    def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], half_spaces: Any) -> list[Tensor]:
+    def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, half_spaces: Any) -> list[Tensor]:
         whole, excess = half_spaces[-1]
         total = inner(whole, whole, diagonal).clamp_min(1e-300)
-        steps, gradient, metric = (self._blocks.split(vectors) for vectors in (step, whole, diagonal))
+        steps, gradient, metric = (blocks.split(vectors) for vectors in (step, whole, diagonal))
         for names in _layers(steps):
             part, s, m = ([of[name] for name in names] for of in (steps, gradient, metric))
             corrected = project_half_space(
@@ -41,7 +37,7 @@ class LayersApart(OnlineProjection):
                 restore_limit=RESTORE_LIMIT * self.probe_every * metric_norm(part, m),
             )
             steps |= dict(zip(names, corrected, strict=True))
-        return self._blocks.join(steps)
+        return blocks.join(steps)
 
 
 class RestoreAdapts(OnlineProjection):
@@ -54,11 +50,12 @@ class RestoreAdapts(OnlineProjection):
         super().__init__(*args, **options)
         self._asked, self._usual = self.restore, 0.0
 
-    def _half_spaces(self, blocks: Blocks, before: Sequence[Tensor], measured: Any) -> Any:
+    def _swept(self, step: list[Tensor], diagonal: Sequence[Tensor], blocks: Blocks, half_spaces: Any) -> list[Tensor]:
+        excess = half_spaces[-1][1]
         memory = self.MEMORY if self._usual else 0.0
-        self._usual = memory * self._usual + (1 - memory) * measured.excess
-        self.restore = min(1.0, self._asked * measured.excess / self._usual) if self._usual else self._asked
-        return super()._half_spaces(blocks, before, measured)
+        self._usual = memory * self._usual + (1 - memory) * excess
+        self.restore = min(1.0, self._asked * excess / self._usual) if self._usual else self._asked
+        return super()._swept(step, diagonal, blocks, half_spaces)
 
 
 CORRECTIONS: dict[str, type[OnlineProjection]] = {"layers apart": LayersApart, "restore adapts": RestoreAdapts}

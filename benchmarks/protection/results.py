@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import mean, median, quantiles, stdev
+from statistics import mean, stdev
 from typing import Any
 
 from peft_gradproj.demo.settings import DemoSettings
@@ -29,12 +29,12 @@ from .methods import (
     OTHERWISE,
     SECOND_LOOK,
     VARIED,
-    Method,
 )
 from .runs import BASE, THREADS_PER_RUN, conditions, write_json
 from .tasks import COLLECTED, TaskKey
 
 COMMAND = "python -m benchmarks.protection"
+STEP_TIMES = "step_times.json"
 FIGURES = (
     "leak",
     "leak_other",
@@ -127,6 +127,7 @@ def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
         print(f"left out, since there are no such methods: {'; '.join(strange)}.", file=sys.stderr)
     runs = [run for run in found if "leaks" in run]
     attacks = [run for run in found if "membership" in run]
+    timed = results / STEP_TIMES
     content = {
         "command": COMMAND,
         "versions": conditions()["versions"],
@@ -138,7 +139,7 @@ def write_results(results: Path, docs: Path, settings: DemoSettings) -> None:
         "detectors": detectors_of(runs),
         "conditions": conditions_of(runs),
         "costs": costs_of(runs),
-        "times": times_of(runs),
+        "step_times": json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else None,
     }
     write_json(results / "protection.json", content, indent=1)
     write_pages(content, docs)
@@ -287,46 +288,16 @@ def costs_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     seconds: dict[str, list[float]] = {}
     for run in runs:
         if "train_cpu_seconds" in run:
-            precision = "float32" if run["autocast"] == "None" else run["autocast"].removeprefix("torch.")
-            seconds.setdefault(precision, []).append(run["train_cpu_seconds"])
+            seconds.setdefault(precision_of(run), []).append(run["train_cpu_seconds"])
     return {
         precision: {"runs": len(values), "train_cpu_seconds": round(mean(values), 1)}
         for precision, values in sorted(seconds.items())
     }
 
 
-def times_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """By method: its training time as a ratio to plain LoRA's on the same processor in the same precision.
-
-    In processor time, which others on the machine disturb too: the median, the quartiles, and of how many runs. Methods
-    whose steps do the same work count as the first of them, whatever the task: masks, clean pictures and fewer pictures
-    as plain LoRA, of which the median is 1. Runs that do not tell their processor are left out.
-    """
-    seconds: dict[tuple[str, str], dict[tuple[Any, ...], list[float]]] = {}
-    for run in runs:
-        if "train_cpu_seconds" in run and "processor" in run:
-            of_work = seconds.setdefault((run["processor"], run["autocast"]), {})
-            of_work.setdefault(_work_of(ALL_METHODS[run["method"]]), []).append(run["train_cpu_seconds"])
-    found: dict[tuple[Any, ...], list[float]] = {}
-    plain = _work_of(ALL_METHODS["plain"])
-    for of_work in seconds.values():
-        if len(of_work.get(plain, [])) > 1:
-            for work, values in of_work.items():
-                found.setdefault(work, []).extend(value / median(of_work[plain]) for value in values)
-    times = {}
-    for method in ALL_METHODS.values():
-        ratios = found.pop(_work_of(method), [])
-        if len(ratios) > 1:
-            low, middle, high = map(_rounded, quantiles(ratios, n=4, method="inclusive"))
-            times[method.name] = {"runs": len(ratios), "low": low, "median": middle, "high": high}
-    return times
-
-
-def _work_of(method: Method) -> tuple[Any, ...]:
-    """What decides how long its training takes."""
-    online = ("rule", "probe_every", "probe_batch_size", "probe_history", "correction") if method.online else ()
-    names = ("spaces", "online", "penalty", "text_penalty", "rank", "steps_share", *online)
-    return tuple(getattr(method, name) for name in names)
+def precision_of(run: Mapping[str, Any]) -> str:
+    """What its networks ran in, such as `float32`."""
+    return "float32" if run["autocast"] == "None" else run["autocast"].removeprefix("torch.")
 
 
 def _deviation(values: list[float]) -> float:
@@ -369,6 +340,7 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "total": len(MATRIX),
         "trained": sum(entry.method != BASE for entry in MATRIX),
         "missing": len(set(MATRIX) - made),
+        "precision_of": precision_of,
         "untouched": [title(key) for key in sorted({_regime(e.task) for e in MATRIX} - tables.keys())],
         "masks": list(_covered(rows)),
         "covering": COVERING,
