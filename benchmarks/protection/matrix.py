@@ -66,6 +66,12 @@ def _entries() -> Iterator[Entry]:
     # What is guided, where it is attacked.
     for seed in SEEDS:
         yield from _row(TaskKey(OTHER_LOGO, False, 100, seed), (GUIDED_FURTHER[1].name,))
+    # And on what guidance was not chosen on.
+    for seed in SEEDS:
+        for concept in ("identity", "style"):
+            yield from _row(TaskKey(concept, False, 75, seed), (GUIDED_FURTHER[1].name,))
+    for logo in (TUNED_LOGO, OTHER_LOGO):
+        yield from _row(TaskKey(logo, True, 75, 0), (GUIDED_FURTHER[1].name,))
     # What was not tuned on, first on one seed, then on all.
     for seed in SEEDS:
         for concept in ("style", "identity"):
