@@ -68,10 +68,9 @@ def _entries() -> Iterator[Entry]:
         yield from _row(TaskKey(OTHER_LOGO, False, 100, seed), (GUIDED_FURTHER[1].name,))
     # And on what guidance was not chosen on.
     for seed in SEEDS:
-        for concept in ("identity", "style"):
-            yield from _row(TaskKey(concept, False, 75, seed), (GUIDED_FURTHER[1].name,))
-    for logo in (TUNED_LOGO, OTHER_LOGO):
-        yield from _row(TaskKey(logo, True, 75, 0), (GUIDED_FURTHER[1].name,))
+        yield from _row(TaskKey("identity", False, 75, seed), (GUIDED_FURTHER[1].name,))
+    for concept, named in (("style", False), (TUNED_LOGO, True), (OTHER_LOGO, True)):
+        yield from _row(TaskKey(concept, named, 75, 0), (GUIDED_FURTHER[1].name,))
     # What was not tuned on, first on one seed, then on all.
     for seed in SEEDS:
         for concept in ("style", "identity"):
