@@ -504,9 +504,13 @@ def _given(
     for number, size in enumerate(sizes):
         try:
             mask = masks[number]
-            levels = np.asarray(Image.new("L", size) if mask is None else mask_levels(mask))
         except ConceptDataError as error:
             failed.append(str(error))
+            continue
+        try:
+            levels = np.asarray(Image.new("L", size) if mask is None else mask_levels(mask))
+        except ConceptDataError as error:
+            failed.append(f"mask {number}: {error}")
             continue
         level = int(levels.max())
         if levels.shape[::-1] != size:

@@ -290,7 +290,7 @@ def mask_levels(mask: Image.Image) -> Image.Image:
     Editors export strokes on a transparent layer, under which white may lie.
 
     Raises:
-        ConceptDataError: If nothing is opaque, but something is drawn: it is not told which of them is the mask.
+        ConceptDataError: If it is transparent everywhere, but something is drawn, so that either may be the mask.
     """
     if not mask.has_transparency_data:
         return upright(mask, "L")

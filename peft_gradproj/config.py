@@ -70,7 +70,7 @@ class GradProjConfig(LoraConfig):
             The share kappa, in [0, 1], of the drift that a corrected step takes back.
         probe_history (`int`):
             How many recent half-spaces a correction satisfies. Each that is kept holds two bytes a parameter, half
-            as much as an adapter in float32.
+            as much as an adapter in float32, and of an adapter in float64 as much as that.
         negative_guidance (`float`):
             How far past the base model's outputs, away from what would be learned of the concept, the outputs on the
             probes are drawn, in multiples eta >= 0 of the base model's errors. At 0 they are drawn to the base model's.

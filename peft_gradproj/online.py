@@ -164,7 +164,10 @@ class _HalfSpace:
         return self.blocks.split(self.vectors)
 
     def laid_out_as(self, blocks: Blocks) -> _HalfSpace:
-        return self if self.blocks == blocks else _HalfSpace(blocks, blocks.join(self.gradient), self.offset)
+        if self.blocks is blocks:
+            return self
+        vectors = self.vectors if self.blocks == blocks else blocks.join(self.gradient)
+        return _HalfSpace(blocks, vectors, self.offset)
 
     def excess_at(self, point: Sequence[Tensor]) -> Tensor:
         linear = inner(self.vectors, point)

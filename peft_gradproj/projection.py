@@ -490,8 +490,8 @@ def half_space_coefficient(
     """
     norms, alongs = [], []
     for i, (s, d) in enumerate(zip(gradient, step, strict=True)):
-        # As the step is moved along it, in its precision.
         wide = s.double()
+        # As the step is moved along it, in its precision.
         moved = wide if metric is None else _scaled(d, s, metric[i]).double()
         norms.append(torch.dot(wide.flatten(), moved.flatten()))
         alongs.append(torch.dot(wide.flatten(), d.double().flatten()))

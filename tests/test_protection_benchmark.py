@@ -532,8 +532,7 @@ def test_step_times_are_ratios_of_the_same_round(tmp_path, monkeypatch):
     main(["--quick", "--step-times", *(str(x) for pair in where.items() for x in pair)])
     found = json.loads((tmp_path / STEP_TIMES).read_text())
     assert (found["rounds"], found["steps_a_round"]) == (2, 8)
-    # A correction takes passes of its own, on a quarter of the pictures at every eighth step.
-    assert 1.0 < found["times"][BY_DEFAULT.name]["median"] < 4.0
+    assert found["times"]["plain"] == {"low": 1.0, "median": 1.0, "high": 1.0}
     median = found["times"][BY_DEFAULT.name]["median"]
     assert f"| {BY_DEFAULT.name} | {median:.2f} (" in (tmp_path / "docs" / "benchmark.md").read_text()
 

@@ -50,9 +50,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="tiny runs of the same code, whose figures mean nothing; they have folders of their own",
     )
-    parser.add_argument("--attacks", action="store_true", help="attack adapters instead of training them")
-    parser.add_argument("--step-times", action="store_true", help="measure how long steps take instead, in one process")
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--attacks", action="store_true", help="attack adapters instead of training them")
+    instead.add_argument("--step-times", action="store_true", help="measure how long steps take, in one process")
+    instead.add_argument("--report", action="store_true", help="run nothing")
     args = parser.parse_args(argv)
     for name, folder in FOLDERS.items():
         # What tiny runs and judges find must never be taken for what whole ones do.
@@ -71,10 +72,11 @@ def main(argv: list[str] | None = None) -> None:
     of_tasks = [e for e in entries if fnmatch(str(e.task), args.tasks)]
     wanted = [e for e in of_tasks if any(fnmatch(e.method, pattern) for pattern in args.methods)]
     missing = [e for e in wanted if not path(e.task, e.method).exists()]
-    if args.step_times:
+    timed = args.results / STEP_TIMES
+    if args.step_times and not timed.exists():
         _start_worker()
-        measure_step_times(args.results / STEP_TIMES, settings, args.scratch, 2 if args.quick else ROUNDS)
-    elif not args.report:
+        measure_step_times(timed, settings, args.scratch, 2 if args.quick else ROUNDS)
+    elif not (args.report or args.step_times):
         run_all(missing, attack if args.attacks else run, settings, folders, args.workers)
     write_results(args.results, args.docs, settings)
 

@@ -399,8 +399,8 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
             row = {"mean": row["by_seed"][str(seed)], "deviation": dict.fromkeys(FIGURES)}
         return figure(row, name) or NOT_RUN
 
-    def seeds(method: str, concept: str = TUNED_LOGO) -> str:
-        return ", ".join(map(str, rows[concept, False, 75, method]["seeds"]))
+    def seeds(method: str, concept: str = TUNED_LOGO, *, named: bool = False) -> str:
+        return ", ".join(map(str, rows[concept, named, 75, method]["seeds"]))
 
     def by_seed(method: str, name: str, concept: str = TUNED_LOGO) -> str:
         row = rows.get((concept, False, 75, method))

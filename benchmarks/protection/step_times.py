@@ -13,6 +13,7 @@ from tqdm import tqdm
 from peft_gradproj.demo.settings import DemoSettings
 from peft_gradproj.demo.timing import step_rounds
 from peft_gradproj.demo.training import adapted, training_steps
+from peft_gradproj.online import FLOOR_PROBES
 
 from .methods import ALL_METHODS
 from .runs import THREADS_PER_RUN, conditions, load_material, write_json
@@ -37,19 +38,21 @@ TASK = TaskKey("logo-youtube", named=False, percent=75, seed=0)
 def measure_step_times(path: Path, settings: DemoSettings, scratch: Path, rounds: int) -> None:
     """Write, by method, the median and the quartiles over rounds of a step's processor time over plain LoRA's.
 
-    A round is as many steps as lie between two corrections of any of them. Before the first that counts, the floor is
-    measured, and the half-spaces that are kept are all there, as they are for most of a training.
+    A round is the least number of steps in which each corrects as often in every round. Before the first that counts,
+    the floor is measured, and the half-spaces that are kept are all there, as they are for most of a training.
     """
     material = load_material(TASK, settings, scratch)
-    data, every, before = material.training_set(ALL_METHODS["plain"]), 1, 1
+    data = material.training_set(ALL_METHODS["plain"])
+    online = [ALL_METHODS[name] for name in TIMED if ALL_METHODS[name].online]
+    every = math.lcm(*(method.probe_every for method in online))
+    warm = max(m.probe_every * max(m.probe_history, math.ceil(FLOOR_PROBES / m.probe_batch_size)) for m in online)
+    before = math.ceil(warm / every)
     runs = {}
     for name in TIMED:
         method = ALL_METHODS[name]
         config = material.config(method, material.probes(method) if method.online else None)
         unet = adapted(material.pipeline.unet, config, material.settings.seed)
         runs[name] = training_steps(unet, data, material.schedule, material.settings)
-        if method.online:
-            every, before = math.lcm(every, method.probe_every), max(before, method.probe_history)
     about = {"task": str(TASK), "threads": THREADS_PER_RUN, "rounds": rounds, "steps_a_round": every, **conditions()}
     with tqdm(total=before + rounds, desc="rounds", smoothing=0) as bar:
         seconds = step_rounds(runs, every, before + rounds, clock=time.process_time, progress=lambda done: bar.update())
