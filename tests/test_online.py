@@ -31,6 +31,7 @@ from peft.functional import delete_adapter
 from torch import Tensor, nn
 from transformers.optimization import Adafactor, AdafactorSchedule
 
+import peft_gradproj.blocks as module_of_blocks
 import peft_gradproj.online as online
 from benchmarks.overhead import TrackTensors
 from peft_gradproj.config import GradProjConfig
@@ -528,13 +529,19 @@ def test_a_correction_takes_few_copies_of_the_adapter(history: int, most: float)
 
 
 @pytest.mark.parametrize("still", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_older_half_spaces_are_swept_before_the_newest(dtype: torch.dtype, still: int) -> None:
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, False), (torch.float32, True), (torch.float64, False)])
+def test_older_half_spaces_are_swept_before_the_newest(
+    dtype: torch.dtype, large: bool, still: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kaczmarz, worked out here: the older one asks for what its linear model says is left.
 
     It is kept in bfloat16, but of parameters in float64, which are there for their precision. Parameters that the
     optimizer does not move, the first `still` ones, are not moved by the sweep either.
     """
+    if large:
+        # As for an adapter of millions of parameters: several vectors, which are made when they are asked for.
+        monkeypatch.setattr(module_of_blocks, "_CPU_LIMIT", 64)
+        monkeypatch.setattr(module_of_blocks, "_SMALL", 0)
     task, plain = (in_dtype(make_task(), dtype) for _ in range(2))
     attach_online_projection(
         task.net, "default", task.probes, probe_every=1, probe_batch_size=PROBES, probe_history=2, restore=0.1
