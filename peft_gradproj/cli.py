@@ -426,6 +426,13 @@ def mask(
         list[str] | None,
         typer.Option(help="A phrase that names it, or a file of them, to take out of the captions; may be repeated."),
     ] = None,
+    remove_telling_phrases: Annotated[
+        bool,
+        typer.Option(
+            "--remove-telling-phrases",
+            help="Take out of the captions what those of pictures that show it have and others have not.",
+        ),
+    ] = False,
     caption_column: CaptionColumnOption = "text",
     leave_out_above: Annotated[
         float, typer.Option(help="Do not write pictures of which more than this share is masked, as by a style.")
@@ -485,6 +492,7 @@ def mask(
         second_look=second_look,
         caption_column=caption_column,
         remove_phrases=[phrase for given in remove_phrase or () for phrase in read_phrases(given)],
+        remove_telling_phrases=remove_telling_phrases,
         leave_out_above=leave_out_above,
         batch_size=batch_size,
         revision=revision,

@@ -272,6 +272,8 @@ class MaskReport:
     """The share of a picture, in [0, 1], above which that is too much."""
     captions_changed: int = 0
     """From so many of the captions in the copy a phrase was taken out."""
+    telling_phrases_removed: bool = False
+    """Whether `telling_phrases` were among them."""
     folder: str | None = None
     """Where a copy of the pictures with the masks was written, if it was."""
 
@@ -321,9 +323,11 @@ class MaskReport:
             f"{told.phrase!r} is in {told.shown} of their captions and {told.others} others"
             for told in self.telling_phrases
         )
+        if self.telling_phrases_removed:
+            return f"captions may have named it: {phrases}; these phrases are not in the copy's captions\n"
         return (
             f"captions may name it: {phrases}. What these pictures teach beside it is tied to its name then; take what "
-            "names it out of the captions, with --remove-phrase\n"
+            "names it out of the captions, with --remove-phrase, or --remove-telling-phrases for all of these\n"
         )
 
 

@@ -55,6 +55,7 @@ def mask_table(
     second_look: bool = False,
     caption_column: str = "text",
     remove_phrases: str | Sequence[str] = (),
+    remove_telling_phrases: bool = False,
     leave_out_above: float = 1.0,
     **options: Any,
 ) -> MaskReport:
@@ -73,6 +74,8 @@ def mask_table(
         caption_column: Column of the captions, if there are any.
         remove_phrases: One or more that name the concept; the copy's captions lack them, so that nothing else is
             learned under its name.
+        remove_telling_phrases: Whether they lack the report's `telling_phrases` too, if any: what captions of pictures
+            in which the concept was found have, and others have not.
         leave_out_above: Pictures of which more than this share is masked are not written.
         **options: Further arguments of :func:`find_concept` or :func:`find_missed`.
 
@@ -112,6 +115,9 @@ def mask_table(
         masks, report = find_missed(pipeline_or_id, given, data, **options)
     else:
         masks, report = find_concept(pipeline_or_id, concept, data, second_look=second_look, **options)
+    if remove_telling_phrases and report.telling_phrases:
+        table, named = without_phrases(table, caption_column, [told.phrase for told in report.telling_phrases])
+        changed += named
     areas = masks.areas()
     kept = [number for number, area in enumerate(areas) if area <= leave_out_above]
     if not kept:
@@ -124,6 +130,7 @@ def mask_table(
     return replace(
         report,
         folder=str(output),
+        telling_phrases_removed=remove_telling_phrases,
         left_out=len(areas) - len(kept),
         leave_out_above=leave_out_above,
         captions_changed=len({*changed} & {*kept}),

@@ -302,6 +302,10 @@ def test_the_report_tells_which_phrase_names_what_was_found(monkeypatch, tmp_pat
     if captioned in ("elsewhere", "not at all"):
         assert report.telling_phrases == []
         assert "may name it" not in str(report)
+        options = {"remove_telling_phrases": True, **QUICK}
+        told = mask_table(PIPELINES["sd"](), Overlay(logo()), table, tmp_path / "told", **options)
+        assert told.captions_changed == 0
+        assert "named it" not in str(told)
         return
     shown = 15 if captioned == "in lists" else 16
     assert [vars(one) for one in report.telling_phrases] == [{"phrase": "by acme", "shown": shown, "others": 0}]
@@ -312,6 +316,15 @@ def test_the_report_tells_which_phrase_names_what_was_found(monkeypatch, tmp_pat
     ]
     taken = mask_table(PIPELINES["sd"](), Overlay(logo()), table, tmp_path / "taken", remove_phrases="by acme", **QUICK)
     assert taken.telling_phrases == []
+
+    told = mask_table(
+        PIPELINES["sd"](), Overlay(logo()), table, tmp_path / "told", remove_telling_phrases=True, **QUICK
+    )
+    copies = [load_table(tmp_path / name, ["image"], cache_dir=str(tmp_path / "cache")) for name in ("taken", "told")]
+    column = next(name for name in copies[0].column_names if name not in ("image", "mask", "original_name"))
+    assert copies[0][column][:] == copies[1][column][:] != table[column][:]
+    assert told.captions_changed == taken.captions_changed == shown
+    assert f"captions may have named it: 'by acme' is in {shown} of their captions" in str(told)
 
 
 # The second look
@@ -640,6 +653,7 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
     flags += ["--overlay", tmp_path / "logo.png", "--num-pairs", 16, "--steps", 2, "--output-dir", tmp_path / "masked"]
     (tmp_path / "phrases.txt").write_text("by Y\n\nby Z\n")
     flags += ["--concept", "the logo", "--remove-phrase", "By X", "--remove-phrase", tmp_path / "phrases.txt"]
+    flags += ["--remove-telling-phrases"]
     before = sorted(source.iterdir())
     report = json.loads(run(*flags, "--json"))
     assert (report["pictures"], report["left_out"], report["captions_changed"]) == (3, 0, 2)
