@@ -17,7 +17,7 @@ from peft_gradproj.evaluation.attacks import steps_until
 from peft_gradproj.evaluation.figures import Share
 
 from . import attack_runs
-from .matrix import ATTACKED, MATRIX, TUNED_LOGO, Entry
+from .matrix import ASKED, ATTACKED, MATRIX, TUNED_LOGO, Entry
 from .methods import (
     ALL_METHODS,
     BY_DEFAULT,
@@ -339,6 +339,7 @@ def write_pages(content: Mapping[str, Any], docs: Path) -> None:
         "columns": IN_SHORT,
         "total": len(MATRIX),
         "trained": sum(entry.method != BASE for entry in MATRIX),
+        "asked": sum(entry.method != BASE for entry in ASKED),
         "missing": len(set(MATRIX) - made),
         "precision_of": precision_of,
         "untouched": [title(key) for key in sorted({_regime(e.task) for e in MATRIX} - tables.keys())],
