@@ -259,9 +259,9 @@ def attack_rows_of(attacks: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
     return rows
 
 
-def _mean_curve(curves: list[list[Any]]) -> list[tuple[int, float]]:
-    """Leaks by step, of curves that were measured at the same steps."""
-    return [(points[0][0], mean(figures["leak"] for _, figures in points)) for points in zip(*curves, strict=True)]
+def _mean_curve(curves: Iterable[list[Any]], figure: str = "leak") -> list[tuple[int, float]]:
+    """Leaks by step, or another figure, of curves that were measured at the same steps."""
+    return [(points[0][0], mean(figures[figure] for _, figures in points)) for points in zip(*curves, strict=True)]
 
 
 def detectors_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -418,8 +418,25 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
             return NOT_RUN
         return f"{attack(method, name)} ({attacks[method]['least'][name]:.2f} to {attacks[method]['most'][name]:.2f})"
 
+    def revival(method: str) -> list[list[Any]]:
+        return [curves["revival_on_concept"] for curves in attacks[method]["curves"].values()]
+
+    def losses(method: str) -> list[tuple[int, float]]:
+        """By step, in further training on pictures with the concept, the loss where it is."""
+        return _mean_curve(revival(method), "loss") if method in attacks else []
+
+    def losses_above(method: str, other: str) -> str:
+        """At how many of the steps and seeds the loss of one is above that of another."""
+        pairs = [
+            seen["loss"] > seen_too["loss"]
+            for curve, curve_too in zip(revival(method), revival(other), strict=True)
+            for (_, seen), (_, seen_too) in zip(curve, curve_too, strict=True)
+        ]
+        return f"{sum(pairs)} of {len(pairs)}"
+
     ahead = partial(_ahead, content["rows"])
     found: dict[str, Callable[..., Any]] = {"has": has, "value": value, "seeds": seeds, "by_seed": by_seed}
+    found |= {"losses": losses, "losses_above": losses_above}
     return found | {"ahead": ahead, "attack": attack, "attack_by_seed": attack_by_seed}
 
 
