@@ -426,11 +426,11 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         return _mean_curve(revival(method), "loss") if method in attacks else []
 
     def losses_above(method: str, other: str) -> str:
-        """At how many of the steps and seeds the loss of one is above that of another."""
+        """At how many of the steps after the start, and seeds, the loss of one is above that of another."""
         pairs = [
             seen["loss"] > seen_too["loss"]
             for curve, curve_too in zip(revival(method), revival(other), strict=True)
-            for (_, seen), (_, seen_too) in zip(curve, curve_too, strict=True)
+            for (_, seen), (_, seen_too) in zip(curve[1:], curve_too[1:], strict=True)
         ]
         return f"{sum(pairs)} of {len(pairs)}"
 
