@@ -113,7 +113,11 @@ class ProjectedWeight(nn.Module):
             start = getattr(self, f"start_{side}") if side in self.keeps else None
             start = None if start is None else start.to(matrix.device)
             matrix = remove_component(matrix, basis.to(matrix.device), side=side, target=start)
-        return matrix if weight.ndim == 2 else matrix.reshape(weight.shape)
+        return self._in_shape(matrix)
+
+    def _in_shape(self, matrix: Tensor) -> Tensor:
+        """A matrix in the shape of the weight; one call less where it has it, in every forward of every layer."""
+        return matrix if self.weight.ndim == 2 else matrix.reshape(self.weight.shape)
 
     @torch.no_grad()
     def restart(self, *, initial: bool) -> None:
@@ -163,7 +167,7 @@ class ProjectedWeight(nn.Module):
 
     def _write(self, matrix: Tensor) -> None:
         # copy_ and not an in-place projection on a reshaped view: of a channels_last weight `reshape` is a copy.
-        _overwrite(self.weight, matrix if self.weight.ndim == 2 else matrix.reshape(self.weight.shape))
+        _overwrite(self.weight, self._in_shape(matrix))
 
     def _apply(self, fn: Any, recurse: bool = True) -> ProjectedWeight:
         # `.half()` or `.to(bfloat16)` must not round the basis: it would no longer be orthonormal. Only the device

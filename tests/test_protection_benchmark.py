@@ -528,10 +528,18 @@ def test_step_times_are_ratios_of_the_same_round(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(step_times, "TIMED", ("plain", BY_DEFAULT.name))
     monkeypatch.setattr(cli, "_start_worker", lambda: None)
+    counted: list[int] = []
+
+    def spied(seconds):
+        counted.extend(map(len, seconds.values()))
+        return ratios_to_first(seconds)
+
+    monkeypatch.setattr(step_times, "ratios_to_first", spied)
     where = {"--results": tmp_path, "--docs": tmp_path / "docs", "--scratch": tmp_path / "scratch"}
     main(["--quick", "--step-times", *(str(x) for pair in where.items() for x in pair)])
     found = json.loads((tmp_path / STEP_TIMES).read_text())
     assert (found["rounds"], found["steps_a_round"]) == (2, 8)
+    assert counted == [2, 2], "not the warm-up"
     assert found["times"]["plain"] == {"low": 1.0, "median": 1.0, "high": 1.0}
     median = found["times"][BY_DEFAULT.name]["median"]
     assert f"| {BY_DEFAULT.name} | {median:.2f} (" in (tmp_path / "docs" / "benchmark.md").read_text()

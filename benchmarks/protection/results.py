@@ -435,9 +435,9 @@ def lookups(content: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         return f"{sum(pairs)} of {len(pairs)}"
 
     ahead = partial(_ahead, content["rows"])
-    found: dict[str, Callable[..., Any]] = {"has": has, "value": value, "seeds": seeds, "by_seed": by_seed}
-    found |= {"losses": losses, "losses_above": losses_above}
-    return found | {"ahead": ahead, "attack": attack, "attack_by_seed": attack_by_seed}
+    found: tuple[Callable[..., Any], ...]
+    found = (has, value, seeds, by_seed, attack, attack_by_seed, losses, losses_above)
+    return {"ahead": ahead, **{lookup.__name__: lookup for lookup in found}}
 
 
 def _ahead(rows: Iterable[Mapping[str, Any]], first: str, second: str, name: str) -> str:

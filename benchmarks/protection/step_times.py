@@ -15,9 +15,9 @@ from peft_gradproj.demo.timing import step_rounds
 from peft_gradproj.demo.training import adapted, training_steps
 from peft_gradproj.online import FLOOR_PROBES
 
+from .matrix import TUNED
 from .methods import ALL_METHODS
 from .runs import THREADS_PER_RUN, conditions, load_material, write_json
-from .tasks import TaskKey
 
 __all__ = ["ROUNDS", "TIMED", "measure_step_times", "ratios_to_first"]
 
@@ -32,7 +32,6 @@ TIMED = (
 )
 """Masks, clean pictures and fewer pictures cost what plain LoRA does."""
 ROUNDS = 40
-TASK = TaskKey("logo-youtube", named=False, percent=75, seed=0)
 
 
 def measure_step_times(path: Path, settings: DemoSettings, scratch: Path, rounds: int) -> None:
@@ -41,7 +40,7 @@ def measure_step_times(path: Path, settings: DemoSettings, scratch: Path, rounds
     A round is the least number of steps in which each corrects as often in every round. Before the first that counts,
     the floor is measured, and the half-spaces that are kept are all there, as they are for most of a training.
     """
-    material = load_material(TASK, settings, scratch)
+    material = load_material(TUNED, settings, scratch)
     data = material.training_set(ALL_METHODS["plain"])
     online = [ALL_METHODS[name] for name in TIMED if ALL_METHODS[name].online]
     every = math.lcm(*(method.probe_every for method in online))
@@ -53,7 +52,7 @@ def measure_step_times(path: Path, settings: DemoSettings, scratch: Path, rounds
         config = material.config(method, material.probes(method) if method.online else None)
         unet = adapted(material.pipeline.unet, config, material.settings.seed)
         runs[name] = training_steps(unet, data, material.schedule, material.settings)
-    about = {"task": str(TASK), "threads": THREADS_PER_RUN, "rounds": rounds, "steps_a_round": every, **conditions()}
+    about = {"task": str(TUNED), "threads": THREADS_PER_RUN, "rounds": rounds, "steps_a_round": every, **conditions()}
     with tqdm(total=before + rounds, desc="rounds", smoothing=0) as bar:
         seconds = step_rounds(runs, every, before + rounds, clock=time.process_time, progress=lambda done: bar.update())
     counted = {name: taken[before:] for name, taken in seconds.items()}
