@@ -310,6 +310,7 @@ def test_the_report_tells_which_phrase_names_what_was_found(monkeypatch, tmp_pat
     shown = 15 if captioned == "in lists" else 16
     assert [vars(one) for one in report.telling_phrases] == [{"phrase": "by acme", "shown": shown, "others": 0}]
     assert f"captions may name it: 'by acme' is in {shown} of their captions and 0 others" in str(report)
+    assert (report.captions_changed, report.telling_phrases_removed) == (0, False)
     _, report = find_concept(PIPELINES["sd"](), Overlay(logo()), TrainingData(pictures, captions), **QUICK)
     assert json.loads(json.dumps(report.to_dict()))["telling_phrases"] == [
         {"phrase": "by acme", "shown": 16, "others": 0}
@@ -415,6 +416,12 @@ def some_masks(marked, size=(48, 40), level: int = 255) -> list[Image.Image]:
     for number in marked:
         masks[number].paste(level, (number % 8, 4, number % 8 + 12, 16))
     return masks
+
+
+def unseen_mask() -> Image.Image:
+    mask = some_masks([0])[0].convert("LA")
+    mask.putalpha(0)
+    return mask
 
 
 def test_equal_pictures_have_the_mask_that_one_of_them_has():
@@ -581,6 +588,7 @@ def test_where_too_little_is_marked_there_is_no_second_look(monkeypatch):
             "6 of the 6 masks cannot be used.*mask 0 is 40x48, its picture 48x4",
         ),
         (some_masks(range(6), level=100), {}, "mask 5 is grey: its highest level is 100, of 255"),
+        ([*some_masks(range(5)), unseen_mask()], {}, "mask 5: a mask is transparent everywhere, over levels that"),
         (some_masks(range(6), level=1), {}, "no mask has a level above 1, of 255.* multiplied by 255"),
         ([None, *some_masks([0, 1, 2, 3, 4])], {"resolution": 33}, "multiple of 2"),
         ([Image.new("L", (48, 40))] * 6, {}, "marked in 0 of 6 different pictures"),
@@ -657,6 +665,7 @@ def test_the_command_writes_a_folder_that_is_read_as_training_data(vae_only, tmp
     before = sorted(source.iterdir())
     report = json.loads(run(*flags, "--json"))
     assert (report["pictures"], report["left_out"], report["captions_changed"]) == (3, 0, 2)
+    assert report["telling_phrases_removed"]
     assert report["folder"] == str(tmp_path / "masked")
     with pytest.raises(ConceptDataError, match="masked exists"):
         run(*flags)
